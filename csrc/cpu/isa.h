@@ -1,0 +1,71 @@
+// Runs one body compiled for several instruction sets: the best that this processor has, chosen once.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <cstdint>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace fastgen::cpu {
+
+enum class Isa : int { baseline, avx2, avx512 };
+
+// FASTGEN_CPU_CAPABILITY=baseline|avx2|avx512 lowers it, for tests and for reports of problems.
+Isa isa();
+const char* isa_name(Isa);
+
+template <class Body, class Job>
+void run_baseline(const Job& job, double* scratch, int64_t begin, int64_t end) {
+  Body::run(job, scratch, begin, end);
+}
+
+#if defined(__x86_64__)
+template <class Body, class Job>
+__attribute__((target("avx2,fma,bmi,bmi2,f16c"))) void run_avx2(const Job& job, double* scratch, int64_t begin,
+                                                                int64_t end) {
+  Body::run(job, scratch, begin, end);
+}
+
+template <class Body, class Job>
+__attribute__((target("avx2,fma,bmi,bmi2,f16c,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512"))) void
+run_avx512(const Job& job, double* scratch, int64_t begin, int64_t end) {
+  Body::run(job, scratch, begin, end);
+}
+#endif
+
+template <class Body, class Job>
+void run(const Job& job, double* scratch, int64_t begin, int64_t end) {
+#if defined(__x86_64__)
+  switch (isa()) {
+    case Isa::avx512: return run_avx512<Body>(job, scratch, begin, end);
+    case Isa::avx2: return run_avx2<Body>(job, scratch, begin, end);
+    default: break;
+  }
+#endif
+  run_baseline<Body>(job, scratch, begin, end);
+}
+
+template <class Body, class Job>
+void serial(const Job& job, int64_t count) {
+  run<Body>(job, nullptr, 0, count);
+}
+
+template <class Body, class Job>
+void parallel(const Job& job, double* scratch, int64_t count) {
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { run<Body>(job, scratch, begin, end); });
+}
+
+// A fresh large output costs a page fault every 4 KiB, more than the arithmetic: ask for 2 MiB pages.
+inline void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t kHuge = 2 << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) & ~(kHuge - 1);
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(kHuge - 1);
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+}  // namespace fastgen::cpu

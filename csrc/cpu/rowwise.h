@@ -1,0 +1,215 @@
+// The row-wise skeleton on a CPU: reduce a row to a few sums, run the epilogue, map the row while it is in cache.
+//
+// Sums have one fixed tree whatever the number of threads: kLanes interleaved partial sums in a chunk, chunks added
+// in float64 in order within a segment, segments in order within a row, rows in order within a group.
+#pragma once
+
+#include "../formulas/formula.h"
+#include "../rows.h"
+#include "convert.h"
+#include "isa.h"
+
+namespace fastgen::cpu {
+
+constexpr int kLanes = 64;
+constexpr int64_t kChunk = 1024;          // elements converted and summed at a time: streams stay in L1
+constexpr int64_t kSegment = 16 * kChunk;  // what a thread takes when it shares a row with others
+constexpr int64_t kSerialElements = 16384;  // less work than this is not worth waking threads for
+constexpr int64_t kStreamingBytes = 8 << 20;  // outputs above this bypass the cache
+
+template <class F, class T, int N>
+struct Job {
+  F formula;
+  Groups groups;
+  int64_t size;
+  std::array<Stream, N> in;
+  Output out;
+  bool streaming;
+
+  int64_t segments() const { return (size + kSegment - 1) / kSegment; }
+  int64_t end_of(int64_t segment) const { return std::min(size, (segment + 1) * kSegment); }
+};
+
+template <class F, class T>
+FASTGEN_HD void accumulate_chunk(const F& formula, const typename F::Row& row, const T* const* in, int64_t n, double* sums) {
+  T lanes[F::kSums][kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    for (int l = 0; l < kLanes; ++l) {
+      T v[F::kStreams], add[F::kSums] = {};
+      for (int s = 0; s < F::kStreams; ++s) v[s] = in[s][i + l];
+      formula.accumulate(row, v, add);
+      for (int k = 0; k < F::kSums; ++k) lanes[k][l] += add[k];
+    }
+  for (int l = 0; i + l < n; ++l) {
+    T v[F::kStreams], add[F::kSums] = {};
+    for (int s = 0; s < F::kStreams; ++s) v[s] = in[s][i + l];
+    formula.accumulate(row, v, add);
+    for (int k = 0; k < F::kSums; ++k) lanes[k][l] += add[k];
+  }
+  for (int k = 0; k < F::kSums; ++k) {
+    for (int width = kLanes / 2; width > 0; width /= 2)
+      for (int l = 0; l < width; ++l) lanes[k][l] += lanes[k][l + width];
+    sums[k] += static_cast<double>(lanes[k][0]);
+  }
+}
+
+template <class F, class T, int N>
+FASTGEN_HD void reduce_segment(const Job<F, T, N>& job, int64_t row, const typename F::Row& constants, int64_t segment,
+                               double* sums) {
+  alignas(64) T buffers[N][kChunk];
+  const int64_t end = job.end_of(segment);
+  for (int64_t i = segment * kSegment; i < end; i += kChunk) {
+    const int64_t n = std::min(kChunk, end - i);
+    const T* in[N];
+    for (int s = 0; s < N; ++s)
+      in[s] = load<T>(job.in[s].data, job.in[s].dtype, row * job.in[s].row_stride + i, n, buffers[s]);
+    accumulate_chunk<F, T>(job.formula, constants, in, n, sums);
+  }
+}
+
+template <class F, class T, int N>
+FASTGEN_HD void map_segment(const Job<F, T, N>& job, int64_t row, const typename F::Row& constants, T coefficient,
+                            int64_t segment) {
+  alignas(64) T buffers[F::kMapStreams][kChunk];
+  alignas(64) T result[kChunk];
+  const int64_t end = job.end_of(segment);
+  for (int64_t i = segment * kSegment; i < end; i += kChunk) {
+    const int64_t n = std::min(kChunk, end - i);
+    const T* in[F::kMapStreams];
+    for (int s = 0; s < F::kMapStreams; ++s)
+      in[s] = load<T>(job.in[s].data, job.in[s].dtype, row * job.in[s].row_stride + i, n, buffers[s]);
+    for (int64_t j = 0; j < n; ++j) {
+      T v[F::kMapStreams];
+      for (int s = 0; s < F::kMapStreams; ++s) v[s] = in[s][j];
+      result[j] = job.formula.map(constants, coefficient, v);
+    }
+    store<T>(job.out.data, job.out.dtype, row * job.size + i, n, result, job.streaming);
+  }
+}
+
+// Adds a row's segment sums, in order, to its group's.
+template <class F, class T>
+FASTGEN_HD void add_row(const typename F::Row& constants, const double* segment_sums, int64_t segments, double* total) {
+  for (int k = 0; k < F::kSums; ++k) {
+    double sum = 0;
+    for (int64_t s = 0; s < segments; ++s) sum += segment_sums[s * F::kSums + k];
+    total[k] += static_cast<double>(constants.scale) * sum;
+  }
+}
+
+template <class F, class T>
+FASTGEN_HD T run_epilogue(const F& formula, int64_t group, const double* total) {
+  T sums[F::kSums];
+  for (int k = 0; k < F::kSums; ++k) sums[k] = static_cast<T>(total[k]);
+  return formula.epilogue(group, sums);
+}
+
+// Whole groups [begin, end) on one thread: the map finds the group in the cache that the reduction filled.
+template <class F, class T, int N>
+struct WholeGroups {
+  static FASTGEN_HD void run(const Job<F, T, N>& job, double*, int64_t begin, int64_t end) {
+    for (int64_t g = begin; g < end; ++g) {
+      T slope = T(0);
+      if constexpr (F::kSums > 0) {
+        double total[F::kSums] = {};
+        for (int64_t r = 0; r < job.groups.rows; ++r) {
+          const int64_t row = job.groups.row(g, r);
+          const auto constants = job.formula.row(row, r);
+          double sums[F::kSums] = {};
+          for (int64_t s = 0; s < job.segments(); ++s) {
+            double part[F::kSums] = {};
+            reduce_segment(job, row, constants, s, part);
+            for (int k = 0; k < F::kSums; ++k) sums[k] += part[k];
+          }
+          add_row<F, T>(constants, sums, 1, total);
+        }
+        slope = run_epilogue<F, T>(job.formula, g, total);
+      }
+      if constexpr (F::kMapStreams > 0)
+        for (int64_t r = 0; r < job.groups.rows; ++r) {
+          const int64_t row = job.groups.row(g, r);
+          const auto constants = job.formula.row(row, r);
+          const T coefficient = job.formula.coefficient(row, r, constants, slope);
+          if (job.out.data)
+            for (int64_t s = 0; s < job.segments(); ++s) map_segment(job, row, constants, coefficient, s);
+        }
+    }
+    if (job.streaming) stream_fence();
+  }
+};
+
+// Segments [begin, end) of all rows, numbered row by row: their sums into scratch.
+template <class F, class T, int N>
+struct ReduceSegments {
+  static FASTGEN_HD void run(const Job<F, T, N>& job, double* scratch, int64_t begin, int64_t end) {
+    if constexpr (F::kSums > 0)
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t index = i / job.segments(), rank = index % job.groups.rows;
+        const int64_t row = job.groups.row(index / job.groups.rows, rank);
+        double part[F::kSums] = {};
+        reduce_segment(job, row, job.formula.row(row, rank), i % job.segments(), part);
+        for (int k = 0; k < F::kSums; ++k) scratch[i * F::kSums + k] = part[k];
+      }
+  }
+};
+
+// The same segments, mapped with the coefficients [row] in scratch.
+template <class F, class T, int N>
+struct MapSegments {
+  static FASTGEN_HD void run(const Job<F, T, N>& job, double* scratch, int64_t begin, int64_t end) {
+    if constexpr (F::kMapStreams > 0)
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t index = i / job.segments(), rank = index % job.groups.rows;
+        const int64_t row = job.groups.row(index / job.groups.rows, rank);
+        map_segment(job, row, job.formula.row(row, rank), static_cast<T>(scratch[index]), i % job.segments());
+      }
+    if (job.streaming) stream_fence();
+  }
+};
+
+// Few long rows: threads share a row's segments; the epilogues run in between, on one thread.
+template <class F, class T, int N>
+void split_rows(const Job<F, T, N>& job) {
+  const int64_t segments = job.segments(), rows = job.groups.count * job.groups.rows;
+  std::vector<double> coefficients(rows);
+  if constexpr (F::kSums > 0) {
+    std::vector<double> parts(rows * segments * F::kSums);
+    parallel<ReduceSegments<F, T, N>>(job, parts.data(), rows * segments);
+    for (int64_t g = 0; g < job.groups.count; ++g) {
+      double total[F::kSums] = {};
+      for (int64_t r = 0; r < job.groups.rows; ++r)
+        add_row<F, T>(job.formula.row(job.groups.row(g, r), r),
+                      &parts[(g * job.groups.rows + r) * segments * F::kSums], segments, total);
+      coefficients[g * job.groups.rows] = static_cast<double>(run_epilogue<F, T>(job.formula, g, total));
+    }
+  }
+  if constexpr (F::kMapStreams > 0) {
+    for (int64_t g = 0; g < job.groups.count; ++g) {
+      const T slope = static_cast<T>(coefficients[g * job.groups.rows]);
+      for (int64_t r = 0; r < job.groups.rows; ++r) {
+        const int64_t row = job.groups.row(g, r);
+        coefficients[g * job.groups.rows + r] = job.formula.coefficient(row, r, job.formula.row(row, r), slope);
+      }
+    }
+    if (job.out.data) parallel<MapSegments<F, T, N>>(job, coefficients.data(), rows * segments);
+  }
+}
+
+// Runs `formula` over the first F::kStreams streams of `rows`, writing to `out` if it has data.
+template <class T, class F, int N>
+void rowwise(const F& formula, const Groups& groups, const Rows<N>& rows, Output out = {}) {
+  static_assert(F::kStreams == N && F::kMapStreams <= N);
+  const int64_t elements = groups.count * groups.rows * rows.size;
+  const int64_t width = out.dtype == ScalarType::Double ? 8 : out.dtype == ScalarType::Float ? 4 : 2;
+  const bool streaming = out.data && elements * width >= kStreamingBytes;
+  if (streaming) advise_huge_pages(out.data, elements * width);
+  const Job<F, T, N> job{formula, groups, rows.size, rows.stream, out, streaming};
+  const int64_t threads = torch::stable::get_num_threads();
+  const bool few = groups.count < 4 * threads && groups.rows * job.segments() > 1;
+  if (elements <= kSerialElements || threads == 1) serial<WholeGroups<F, T, N>>(job, groups.count);
+  else if (few) split_rows(job);
+  else parallel<WholeGroups<F, T, N>>(job, nullptr, groups.count);
+}
+
+}  // namespace fastgen::cpu

@@ -1,0 +1,170 @@
+// ELBO differences: DDO (arXiv 2503.01103), Diffusion-DPO (arXiv 2311.12908) and the errors they are made of.
+// Streams: prediction p, target y, frozen reference prediction q.
+#pragma once
+
+#include "formula.h"
+
+namespace fastgen {
+
+template <class T>
+FASTGEN_HD T softplus(T x) {
+  return (x > T(0) ? x : T(0)) + std::log1p(std::exp(-std::abs(x)));
+}
+
+template <class T>
+FASTGEN_HD T sigmoid(T x) {
+  const T e = std::exp(-std::abs(x));
+  return (x >= T(0) ? T(1) : e) / (T(1) + e);
+}
+
+// Penalties on d = p - y: value and derivative. NaN stays NaN.
+struct L2 {
+  template <class T> FASTGEN_HD static T value(T d) { return d * d; }
+  template <class T> FASTGEN_HD static T slope(T d) { return T(2) * d; }
+};
+struct L1 {
+  template <class T> FASTGEN_HD static T value(T d) { return std::abs(d); }
+  template <class T> FASTGEN_HD static T slope(T d) { return d > T(0) ? T(1) : (d < T(0) ? T(-1) : d); }
+};
+struct Huber {  // threshold 1, as torch.nn.functional.huber_loss
+  template <class T> FASTGEN_HD static T value(T d) {
+    const T a = std::abs(d);
+    return a < T(1) ? T(0.5) * d * d : a - T(0.5);
+  }
+  template <class T> FASTGEN_HD static T slope(T d) { return d > T(1) ? T(1) : (d < T(-1) ? T(-1) : d); }
+};
+
+template <class T>
+struct ScaledRow {
+  T scale;
+};
+
+// error[i] = w_i * scale * sum_D penalty(p - y)
+template <class T, class Penalty>
+struct ElboError {
+  static constexpr int kStreams = 2, kSums = 1, kMapStreams = 0;
+  using Row = ScaledRow<T>;
+  const T* weight;  // may be null: 1
+  T scale;          // 1, or 1/D for the mean over elements
+  T* error;
+
+  FASTGEN_HD Row row(int64_t row, int64_t) const { return {weight ? weight[row] * scale : scale}; }
+  FASTGEN_HD void accumulate(const Row&, const T* v, T* sums) const { sums[0] += Penalty::value(v[0] - v[1]); }
+  FASTGEN_HD T epilogue(int64_t group, const T* sums) const { return error[group] = sums[0]; }
+};
+
+// d error[i] / d p, times grad[i]
+template <class T, class Penalty>
+struct ElboErrorBackward {
+  static constexpr int kStreams = 2, kSums = 0, kMapStreams = 2;
+  using Row = ScaledRow<T>;
+  const T* grad;
+  const T* weight;
+  T scale;
+
+  FASTGEN_HD Row row(int64_t row, int64_t) const { return {grad[row] * (weight ? weight[row] * scale : scale)}; }
+  FASTGEN_HD T coefficient(int64_t, int64_t, const Row& row, T) const { return row.scale; }
+  FASTGEN_HD T map(const Row&, T coefficient, const T* v) const { return coefficient * Penalty::slope(v[0] - v[1]); }
+};
+
+// The share of one element in sum_D (p - y)^2 - (q - y)^2, negated. Factored: the difference of the two sums cancels.
+template <class T>
+FASTGEN_HD T elbo_difference_element(T p, T y, T q) {
+  return (q - p) * ((q - y) + (p - y));
+}
+
+// delta[i] = w_i * scale * sum_D (q - p)(q + p - 2y)
+template <class T>
+struct ElboDifference {
+  static constexpr int kStreams = 3, kSums = 1, kMapStreams = 0;
+  using Row = ScaledRow<T>;
+  const T* weight;
+  T scale;
+  T* delta;
+
+  FASTGEN_HD Row row(int64_t row, int64_t) const { return {weight ? weight[row] * scale : scale}; }
+  FASTGEN_HD void accumulate(const Row&, const T* v, T* sums) const {
+    sums[0] += elbo_difference_element(v[0], v[1], v[2]);
+  }
+  FASTGEN_HD T epilogue(int64_t group, const T* sums) const { return delta[group] = sums[0]; }
+};
+
+// A loss of the group's m = sum_r share_r * delta_r. Link: share(rank), and term(group, m, slope), which sets d term/d m.
+// Everything in one pass: terms, m, the slope of every row's error (for a later backward), and the gradient.
+template <class T, class Link>
+struct ElboDifferenceLoss {
+  static constexpr int kStreams = 3, kSums = 1, kMapStreams = 2;
+  using Row = ScaledRow<T>;
+  Link link;
+  const T* weight;
+  T scale;
+  T* term;         // [groups]
+  T* delta;        // [groups]
+  T* error_slope;  // [rows]: d term / d error_r, where error_r = w_r * scale * sum_D (p - y)^2
+
+  FASTGEN_HD Row row(int64_t row, int64_t rank) const {
+    return {link.share(rank) * (weight ? weight[row] * scale : scale)};
+  }
+  FASTGEN_HD void accumulate(const Row&, const T* v, T* sums) const {
+    sums[0] += elbo_difference_element(v[0], v[1], v[2]);
+  }
+  FASTGEN_HD T epilogue(int64_t group, const T* sums) const {
+    T slope;
+    delta[group] = sums[0];
+    term[group] = link.term(group, sums[0], &slope);
+    return slope;
+  }
+  FASTGEN_HD T coefficient(int64_t row, int64_t rank, const Row& constants, T slope) const {
+    error_slope[row] = -slope * link.share(rank);
+    return -slope * constants.scale;
+  }
+  FASTGEN_HD T map(const Row&, T coefficient, const T* v) const { return coefficient * L2::slope(v[0] - v[1]); }
+};
+
+// Real images: softplus(-beta m) / n_real. Fakes: alpha softplus(beta m) / n_fake. m is the mean over an image's rows.
+template <class T>
+struct DdoLink {
+  const bool* is_real;
+  const T* counts;  // {n_real, n_fake}; null: no division
+  T alpha, beta, row_share;
+
+  FASTGEN_HD T share(int64_t) const { return row_share; }
+  FASTGEN_HD T term(int64_t group, T m, T* slope) const {
+    const bool real = is_real[group];
+    const T weight = (real ? T(1) : alpha) / (counts ? counts[real ? 0 : 1] : T(1));  // a row present is counted: > 0
+    const T signed_beta = real ? -beta : beta;
+    *slope = weight * signed_beta * sigmoid(signed_beta * m);
+    return weight * softplus(signed_beta * m);
+  }
+};
+
+enum class Preference : int { sigmoid, ipo, hinge };
+
+// A preference loss of m = delta_winner - delta_loser, scaled by 1/pairs for the mean.
+template <class T>
+struct PreferenceLink {
+  Preference kind;
+  T beta, scale;
+
+  FASTGEN_HD T share(int64_t rank) const { return rank == 0 ? T(1) : T(-1); }
+  FASTGEN_HD T term(int64_t, T m, T* slope) const {
+    switch (kind) {
+      case Preference::sigmoid:
+        *slope = scale * T(-0.5) * beta * sigmoid(T(-0.5) * beta * m);
+        return scale * softplus(T(-0.5) * beta * m);
+      case Preference::ipo: {
+        const T d = m - T(0.5) / beta;
+        *slope = scale * T(2) * d;
+        return scale * d * d;
+      }
+      default: {
+        const T d = T(1) - beta * m;
+        const bool flat = d <= T(0);  // false for NaN, which must stay NaN
+        *slope = flat ? T(0) : -scale * beta + T(0) * d;
+        return flat ? T(0) : scale * d;
+      }
+    }
+  }
+};
+
+}  // namespace fastgen

@@ -1,0 +1,59 @@
+// What a row-wise formula is. A skeleton (csrc/cpu/rowwise.h, csrc/cuda/rowwise.cuh) reads the streams of a row,
+// reduces them to a few sums, hands the sums of a group of rows to a scalar epilogue, and maps the same streams
+// to an output. A formula says what is summed, what the epilogue is and what is written:
+//
+//   template <class T> struct Formula {          // T: the arithmetic type, float or double
+//     static constexpr int kStreams;             // inputs that are read, 1 or more
+//     static constexpr int kSums;                // sums a row reduces to; 0: map only
+//     static constexpr int kMapStreams;          // the first streams, which the map reads; 0: reduce only
+//     struct Row { T scale; ... };               // constants of a row; its sums enter the group's times `scale`
+//     Row row(int64_t row, int64_t rank) const;  // rank: position of the row in its group
+//     void accumulate(const Row&, const T* v, T* sums) const;             // adds one element's share to the sums
+//     T epilogue(int64_t group, const T* sums) const;                     // runs once a group; stores its results
+//     T coefficient(int64_t row, int64_t rank, const Row&, T slope) const;  // runs once a row, with the epilogue's value
+//     T map(const Row&, T coefficient, const T* v) const;                 // one output element
+//   };
+//
+// Members that a formula's kSums and kMapStreams leave unused may be missing.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define FASTGEN_HD __host__ __device__ __forceinline__
+#else
+// Always inline: the CPU skeleton compiles one body for several instruction sets, and only code that is inlined
+// into it is vectorised for them.
+#define FASTGEN_HD inline __attribute__((always_inline))
+#endif
+
+namespace fastgen {
+
+// Which rows belong together: row(g, r) for r < rows is the r-th row of group g.
+struct Groups {
+  int64_t count;       // number of groups
+  int64_t rows;        // rows in each
+  int64_t stride;      // from one group's first row to the next group's
+  int64_t row_stride;  // from row to row in a group
+
+  FASTGEN_HD int64_t row(int64_t group, int64_t rank) const { return group * stride + rank * row_stride; }
+
+  static Groups single(int64_t rows) { return {rows, 1, 1, 1}; }                             // each row alone
+  static Groups consecutive(int64_t rows, int64_t each) { return {rows / each, each, each, 1}; }  // 0..M-1, M..2M-1, …
+  static Groups halves(int64_t rows) { return {rows / 2, 2, 1, rows / 2}; }                  // i and i + B/2
+};
+
+// out = scale * v, with one scale for all rows: what a backward pass does to a gradient that the forward has written.
+template <class T>
+struct Scaled {
+  static constexpr int kStreams = 1, kSums = 0, kMapStreams = 1;
+  struct Row {};
+  const T* scale;
+
+  FASTGEN_HD Row row(int64_t, int64_t) const { return {}; }
+  FASTGEN_HD T coefficient(int64_t, int64_t, const Row&, T) const { return *scale; }
+  FASTGEN_HD T map(const Row&, T coefficient, const T* v) const { return coefficient * v[0]; }
+};
+
+}  // namespace fastgen

@@ -1,0 +1,181 @@
+"""Which implementation runs an operator, and why.
+
+An operator has one schema in two namespaces: ``torch.ops.fastgen`` holds the compiled kernels (CPU and CUDA) and
+``torch.ops.fastgen_triton`` the Triton ones. The third backend, ``"reference"``, is no operator: the public function
+calls :mod:`fastgen.reference`, plain PyTorch that autograd differentiates.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+
+BACKENDS = ("auto", "native", "triton", "reference")
+
+# Operators whose Triton kernel is the default although a CUDA one is built. Measured per operator on a GPU; until an
+# operator has been, Triton serves, because its kernels run on every GPU that Triton supports.
+CUDA_DEFAULT = "triton"
+
+
+def _load(name: str) -> tuple[ModuleType | None, ImportError | None]:
+    try:
+        return importlib.import_module(name), None
+    except ImportError as error:
+        return None, error
+
+
+_extensions: dict[str, tuple[ModuleType | None, ImportError | None]] = {
+    name: _load(f"fastgen.{name}") for name in ("_C", "_C_cuda")
+}
+_libraries = {name: torch.library.Library(name, "DEF") for name in ("fastgen", "fastgen_triton")}
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One operator: ``native`` and ``triton`` are its overloads, called with the schema's arguments."""
+
+    name: str
+    family: str
+    native: Callable[..., Any]
+    triton: Callable[..., Any]
+
+    def on(self, backend: str) -> Callable[..., Any]:
+        return self.native if backend == "native" else self.triton
+
+
+operators: dict[str, Operator] = {}
+
+
+def operator(schema: str) -> Callable[[Callable[..., Any]], Operator]:
+    """Defines an operator from its schema and, as the decorated function, its shapes (the fake implementation).
+
+    The Triton implementation is the function of the same name in ``fastgen.triton_kernels.<family>``, where the family
+    is the module of the decorated function. It is imported when first called: importing Triton is slow.
+    """
+
+    def define(fake: Callable[..., Any]) -> Operator:
+        name = schema.partition("(")[0]
+        family = fake.__module__.rpartition(".")[2].lstrip("_")
+
+        @functools.cache
+        def launcher() -> Callable[..., Any]:
+            return getattr(importlib.import_module(f"fastgen.triton_kernels.{family}"), name)
+
+        for namespace, library in _libraries.items():
+            library.define(schema)
+            torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
+        # On CPU tensors too: that is how the kernels are tested under Triton's interpreter.
+        _libraries["fastgen_triton"].impl(name, lambda *args: launcher()(*args), "CompositeExplicitAutograd")
+        overloads = [getattr(getattr(torch.ops, namespace), name).default for namespace in _libraries]
+        operators[name] = Operator(name, family, *overloads)
+        return operators[name]
+
+    return define
+
+
+class _State(threading.local):
+    def __init__(self) -> None:
+        self.requested = _from_environment()
+
+
+def _from_environment() -> str:
+    name = os.environ.get("FASTGEN_BACKEND", "auto")
+    if name not in BACKENDS:
+        raise ValueError(f"FASTGEN_BACKEND must be one of {', '.join(BACKENDS)}; got {name!r}")
+    return name
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Runs fastgen's operators on one backend inside a ``with`` block, in this thread.
+
+    Args:
+        name: ``"native"`` (the compiled C++ or CUDA kernels), ``"triton"``, ``"reference"`` (plain PyTorch) or
+            ``"auto"``, the default: the best one that is there. The environment variable ``FASTGEN_BACKEND`` sets it
+            for a process.
+
+    Raises:
+        ValueError: for another name.
+        RuntimeError: from the operator's call, where the backend is not available; it says what is missing. There is
+            no silent fallback.
+
+    A function under ``torch.compile`` keeps the backend it was compiled with.
+
+    Example::
+
+        >>> import torch, fastgen
+        >>> with fastgen.use_backend("reference"):
+        ...     fastgen.elbo_error(torch.ones(2, 3), torch.zeros(2, 3))
+        tensor([1., 1.])
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {name!r}")
+    before = _state.requested
+    _state.requested = name
+    try:
+        yield
+    finally:
+        _state.requested = before
+
+
+_state = _State()
+
+
+@functools.cache
+def missing(name: str, backend: str, device_type: str) -> str | None:
+    """Why `backend` cannot run operator `name` on this type of device; None if it can."""
+    if backend == "reference":
+        return None
+    if backend == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "the package triton is not installed (pip install triton)"
+        if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            return "Triton has no CPU backend (set TRITON_INTERPRET=1 before Python starts, to test its kernels)"
+        return None
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
+    if key is None:
+        return f"fastgen has no compiled kernels for device type {device_type!r}"
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"fastgen::{name}", key):
+        return None
+    extension = {"CPU": "_C", "CUDA": "_C_cuda"}[key]
+    module, error = _extensions[extension]
+    if module is not None:
+        return f"fastgen.{extension} has no kernel for {name}"
+    return f"fastgen.{extension} did not load: {error} (python -m fastgen info says more)"
+
+
+@functools.cache
+def _resolve(name: str, requested: str, device_type: str) -> str:
+    if requested != "auto":
+        reason = missing(name, requested, device_type)
+        if reason:
+            raise RuntimeError(f"backend {requested!r} cannot run {name} on {device_type}: {reason}")
+        return requested
+    order = ("native", "reference")
+    if device_type != "cpu":
+        order = ("native", "triton", "reference") if CUDA_DEFAULT == "native" else ("triton", "native", "reference")
+    return next(backend for backend in order if missing(name, backend, device_type) is None)
+
+
+@torch.compiler.assume_constant_result
+def backend_for(name: str, device_type: str) -> str:
+    """The backend that runs operator `name` now: ``"native"``, ``"triton"`` or ``"reference"``."""
+    return _resolve(name, _state.requested, device_type)
+
+
+def build_info() -> dict[str, Any]:
+    """What the compiled extensions say of themselves, or the ImportError that kept them from loading."""
+    info: dict[str, Any] = {}
+    for name, (module, error) in _extensions.items():
+        info[name] = module.build_info() if module is not None else error
+    return info

@@ -1,0 +1,86 @@
+"""Argument checks: each names the argument, what came and what was expected. None of them looks at tensor data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def streams(**tensors: Tensor) -> None:
+    """Floating-point tensors of one shape [B, …] on one device; dtypes may differ."""
+    first_name, first = next(iter(tensors.items()))
+    for name, value in tensors.items():
+        tensor(name, value)
+        if value.dtype not in FLOATING:
+            raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {value.dtype}")
+        if value.shape != first.shape:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}, but {first_name} has {tuple(first.shape)}")
+        if value.device != first.device:
+            raise ValueError(f"{name} is on {value.device}, but {first_name} is on {first.device}")
+        if type(value) is not type(first) and _is_dtensor(value) != _is_dtensor(first):
+            raise TypeError(f"{name} and {first_name} must both be DTensors or both plain tensors")
+    if first.dim() == 0:
+        raise ValueError(f"{first_name} must have a batch dimension [B, ...], got a 0-dimensional tensor")
+    if first.shape[0] != 0 and first.numel() == 0:
+        raise ValueError(f"{first_name} has rows of no elements: shape {tuple(first.shape)}")
+
+
+def _is_dtensor(value: object) -> bool:
+    return type(value).__name__ == "DTensor"
+
+
+def per_row(name: str, value: Tensor | None, like: Tensor) -> None:
+    """One float32 or float64 number per row. Half precision is refused: it is a known source of wrong weights."""
+    if value is None:
+        return
+    tensor(name, value)
+    if value.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{name} must be float32 or float64 whatever the images are, got {value.dtype}")
+    _vector(name, value, like.shape[0], like)
+
+
+def flags(name: str, value: Tensor, length: int, like: Tensor) -> None:
+    tensor(name, value)
+    if value.dtype != torch.bool:
+        raise TypeError(f"{name} must be a bool tensor, got {value.dtype}")
+    _vector(name, value, length, like)
+
+
+def _vector(name: str, value: Tensor, length: int, like: Tensor) -> None:
+    if value.dim() != 1 or value.shape[0] != length:
+        raise ValueError(f"{name} must have shape [{length}], got {list(value.shape)}")
+    if value.device != like.device:
+        raise ValueError(f"{name} is on {value.device}, but the batch is on {like.device}")
+
+
+def number(name: str, value: float, *, low: float = -math.inf, open_low: bool = False) -> float:
+    """A finite Python number, at least `low` (more than `low` if `open_low`)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    if value < low or (open_low and value == low):
+        raise ValueError(f"{name} must be {'>' if open_low else '>='} {low:g}, got {value}")
+    return float(value)
+
+
+def positive_int(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def choice(name: str, value: str, options: Sequence[str]) -> None:
+    if value not in options:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}; got {value!r}")

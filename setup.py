@@ -1,0 +1,90 @@
+"""Builds fastgen._C (CPU kernels) and, where an nvcc fits this torch, fastgen._C_cuda.
+
+FASTGEN_CPU=0 skips the first, FASTGEN_CUDA=0|1 skips or demands the second. Without either the package still
+installs: the PyTorch reference serves on CPUs, Triton on GPUs.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from glob import glob
+from pathlib import Path
+
+from setuptools import setup
+
+# The oldest torch whose stable ABI the extensions use; one build then serves every later torch.
+TORCH_TARGET = "0x020b000000000000"
+CUDA_ARCHITECTURES = os.environ.get("FASTGEN_CUDA_ARCHITECTURES", "80;90a;100").split(";")
+HEADERS = sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", recursive=True))
+
+
+def compiler_works() -> bool:
+    cxx = os.environ.get("CXX", "c++")
+    try:
+        return subprocess.run([cxx, "--version"], capture_output=True, check=False).returncode == 0
+    except OSError:
+        return False
+
+
+def cuda_home() -> str | None:
+    """The toolkit's own root. An nvcc on the PATH may be a wrapper script in a folder with no libraries beside it."""
+    candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    candidates += sorted(glob("/usr/local/cuda-*"), reverse=True)
+    nvcc = shutil.which("nvcc")
+    if nvcc:
+        candidates.append(str(Path(nvcc).resolve().parent.parent))
+    for root in filter(None, candidates):
+        if Path(root, "bin", "nvcc").exists() and Path(root, "include", "cuda_runtime.h").exists():
+            return root
+    return None
+
+
+def want(variable: str, default: bool) -> bool:
+    value = os.environ.get(variable)
+    return default if value is None else value != "0"
+
+
+def extensions() -> tuple[list, dict]:
+    if not want("FASTGEN_CPU", compiler_works()):
+        print("fastgen: no C++ compiler (or FASTGEN_CPU=0): the PyTorch reference will serve on CPUs", file=sys.stderr)
+        return [], {}
+    home = cuda_home()
+    if home:
+        os.environ["CUDA_HOME"] = home  # before torch.utils.cpp_extension guesses
+    import pybind11
+    import torch
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+
+    flags = ["-O3", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-g0"]
+    macros = [("TORCH_TARGET_VERSION", TORCH_TARGET), ("FASTGEN_FLAGS", f'"{" ".join(flags)}"')]
+    modules = [
+        CppExtension(
+            "fastgen._C",
+            ["csrc/module.cpp", *sorted(glob("csrc/cpu/*.cpp"))],
+            include_dirs=[pybind11.get_include()],
+            define_macros=macros,
+            extra_compile_args=flags,
+            depends=HEADERS,
+        )
+    ]
+    sources = sorted(glob("csrc/cuda/*.cu"))
+    if sources and home and want("FASTGEN_CUDA", torch.version.cuda is not None):
+        arch = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES]
+        modules.append(
+            CUDAExtension(
+                "fastgen._C_cuda",
+                ["csrc/cuda/module.cpp", *sources],
+                include_dirs=[pybind11.get_include()],
+                define_macros=[*macros, ("USE_CUDA", None)],
+                extra_compile_args={"cxx": flags, "nvcc": ["-O3", "-std=c++20", *arch]},
+                depends=HEADERS,
+            )
+        )
+    elif os.environ.get("FASTGEN_CUDA") == "1":
+        raise SystemExit("FASTGEN_CUDA=1, but no CUDA toolkit was found: set CUDA_HOME to its root")
+    return modules, {"build_ext": BuildExtension}
+
+
+ext_modules, cmdclass = extensions()
+setup(ext_modules=ext_modules, cmdclass=cmdclass)
