@@ -12,6 +12,8 @@
 #include <optional>
 #include <vector>
 
+#include "cpu/pool.h"
+
 namespace fastgen {
 
 using torch::headeronly::ScalarType;
@@ -29,6 +31,24 @@ struct Output {
   void* data = nullptr;
   ScalarType dtype = ScalarType::Float;
 };
+
+// On the device of `like`. Calls the C shim: going through the dispatcher costs a microsecond more per tensor.
+inline Tensor empty_strided(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                            torch::headeronly::IntHeaderOnlyArrayRef strides, ScalarType dtype) {
+  const auto device = like.device();
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(device.type())), device.index(), &handle));
+  return Tensor(handle);
+}
+
+inline std::size_t element_bytes(ScalarType dtype) {
+  return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
+}
+
+inline Tensor made_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 inline int64_t row_size(const Tensor& t) {
   const auto sizes = t.sizes();
@@ -83,7 +103,7 @@ struct Rows {
       return same_layout(t, *inner);
     });
     if (!shared) {
-      for (auto& t : tensors) t = torch::stable::contiguous(t);
+      for (auto& t : tensors) t = made_contiguous(t);
       inner = dense_row_strides(tensors[0]);
     }
     out_strides = {size};
@@ -106,22 +126,18 @@ struct Rows {
   }
 
   Tensor new_output(ScalarType dtype) const {
+    const auto bytes = static_cast<std::size_t>(count * size) * element_bytes(dtype);
     const auto sizes = tensors[0].sizes();
-    const auto device = tensors[0].device();
-    AtenTensorHandle handle;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-        static_cast<int64_t>(sizes.size()), sizes.data(), out_strides.data(),
-        torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
-        torch::stable::detail::to<int32_t>(torch::stable::detail::from(device.type())), device.index(), &handle));
-    return Tensor(handle);
+    if (!tensors[0].is_cpu() || bytes < cpu::kPooledBytes) return empty_strided(tensors[0], sizes, out_strides, dtype);
+    return torch::stable::from_blob(cpu::take_block(bytes), sizes, out_strides, tensors[0].device(), dtype,
+                                    &cpu::give_block);
   }
 };
 
 // A vector of per-row scalars in the arithmetic type, contiguous; converts at most [B] numbers.
 inline std::optional<Tensor> row_scalars(const std::optional<Tensor>& t, ScalarType dtype) {
   if (!t) return std::nullopt;
-  const Tensor converted = t->scalar_type() == dtype ? *t : torch::stable::to(*t, dtype);
-  return torch::stable::contiguous(converted);
+  return made_contiguous(t->scalar_type() == dtype ? *t : torch::stable::to(*t, dtype));
 }
 
 template <class T>
@@ -141,9 +157,11 @@ void with_arithmetic(ScalarType dtype, const F& f) {
   else f(float{});
 }
 
+inline Tensor new_scalar(const Tensor& like, ScalarType dtype) { return empty_strided(like, {}, {}, dtype); }
+
 inline Tensor new_vector(const Tensor& like, int64_t size, ScalarType dtype) {
-  const std::array<int64_t, 1> sizes{size};
-  return torch::stable::new_empty(like, sizes, dtype);
+  const int64_t stride = 1;
+  return empty_strided(like, {&size, 1}, {&stride, 1}, dtype);
 }
 
 }  // namespace fastgen

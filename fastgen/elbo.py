@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _backend, _checks, _distributed, _layout, reference
+from ._autograd import apply
 from ._gradient import scale_gradient
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -206,8 +207,8 @@ def _difference_loss(
         and type(pred) in (Tensor, torch.nn.Parameter)
         and not torch.compiler.is_compiling()
     )
-    loss, delta, _, _ = _DifferenceLoss.apply(
-        op.name, backend, keep_grad, slope_shape, reduction, mean, pred, ref_pred, target, weight, *args
+    loss, delta, _, _ = apply(
+        _DifferenceLoss, op.name, backend, keep_grad, slope_shape, reduction, mean, pred, ref_pred, target, weight, *args
     )
     return loss, delta
 
@@ -258,7 +259,7 @@ def elbo_error(
     if backend == "reference":
         return reference.elbo_error(pred, target, weight=weight, loss=loss, element_reduction=element_reduction)
     if torch.is_grad_enabled() and pred.requires_grad:
-        return _RowError.apply(backend, pred, None, target, weight, loss, element_reduction == "mean")
+        return apply(_RowError, backend, pred, None, target, weight, loss, element_reduction == "mean")
     return _elbo_error.on(backend)(pred, target, weight, loss, element_reduction == "mean")
 
 
@@ -307,7 +308,7 @@ def elbo_difference(
     if backend == "reference":
         return reference.elbo_difference(pred, ref_pred, target, weight=weight, element_reduction=element_reduction)
     if torch.is_grad_enabled() and pred.requires_grad:
-        return _RowError.apply(backend, pred, ref_pred, target, weight, "l2", element_reduction == "mean")
+        return apply(_RowError, backend, pred, ref_pred, target, weight, "l2", element_reduction == "mean")
     return _elbo_difference.on(backend)(pred, ref_pred, target, weight, element_reduction == "mean")
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _backend, _checks, _layout, reference
+from ._autograd import apply
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "flow_prediction")
 
@@ -37,14 +38,14 @@ class _RowCombination(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         a, b = ctx.saved_tensors
         needs_x, needs_y = ctx.needs_input_grad[1], ctx.needs_input_grad[3]
-        grad_x = _RowCombination.apply(ctx.backend, grad, a, None, None) if needs_x else None
-        grad_y = _RowCombination.apply(ctx.backend, grad, b, None, None) if needs_y else None
+        grad_x = apply(_RowCombination, ctx.backend, grad, a, None, None) if needs_x else None
+        grad_y = apply(_RowCombination, ctx.backend, grad, b, None, None) if needs_y else None
         return None, grad_x, None, grad_y, None
 
 
 def _combine(x: Tensor, a: Tensor, y: Tensor, b: Tensor, backend: str) -> Tensor:
     if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
-        return _RowCombination.apply(backend, x, a, y, b)
+        return apply(_RowCombination, backend, x, a, y, b)
     return _row_combination.on(backend)(x, a, y, b)
 
 

@@ -99,7 +99,7 @@ LossOutputs elbo_difference_loss(const Rows<3>& rows, const Groups& groups, std:
     if (reduce) {
       double sum = 0;
       for (int64_t g = 0; g < groups.count; ++g) sum += static_cast<double>(formula.term[g]);
-      term = torch::stable::new_empty(pred, {}, dtype);
+      term = new_scalar(pred, dtype);
       *mutable_data<T>(term) = static_cast<T>(sum);
     }
   });
@@ -112,7 +112,7 @@ LossOutputs ddo_loss(const Tensor& pred, const Tensor& ref_pred, const Tensor& t
                      int64_t mc_samples) {
   const Rows<3> rows({pred, target, ref_pred});
   const Groups groups = Groups::consecutive(rows.count, mc_samples);
-  const Tensor real = torch::stable::contiguous(is_real);
+  const Tensor real = made_contiguous(is_real);
   const bool* flags = static_cast<const bool*>(real.const_data_ptr());
   counts = row_scalars(counts, rows.arithmetic());
   double own_counts[2] = {0, 0};

@@ -5,10 +5,6 @@
 
 #include <cstdint>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 namespace fastgen::cpu {
 
 enum class Isa : int { baseline, avx2, avx512 };
@@ -56,16 +52,6 @@ void serial(const Job& job, int64_t count) {
 template <class Body, class Job>
 void parallel(const Job& job, double* scratch, int64_t count) {
   torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { run<Body>(job, scratch, begin, end); });
-}
-
-// A fresh large output costs a page fault every 4 KiB, more than the arithmetic: ask for 2 MiB pages.
-inline void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
-#if defined(__linux__)
-  constexpr uintptr_t kHuge = 2 << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) & ~(kHuge - 1);
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(kHuge - 1);
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
 }
 
 }  // namespace fastgen::cpu

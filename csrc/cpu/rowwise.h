@@ -14,7 +14,7 @@ namespace fastgen::cpu {
 constexpr int kLanes = 64;
 constexpr int64_t kChunk = 1024;          // elements converted and summed at a time: streams stay in L1
 constexpr int64_t kSegment = 16 * kChunk;  // what a thread takes when it shares a row with others
-constexpr int64_t kSerialElements = 16384;  // less work than this is not worth waking threads for
+constexpr int64_t kSerialElements = 32768;  // less work than this is not worth waking threads for
 constexpr int64_t kStreamingBytes = 8 << 20;  // outputs above this bypass the cache
 
 template <class F, class T, int N>
@@ -201,9 +201,7 @@ template <class T, class F, int N>
 void rowwise(const F& formula, const Groups& groups, const Rows<N>& rows, Output out = {}) {
   static_assert(F::kStreams == N && F::kMapStreams <= N);
   const int64_t elements = groups.count * groups.rows * rows.size;
-  const int64_t width = out.dtype == ScalarType::Double ? 8 : out.dtype == ScalarType::Float ? 4 : 2;
-  const bool streaming = out.data && elements * width >= kStreamingBytes;
-  if (streaming) advise_huge_pages(out.data, elements * width);
+  const bool streaming = out.data && elements * static_cast<int64_t>(element_bytes(out.dtype)) >= kStreamingBytes;
   const Job<F, T, N> job{formula, groups, rows.size, rows.stream, out, streaming};
   const int64_t threads = torch::stable::get_num_threads();
   const bool few = groups.count < 4 * threads && groups.rows * job.segments() > 1;
