@@ -11,10 +11,9 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import _backend, _checks, _distributed, _layout, reference
-from ._autograd import apply
+from ._autograd import apply, once_differentiable
 from ._gradient import scale_gradient
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -60,7 +59,9 @@ def _loss_outputs(
     )
 
 
-_LOSS_STREAMS = "Tensor pred, Tensor ref_pred, Tensor target, Tensor? weight, bool element_mean, str reduction, bool with_grad"
+_LOSS_STREAMS = (
+    "Tensor pred, Tensor ref_pred, Tensor target, Tensor? weight, bool element_mean, str reduction, bool with_grad"
+)
 
 
 @_backend.operator(
@@ -107,7 +108,13 @@ class _RowError(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        backend: str, pred: Tensor, ref_pred: Tensor | None, target: Tensor, weight: Tensor | None, loss: str, mean: bool
+        backend: str,
+        pred: Tensor,
+        ref_pred: Tensor | None,
+        target: Tensor,
+        weight: Tensor | None,
+        loss: str,
+        mean: bool,
     ) -> Tensor:
         if ref_pred is None:
             return _elbo_error.on(backend)(pred, target, weight, loss, mean)
@@ -208,7 +215,18 @@ def _difference_loss(
         and not torch.compiler.is_compiling()
     )
     loss, delta, _, _ = apply(
-        _DifferenceLoss, op.name, backend, keep_grad, slope_shape, reduction, mean, pred, ref_pred, target, weight, *args
+        _DifferenceLoss,
+        op.name,
+        backend,
+        keep_grad,
+        slope_shape,
+        reduction,
+        mean,
+        pred,
+        ref_pred,
+        target,
+        weight,
+        *args,
     )
     return loss, delta
 

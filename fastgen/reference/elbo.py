@@ -16,7 +16,9 @@ def elbo_error(
 ) -> Tensor:
     """``w_i red_D penalty(pred - target)``, one number per row."""
     d = (widened(pred) - widened(target.detach())).flatten(1)
-    penalty = {"l2": d.square, "l1": d.abs, "huber": lambda: F.huber_loss(d, torch.zeros_like(d), reduction="none")}[loss]()
+    penalty = {"l2": d.square, "l1": d.abs, "huber": lambda: F.huber_loss(d, torch.zeros_like(d), reduction="none")}[
+        loss
+    ]()
     return _weighted(_reduced(penalty, element_reduction), weight)
 
 
