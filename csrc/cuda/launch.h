@@ -21,7 +21,8 @@ struct Launch {
   int device;
   cudaStream_t stream;
 
-  explicit Launch(const torch::stable::Tensor& on) : guard(on.device().index()), device(on.device().index()) {
+  explicit Launch(const torch::stable::Tensor& on) : guard(on.device().index()) {
+    STD_CUDA_CHECK(cudaGetDevice(&device));
     void* current = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &current));
     stream = static_cast<cudaStream_t>(current);

@@ -82,8 +82,9 @@ inline Plan plan_groups(int64_t groups, int64_t vectors, int held_bytes, const L
     plan.slots = ceil_div(plan.share, plan.threads);
     plan.shared_bytes = int64_t{1} * held_bytes * plan.slots * plan.threads * plan.teams;
     const bool crowded = plan.shared_bytes > comfortable;
-    const bool idle_device = groups * cluster < 2 * limits.multiprocessors && plan.share > 512;
-    if (cluster * 2 > limits.cluster || !(crowded || idle_device)) break;
+    const bool idle_device = groups * cluster < 2 * limits.multiprocessors;
+    // Halves of 512 vectors and more still need whole blocks: a cluster's blocks have one team each.
+    if (cluster * 2 > limits.cluster || plan.share <= 512 || !(crowded || idle_device)) break;
   }
   plan.blocks = ceil_div<int64_t>(groups, plan.teams) * plan.cluster;
   const bool few_long = plan.blocks < limits.multiprocessors && plan.share > 16 * kMaxThreads;
