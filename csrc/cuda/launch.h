@@ -36,6 +36,7 @@ struct Launch {
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
     cudaLaunchConfig_t config{};
+    // Fits: a block has 128 groups or a few hundred elements at least, and 2^31 blocks of those fit in no memory.
     config.gridDim = dim3(static_cast<unsigned>(blocks));
     config.blockDim = threads;
     config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
@@ -87,8 +88,9 @@ Limits limits_of(int device) {
       config.gridDim = dim3(kMaxCluster);
       config.blockDim = dim3(kMaxThreads);
       config.dynamicSmemBytes = static_cast<size_t>(most);
-      STD_CUDA_CHECK(cudaOccupancyMaxPotentialClusterSize(&cluster, kernel, &config));
-      cluster = std::clamp(cluster, 1, kMaxCluster);
+      const bool knows = cudaOccupancyMaxPotentialClusterSize(&cluster, kernel, &config) == cudaSuccess;
+      cluster = knows ? std::clamp(cluster, 1, kMaxCluster) : 1;
+      if (!knows) cudaGetLastError();  // no clusters then; not an error of the launch that follows
     }
     known.cluster = cluster;
     known.shared_bytes = most;

@@ -46,7 +46,7 @@ __device__ __forceinline__ void block_sum(T (&x)[K], Exchange<T, K>& exchange) {
 #if FASTGEN_CLUSTERS
 // The cluster that this block belongs to. Three barriers; every thread of every block takes part in each:
 //   joined   after it, all blocks run and their shared memory may be written (arrive() at the kernel's start, so that
-//            nobody waits here in practice);
+//            nobody waits here in practice; relaxed, for nothing was written that others read);
 //   sums     each block's sums are in the first block before that adds them up;
 //   slope    the first block's answer is in every block before it is read there.
 // Blocks write each other's shared memory between joined and sums (the first block's), and between sums and slope
@@ -57,7 +57,7 @@ struct Cluster {
 
   __device__ __forceinline__ int rank() const { return static_cast<int>(group.block_rank()); }
 
-  __device__ __forceinline__ static void arrive() { cooperative_groups::this_cluster().barrier_arrive(); }
+  __device__ __forceinline__ static void arrive() { __cluster_barrier_arrive_relaxed(); }
 
   // On thread 0 of the first block: the sums of all blocks, in the order of their ranks.
   template <class T, int K>

@@ -42,6 +42,9 @@ struct Gpu {
 inline const Gpu gpu;
 }  // namespace emulator
 
+constexpr cudaError_t cudaSuccess = 0;
+
+inline cudaError_t cudaGetLastError() { return 0; }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0; }
 inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, 0; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
