@@ -167,10 +167,13 @@ def _resolve(name: str, requested: str, device_type: str) -> str:
     return next(backend for backend in order if missing(name, backend, device_type) is None)
 
 
-@torch.compiler.assume_constant_result
 def backend_for(name: str, device_type: str) -> str:
     """The backend that runs operator `name` now: ``"native"``, ``"triton"`` or ``"reference"``."""
     return _resolve(name, _state.requested, device_type)
+
+
+# What torch.compiler.assume_constant_result does; calling it would import the compiler, and Triton, with fastgen.
+backend_for._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def build_info() -> dict[str, Any]:

@@ -15,6 +15,10 @@ from hypothesis import HealthCheck, settings
 
 from fastgen import _backend
 
+# Workers that share the cores would spend their time in each other's OpenMP barriers.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
 # The first interpreted kernel of a process takes seconds, and machines that run tests are busy: no deadlines.
 settings.register_profile(
     "fastgen", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
