@@ -32,10 +32,9 @@ def scale_gradient_(grad: Tensor, scale: Tensor) -> None:
     size = grad.numel()
     if size == 0:
         return
-    wide = grad.dtype == torch.float64
-    block, num_warps, programs = flat_plan(size, 8 if wide else 4, multiprocessors(grad.device))
+    block, num_warps, programs = flat_plan(size, grad.element_size(), multiprocessors(grad.device))
     unit = unit_of((size,), grad.element_size())
     rowwise.launch(
         _scale_in_place, programs, grad, grad, scale, size // unit, BLOCK=block, UNIT=unit,
-        INDEX=offsets_type(size), T=tl.float64 if wide else tl.float32, num_warps=num_warps,
+        INDEX=offsets_type(size), T=tl.float64 if grad.dtype == torch.float64 else tl.float32, num_warps=num_warps,
     )  # fmt: skip

@@ -10,13 +10,13 @@ import torch
 import triton
 import triton.language as tl
 
-# Bytes of one stream, in the arithmetic type, that a program may hold in registers: of 512 threads, 128 registers
-# each, three streams then take half.
+# Bytes of one stream, in the arithmetic type, that a program may hold in registers: a thread of 512 then has 32 of the
+# 128 it may use for each stream.
 HELD_BYTES = 64 * 1024
-# Elements of each stream that a thread reads at a time: four 16-byte loads of float32, two of 16-bit types, a stream.
-PER_THREAD = 16
-LOOP_BLOCK = 4096
-MAP_BLOCK = 2048
+# Threads that sweep one row together, counted as 32 a warp, and what each reads of a stream at a time: two 16-byte loads
+# of the narrowest one. With three streams that keeps 96 bytes in flight in at most 64 registers, without spills.
+THREADS = 256
+BYTES_PER_THREAD = 32
 # Programs in flight that keep one multiprocessor's memory pipeline busy.
 PROGRAMS_PER_MULTIPROCESSOR = 4
 
@@ -31,39 +31,46 @@ class Plan(NamedTuple):
     segment: int
 
 
-def _num_warps(elements: int, width: int) -> int:
-    return max(1, min(16, elements * width // (4 * PER_THREAD * 32)))
+def _num_warps(elements: int, itemsize: int) -> int:
+    return max(1, min(16, elements * itemsize // (32 * BYTES_PER_THREAD)))
+
+
+def _block(size: int, itemsize: int) -> int:
+    return min(triton.next_power_of_2(size), THREADS * BYTES_PER_THREAD // itemsize)
 
 
 @functools.lru_cache(maxsize=4096)
-def groups_plan(size: int, groups: int, group_rows: int, width: int, multiprocessors: int) -> Plan:
-    """For a reduction of `groups` groups of `group_rows` rows of `size` elements, `width` bytes in arithmetic."""
+def groups_plan(size: int, groups: int, group_rows: int, itemsize: int, width: int, multiprocessors: int) -> Plan:
+    """For a reduction of `groups` groups of `group_rows` rows of `size` elements: `itemsize` bytes in the narrowest
+    stream, `width` in arithmetic."""
     block = triton.next_power_of_2(size)
     tile = block * triton.next_power_of_2(group_rows)
     if tile * width <= HELD_BYTES:
-        return Plan("held", block, _num_warps(tile, width), size)
-    block = min(block, LOOP_BLOCK * 4 // width)
+        return Plan("held", block, _num_warps(tile, itemsize), size)
+    block = _block(size, itemsize)
+    num_warps = _num_warps(block, itemsize)
     wanted = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors
     blocks = triton.cdiv(size, block)
     per_row = min(blocks, triton.cdiv(wanted, groups * group_rows))
-    # Half a wave of programs is worth more than the extra launch of a split.
-    if 2 * groups >= wanted or (per_row == 1 and group_rows == 1):
-        return Plan("looped", block, _num_warps(block, width), size)
-    return Plan("split", block, _num_warps(block, width), triton.cdiv(blocks, per_row) * block)
+    # Half a wave of whole groups is worth more than splitting, which takes another launch.
+    if 2 * groups >= wanted or per_row * group_rows == 1:
+        return Plan("looped", block, num_warps, size)
+    return Plan("split", block, num_warps, triton.cdiv(blocks, per_row) * block)
 
 
 @functools.lru_cache(maxsize=4096)
-def map_plan(size: int, width: int) -> Plan:
+def map_plan(size: int, itemsize: int) -> Plan:
     """For a map alone: one block per program."""
-    block = min(triton.next_power_of_2(size), MAP_BLOCK * 4 // width)
-    return Plan("split", block, _num_warps(block, width), block)
+    block = _block(size, itemsize)
+    return Plan("split", block, _num_warps(block, itemsize), block)
 
 
-def flat_plan(size: int, width: int, multiprocessors: int) -> tuple[int, int, int]:
+@functools.lru_cache(maxsize=4096)
+def flat_plan(size: int, itemsize: int, multiprocessors: int) -> tuple[int, int, int]:
     """(block, num_warps, programs) of a sweep over `size` elements by as many programs as run at once, so that one
     with nothing to do costs a single wave."""
-    block = MAP_BLOCK * 4 // width
-    return block, _num_warps(block, width), min(triton.cdiv(size, block), 8 * multiprocessors)
+    block = _block(size, itemsize)
+    return block, _num_warps(block, itemsize), min(triton.cdiv(size, block), 8 * multiprocessors)
 
 
 @functools.cache

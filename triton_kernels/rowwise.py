@@ -102,8 +102,8 @@ def run(formula: Formula, groups: Groups, rows: Rows, args: Any, out: Tensor | N
         return
     first = rows.tensors[0]
     strides = [t.stride(0) if rows.count > 1 else 0 for t in rows.tensors]
-    itemsizes = [t.element_size() for t in (*rows.tensors, first if out is None else out)]
-    unit = unit_of((rows.size, *strides), min(itemsizes))
+    itemsize = min(t.element_size() for t in (*rows.tensors, first if out is None else out))
+    unit = unit_of((rows.size, *strides), itemsize)
     streams = (
         formula.functions, tuple(rows.tensors), tuple(s // unit for s in strides), args, out,
         rows.size // unit, groups.rows, groups.stride, groups.row_stride,
@@ -115,11 +115,11 @@ def run(formula: Formula, groups: Groups, rows: Rows, args: Any, out: Tensor | N
         "SUMS": formula.sums,
         "MAP_STREAMS": formula.map_streams,
     }
-    width = 8 if rows.dtype == torch.float64 else 4
     if formula.sums == 0:
-        _launch_finish(map_plan(rows.size, width), first, groups, streams, None, constants)
+        _launch_finish(map_plan(rows.size, itemsize), first, groups, streams, None, constants)
         return
-    plan = groups_plan(rows.size, groups.count, groups.rows, width, multiprocessors(first.device))
+    width = 8 if rows.dtype == torch.float64 else 4
+    plan = groups_plan(rows.size, groups.count, groups.rows, itemsize, width, multiprocessors(first.device))
     constants |= {"BLOCK": plan.block, "num_warps": plan.num_warps}
     if plan.kind == "held":
         launch(_held_groups, groups.count, first, *streams, RANKS=triton.next_power_of_2(groups.rows), **constants)
@@ -211,7 +211,7 @@ def _map_row(
 
 @triton.jit
 def _group_sums(sums, scale, present, SUMS: tl.constexpr):
-    """Adds the sums of a group's rows, [RANKS, 1] each, times the rows' scales. A row not present may hold NaN."""
+    """Adds the sums of a group's rows, times the rows' scales. What is not present may hold NaN."""
     totals = ()
     for k in tl.static_range(SUMS):
         totals = totals + (tl.sum(tl.where(present, scale * sums[k], 0.0)),)
@@ -307,16 +307,17 @@ def _finish_group(
     functions, args, partials, group, group_rows, group_stride, row_stride, segments,
     SUMS: tl.constexpr, RANKS: tl.constexpr, SEGMENTS: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    slot = tl.arange(0, RANKS)[:, None].to(tl.int64)
-    rank = tl.minimum(slot, group_rows - 1)
+    # One flat tile of [RANKS, SEGMENTS]: spread over the threads whatever the two are.
+    entry = tl.arange(0, RANKS * SEGMENTS)
+    slot, segment = entry // SEGMENTS, entry % SEGMENTS
+    present = (slot < group_rows) & (segment < segments)
+    rank = tl.minimum(slot, group_rows - 1).to(tl.int64)
     constants = functions.row(args, group * group_stride + rank * row_stride, rank, T)
-    segment = tl.arange(0, SEGMENTS)[None, :]
     parts = partials + ((group * group_rows + rank) * segments + segment) * SUMS
     sums = ()
     for k in tl.static_range(SUMS):
-        part = tl.load(parts + k, mask=segment < segments, other=0.0)
-        sums = sums + (tl.sum(part, axis=1, keep_dims=True),)
-    return functions.epilogue(args, group, _group_sums(sums, constants[0], slot < group_rows, SUMS), T)
+        sums = sums + (tl.load(parts + k, mask=present, other=0.0),)
+    return functions.epilogue(args, group, _group_sums(sums, constants[0], present, SUMS), T)
 
 
 @triton.jit(do_not_specialize=_PLAIN)
