@@ -105,15 +105,20 @@ def _loss_calls(dtype: torch.dtype, plan: str, shape: tuple[int, ...]) -> Iterat
     x, weight = _images(dtype, *shape), _vector(shape[0])
     for with_grad, suffix in ((False, ""), (True, " grad")):
         flags = _vector(shape[0], torch.bool)
-        yield f"ddo {plan}{suffix}", lambda g=with_grad, f=flags: elbo.ddo_loss(
-            x, x, x, weight, False, "mean", g, f, None, 1.0, 0.05, 1
+        yield (
+            f"ddo {plan}{suffix}",
+            lambda g=with_grad, f=flags: elbo.ddo_loss(x, x, x, weight, False, "mean", g, f, None, 1.0, 0.05, 1),
         )
         for kind in ("sigmoid", "ipo", "hinge"):
-            yield f"dpo {kind} {plan}{suffix}", lambda g=with_grad, k=kind: elbo.diffusion_dpo_loss(
-                x, x, x, weight, True, "mean", g, 5000.0, k
+            yield (
+                f"dpo {kind} {plan}{suffix}",
+                lambda g=with_grad, k=kind: elbo.diffusion_dpo_loss(x, x, x, weight, True, "mean", g, 5000.0, k),
             )
     four = _vector(shape[0] // 4, torch.bool)
-    yield f"ddo 4 samples {plan} grad", lambda: elbo.ddo_loss(x, x, x, weight, False, "mean", True, four, None, 1.0, 0.05, 4)
+    yield (
+        f"ddo 4 samples {plan} grad",
+        lambda: elbo.ddo_loss(x, x, x, weight, False, "mean", True, four, None, 1.0, 0.05, 4),
+    )
 
 
 def _calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -133,9 +138,7 @@ def _calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "scale in place", lambda: gradient.scale_gradient_(x, weight[0])
 
 
-def triton_report(
-    architectures: Iterable[int] = ARCHITECTURES, dtypes: Iterable[str] = tuple(DTYPES)
-) -> list[Report]:
+def triton_report(architectures: Iterable[int] = ARCHITECTURES, dtypes: Iterable[str] = tuple(DTYPES)) -> list[Report]:
     """One entry per kernel of every call above; calls that launch one and the same kernel share its first entry."""
     reports: dict[str, Report] = {}
     for arch, dtype in itertools.product(architectures, dtypes):

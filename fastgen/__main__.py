@@ -32,9 +32,8 @@ def _served_by(name: str, device_type: str) -> str:
 
 def info() -> int:
     """Versions, devices, build facts, and which backend serves each operator."""
-    print(
-        f"fastgen {__version__}, Python {platform.python_version()}, torch {torch.__version__}, triton {_version('triton')}"
-    )
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}, triton {_version('triton')}"
+    print(f"fastgen {__version__}, {versions}")
     print(f"CPU: {platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):

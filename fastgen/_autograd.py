@@ -1,4 +1,4 @@
-"""Calling an autograd.Function without avoidable overhead."""
+"""Backwards that cannot be differentiated again."""
 
 from __future__ import annotations
 
@@ -7,24 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-
-
-def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """``function.apply(*args)`` with every argument given.
-
-    Of a Function with ``setup_context`` (which ``torch.func`` needs), ``apply`` binds its arguments to the signature of
-    ``forward``: 60 µs a call, more than all the rest of a small loss. Only a transform or the compiler needs that.
-    """
-    if torch.compiler.is_compiling():
-        return function.apply(*_distinct(args))
-    if torch._C._are_functorch_transforms_active():
-        return function.apply(*args)
-    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
-
-
-def _distinct(args: tuple[Any, ...]) -> list[Any]:
-    # The compiler refuses a Function that is given one tensor twice.
-    return [a.view_as(a) if torch.is_tensor(a) and any(a is b for b in args[:i]) else a for i, a in enumerate(args)]
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -40,8 +22,9 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
             return backward(ctx, *grads)
         with torch.no_grad():
             outputs = backward(ctx, *grads)
-        message = f"{type(ctx).__name__.removesuffix('Backward')} is once differentiable: use fastgen.reference instead"
-        fail = torch._C._functions.DelayedError(message.encode(), 1)
+        fail = torch._C._functions.DelayedError(
+            b"this loss is once differentiable: for second derivatives use fastgen.use_backend('reference')", 1
+        )
         # The error node wants an input that requires grad, but must not mark the tensor that backward hands out.
         return tuple(None if t is None else fail(t.detach().requires_grad_()) for t in outputs)
 

@@ -29,7 +29,11 @@ def test_unknown_names_are_refused():
 
 
 def test_asking_for_what_is_missing_says_what_is_missing():
-    code = "import torch, fastgen\nwith fastgen.use_backend('triton'): fastgen.elbo_error(torch.ones(1, 1), torch.ones(1, 1))"
+    code = """
+import torch, fastgen
+with fastgen.use_backend("triton"):
+    fastgen.elbo_error(torch.ones(1, 1), torch.ones(1, 1))
+"""
     run = python(code, TRITON_INTERPRET="0")
     assert run.returncode != 0
     assert "backend 'triton' cannot run elbo_error on cpu" in run.stderr

@@ -12,9 +12,7 @@ from .plan import flat_plan, multiprocessors, offsets_type, unit_of
 
 
 @triton.jit(do_not_specialize=["units"])
-def _scale_in_place(
-    grad, scale, units, BLOCK: tl.constexpr, UNIT: tl.constexpr, INDEX: tl.constexpr, T: tl.constexpr
-):
+def _scale_in_place(grad, scale, units, BLOCK: tl.constexpr, UNIT: tl.constexpr, INDEX: tl.constexpr, T: tl.constexpr):
     factor = tl.load(scale).to(T)
     if factor != 1.0:  # the usual 1 costs one load a program
         size = units.to(INDEX) * UNIT

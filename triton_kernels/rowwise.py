@@ -183,9 +183,7 @@ def _row_sums(
     lanes = _zeros((BLOCK,), SUMS, T)
     for start in range(begin, end, BLOCK):
         mask = cols < size - start
-        shares = functions.accumulate(
-            constants, _load(streams, strides, row, start, cols, mask, len(streams), UNIT, T)
-        )
+        shares = functions.accumulate(constants, _load(streams, strides, row, start, cols, mask, len(streams), UNIT, T))
         added = ()
         for k in tl.static_range(SUMS):
             added = added + (lanes[k] + tl.where(mask, shares[k], 0.0),)
