@@ -79,7 +79,8 @@ Limits limits_of(int device) {
     const auto function = reinterpret_cast<const void*>(kernel);
     cudaFuncAttributes facts;
     STD_CUDA_CHECK(cudaFuncGetAttributes(&facts, function));
-    const int most = attribute_of(device, cudaDevAttrMaxSharedMemoryPerBlockOptin) - static_cast<int>(facts.sharedSizeBytes);
+    const int fixed = static_cast<int>(facts.sharedSizeBytes);
+    const int most = attribute_of(device, cudaDevAttrMaxSharedMemoryPerBlockOptin) - fixed;
     STD_CUDA_CHECK(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
     int cluster = 1;
     if (attribute_of(device, cudaDevAttrClusterLaunch)) {

@@ -39,14 +39,13 @@ void launch_parts(const Launch& launch, const Job<T, F, N>& job, const Tensor& l
   const int64_t group_parts = job.groups.rows * ceil_div<int64_t>(job.vectors, kPartVectors);
   const int64_t parts = job.groups.count * group_parts;
   const auto dtype = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
-  const Tensor scratch = new_vector(like, parts * F::kSums + job.groups.count, dtype);
-  T* sums = mutable_data<T>(scratch);
-  T* slopes = sums + parts * F::kSums;
-  launch(&part_sums<access, T, F, N>, parts, dim3(kPartThreads), 0, 1, job, sums);
-  launch(&finish<T, F>, job.groups.count, dim3(kPartThreads), 0, 1, job.formula, static_cast<const T*>(sums),
-         group_parts, slopes);
+  const Tensor scratch = new_vector(like, parts * F::kSums, ScalarType::Double);
+  const Tensor slopes = new_vector(like, job.groups.count, dtype);
+  launch(&part_sums<access, T, F, N>, parts, dim3(kPartThreads), 0, 1, job, mutable_data<double>(scratch));
+  launch(&finish<T, F>, job.groups.count, dim3(kPartThreads), 0, 1, job.formula, mutable_data<const double>(scratch),
+         group_parts, mutable_data<T>(slopes));
   if constexpr (kMaps<F>)
-    if (job.out.data) launch_map<access>(launch, job, static_cast<const T*>(slopes));
+    if (job.out.data) launch_map<access>(launch, job, mutable_data<const T>(slopes));
 }
 
 template <Access access, class T, class F, int N>

@@ -124,8 +124,9 @@ struct Team {
     return {base, block, static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x)};
   }
 
-  __device__ __forceinline__ void reduce(T (&sums)[F::kSums]) const {
+  __device__ __forceinline__ void reduce(double (&totals)[F::kSums]) const {
     constexpr int batch = kBatch<access, N>;
+    T sums[F::kSums] = {};
     typename F::Row constants;
     int rank = -1;
 #pragma unroll 1
@@ -148,6 +149,8 @@ struct Team {
           accumulate<access>(job, constants, at.vector, raw[b], sums);
         }
     }
+#pragma unroll
+    for (int k = 0; k < F::kSums; ++k) totals[k] = static_cast<double>(sums[k]);
   }
 
   __device__ __forceinline__ void map(T slope) const {
@@ -169,13 +172,21 @@ struct Team {
   }
 };
 
+template <class T, class F>
+__device__ __forceinline__ T run_epilogue(const F& formula, int64_t group, const double (&totals)[F::kSums]) {
+  T sums[F::kSums];
+#pragma unroll
+  for (int k = 0; k < F::kSums; ++k) sums[k] = static_cast<T>(totals[k]);
+  return formula.epilogue(group, sums);
+}
+
 // Barriers, besides those of block_sum and Cluster: one before a block's threads read the slope. No memory is reused
 // between barriers, and a block serves one group (several teams share a block only within warps, with no barrier).
 template <Access access, class T, class F, int N>
 __global__ void __launch_bounds__(kMaxThreads) on_chip(const __grid_constant__ Job<T, F, N> job,
                                                        const __grid_constant__ Plan plan) {
   extern __shared__ uint4 held[];
-  __shared__ Exchange<T, F::kSums> exchange;
+  __shared__ Exchange<double, F::kSums> exchange;
   int share = 0;
 #if FASTGEN_CLUSTERS
   if (plan.cluster > 1) {
@@ -196,30 +207,30 @@ __global__ void __launch_bounds__(kMaxThreads) on_chip(const __grid_constant__ J
                                    plan.slots,
                                    reinterpret_cast<char*>(held),
                                    maps};
-  T sums[F::kSums] = {};
-  team.reduce(sums);
+  double totals[F::kSums];
+  team.reduce(totals);
 
   T slope = T(0);
   if (plan.threads <= 32) {
 #pragma unroll
-    for (int k = 0; k < F::kSums; ++k) sums[k] = warp_sum(sums[k], plan.threads);
-    if (present && threadIdx.x == 0) slope = job.formula.epilogue(group, sums);
+    for (int k = 0; k < F::kSums; ++k) totals[k] = warp_sum(totals[k], plan.threads);
+    if (present && threadIdx.x == 0) slope = run_epilogue<T>(job.formula, group, totals);
     slope = __shfl_sync(~0u, slope, 0, plan.threads);
   } else {
-    block_sum(sums, exchange);
+    block_sum(totals, exchange);
 #if FASTGEN_CLUSTERS
-    if (plan.cluster > 1) Cluster{}.sum(sums, exchange);
+    if (plan.cluster > 1) Cluster{}.sum(totals, exchange);
 #endif
-    if (threadIdx.x == 0 && share == 0) slope = job.formula.epilogue(group, sums);
+    if (threadIdx.x == 0 && share == 0) slope = run_epilogue<T>(job.formula, group, totals);
     if (!maps) return;
 #if FASTGEN_CLUSTERS
-    if (plan.cluster > 1) slope = Cluster{}.broadcast(slope, exchange);
+    if (plan.cluster > 1) slope = static_cast<T>(Cluster{}.broadcast(static_cast<double>(slope), exchange));
     else
 #endif
     {
-      if (threadIdx.x == 0) exchange.slope = slope;
+      if (threadIdx.x == 0) exchange.slope = static_cast<double>(slope);
       __syncthreads();
-      slope = exchange.slope;
+      slope = static_cast<T>(exchange.slope);
     }
   }
   if constexpr (kMaps<F>)
@@ -228,8 +239,9 @@ __global__ void __launch_bounds__(kMaxThreads) on_chip(const __grid_constant__ J
 
 // Block i sums part i of all rows' parts of kPartVectors vectors, numbered group by group and row by row.
 template <Access access, class T, class F, int N>
-__global__ void __launch_bounds__(kPartThreads, kResident<T>) part_sums(const __grid_constant__ Job<T, F, N> job, T* parts) {
-  __shared__ Exchange<T, F::kSums> exchange;
+__global__ void __launch_bounds__(kPartThreads, kResident<T>) part_sums(const __grid_constant__ Job<T, F, N> job,
+                                                                                double* parts) {
+  __shared__ Exchange<double, F::kSums> exchange;
   const int64_t row_parts = ceil_div<int64_t>(job.vectors, kPartVectors), index = blockIdx.x / row_parts;
   const int rank = static_cast<int>(index % job.groups.rows);
   const int64_t row = job.groups.row(index / job.groups.rows, rank);
@@ -245,22 +257,25 @@ __global__ void __launch_bounds__(kPartThreads, kResident<T>) part_sums(const __
     load<access, Use::last, F::kMapStreams, N>(job, row, v, raw);
     accumulate<access>(job, constants, v, raw, sums);
   }
-  block_sum(sums, exchange);
+  double totals[F::kSums];
+#pragma unroll
+  for (int k = 0; k < F::kSums; ++k) totals[k] = static_cast<double>(sums[k]);
+  block_sum(totals, exchange);
   if (threadIdx.x == 0)
-    for (int k = 0; k < F::kSums; ++k) parts[blockIdx.x * int64_t{F::kSums} + k] = sums[k];
+    for (int k = 0; k < F::kSums; ++k) parts[blockIdx.x * int64_t{F::kSums} + k] = totals[k];
 }
 
 // Block g adds up the parts of group g and runs its epilogue.
 template <class T, class F>
-__global__ void __launch_bounds__(kPartThreads) finish(const __grid_constant__ F formula, const T* parts,
+__global__ void __launch_bounds__(kPartThreads) finish(const __grid_constant__ F formula, const double* parts,
                                                        int64_t group_parts, T* slopes) {
-  __shared__ Exchange<T, F::kSums> exchange;
-  const T* own = parts + blockIdx.x * group_parts * F::kSums;
-  T sums[F::kSums] = {};
+  __shared__ Exchange<double, F::kSums> exchange;
+  const double* own = parts + blockIdx.x * group_parts * F::kSums;
+  double totals[F::kSums] = {};
   for (int64_t p = threadIdx.x; p < group_parts; p += kPartThreads)
-    for (int k = 0; k < F::kSums; ++k) sums[k] += own[p * F::kSums + k];
-  block_sum(sums, exchange);
-  if (threadIdx.x == 0) slopes[blockIdx.x] = formula.epilogue(blockIdx.x, sums);
+    for (int k = 0; k < F::kSums; ++k) totals[k] += own[p * F::kSums + k];
+  block_sum(totals, exchange);
+  if (threadIdx.x == 0) slopes[blockIdx.x] = run_epilogue<T>(formula, blockIdx.x, totals);
 }
 
 // Teams map segments of rows; `slopes` [groups] is what the epilogues returned, null where there were none. Starts with

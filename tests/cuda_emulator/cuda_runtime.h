@@ -8,7 +8,11 @@
 using cudaStream_t = void*;
 using cudaError_t = int;
 
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin, cudaDevAttrClusterLaunch };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrClusterLaunch,
+};
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributeNonPortableClusterSizeAllowed };
 enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
 
@@ -53,7 +57,10 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
                                                        : emulator::gpu.shared_bytes;
   return 0;
 }
-inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* facts, const void*) { return facts->sharedSizeBytes = 1024, 0; }
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* facts, const void*) {
+  facts->sharedSizeBytes = 1024;
+  return 0;
+}
 inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return 0; }
 template <class Kernel>
 cudaError_t cudaOccupancyMaxPotentialClusterSize(int* cluster, Kernel, const cudaLaunchConfig_t*) {
