@@ -281,8 +281,8 @@ __global__ void __launch_bounds__(kPartThreads) finish(const __grid_constant__ F
 // Teams map segments of rows; `slopes` [groups] is what the epilogues returned, null where there were none. Starts with
 // the last segments: after part_sums those are still in the cache.
 template <Access access, class T, class F, int N>
-__global__ void __launch_bounds__(kMapThreads, kResident<T>) map(const __grid_constant__ Job<T, F, N> job, const T* slopes,
-                                                   int64_t segments) {
+__global__ void __launch_bounds__(kMapThreads, kResident<T>) map(const __grid_constant__ Job<T, F, N> job,
+                                                                        const T* slopes, int64_t segments) {
   constexpr int batch = kBatch<access, F::kMapStreams>;
   if constexpr (MayBeIdle<F>)
     if (job.formula.idle()) return;

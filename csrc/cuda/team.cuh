@@ -1,5 +1,5 @@
-// Sums over teams of threads (part of a warp, a block, a cluster of blocks), in one fixed order. What threads have summed
-// is added up in float64: where terms of both signs cancel, that halves the error for a few additions per thread.
+// Sums over teams of threads (part of a warp, a block, a cluster of blocks), in one fixed order. What threads have
+// summed is added up in float64: where terms of both signs cancel, that halves the error for a few additions a thread.
 #pragma once
 
 #include <cooperative_groups.h>
