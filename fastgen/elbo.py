@@ -169,11 +169,12 @@ class _DifferenceLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         grad_pred, ctx.grad_pred = ctx.grad_pred, None
-        if grad_loss is not None:
-            if grad_pred is not None:
-                scale_gradient(grad_pred, grad_loss, ctx.backend)
-            else:
-                grad_pred = _DifferenceLoss.recompute(ctx, grad_loss)
+        if grad_loss is None:  # the loss was not used
+            grad_pred = None
+        elif grad_pred is not None:
+            scale_gradient(grad_pred, grad_loss, ctx.backend)
+        else:
+            grad_pred = _DifferenceLoss.recompute(ctx, grad_loss)
         return (None,) * 6 + (grad_pred, *ctx.unused)
 
     @staticmethod
