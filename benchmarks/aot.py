@@ -220,7 +220,7 @@ def _report(launch: Launch, variant: str, arch: int) -> Report:
     usage = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", dump)}
     loads, stores = _widths(kernel.asm["ptx"], "ld"), _widths(kernel.asm["ptx"], "st")
     sweeps = SWEEPS[kernel.metadata.name](len(launch.streams), launch.map_streams)
-    writes = launch.out is not None
+    out = launch.out
     return Report(
         kernel=kernel.metadata.name,
         variant=variant,
@@ -233,7 +233,7 @@ def _report(launch: Launch, variant: str, arch: int) -> Report:
         loads=loads,
         stores=stores,
         narrow_reads=sweeps - launch.wide_sweeps(loads, launch.streams[0].element_size()),
-        narrow_writes=writes - launch.wide_sweeps(stores, launch.out.element_size()) if writes else 0,
+        narrow_writes=0 if out is None else 1 - launch.wide_sweeps(stores, out.element_size()),
     )
 
 
