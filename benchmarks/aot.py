@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import re
 import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,8 @@ DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
 @dataclass(frozen=True)
 class Report:
+    """One kernel of one variant on one architecture; 16-byte accesses are what memory-bound code wants."""
+
     kernel: str
     variant: str
     arch: int
@@ -36,12 +40,45 @@ class Report:
     registers: int
     spill_bytes: int
     shared_bytes: int
+    instructions: int
     loads: dict[int, int]  # width in bytes -> global load instructions
     stores: dict[int, int]
-    instructions: int
+    narrow_reads: int  # sweeps over a tile of a stream that are not made of 16-byte loads; 0 is what we want
+    narrow_writes: int
 
-    def wide(self, accesses: dict[int, int]) -> int:
-        return sum(n for width, n in accesses.items() if width >= 16)
+
+# How often a kernel's code sweeps over a tile: of (streams, mapped streams).
+SWEEPS = {
+    "_held_groups": lambda streams, mapped: streams,
+    "_looped_groups": lambda streams, mapped: streams + mapped,
+    "_partial_sums": lambda streams, mapped: streams,
+    "_finish": lambda streams, mapped: mapped,
+    "_scale_in_place": lambda streams, mapped: 1,
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A compiled kernel and the tile that its launch would have swept."""
+
+    kernel: Any
+    streams: tuple[torch.Tensor, ...]
+    map_streams: int
+    out: torch.Tensor | None
+    tile: int
+
+    @staticmethod
+    def of(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> Launch:
+        name = kernel.metadata.name
+        if name == "_scale_in_place":
+            return Launch(kernel, args[:1], 1, args[0], constants["BLOCK"])
+        tile = constants["BLOCK"] * (constants["RANKS"] if name == "_held_groups" else 1)
+        out = args[4] if name != "_partial_sums" else None
+        return Launch(kernel, args[1], constants["MAP_STREAMS"] if out is not None else 0, out, tile)
+
+    def wide_sweeps(self, accesses: dict[int, int], itemsize: int) -> int:
+        moved = sum(width * n for width, n in accesses.items() if width >= 16)
+        return moved * 32 * self.kernel.metadata.num_warps // (self.tile * itemsize)
 
 
 # -- Compiling what a launcher launches
@@ -52,8 +89,10 @@ class _Target:
 
     def __init__(self, arch: int) -> None:
         from triton.backends.compiler import GPUTarget
+        from triton.runtime import driver
 
         self.target = GPUTarget("cuda", arch, 32)
+        driver.set_active(self)
 
     def get_current_target(self) -> Any:
         return self.target
@@ -66,18 +105,17 @@ class _Target:
 
 
 @contextmanager
-def _compiling(arch: int, compiled: list[Any]) -> Iterator[None]:
-    """Launches of the row-wise skeleton append their compiled kernel to `compiled`."""
-    from triton.runtime import driver
-
+def _compiling(arch: int, compiled: list[Launch]) -> Iterator[None]:
+    """Launches of the row-wise skeleton are appended to `compiled`."""
     from fastgen.triton_kernels import rowwise
 
     def compile_launch(kernel: Any, programs: int, like: torch.Tensor, *args: Any, **constants: Any) -> None:
-        compiled.append(kernel.warmup(*args, grid=(programs,), **constants))
+        kernel = kernel.warmup(*args, grid=(programs,), **constants)
+        compiled.append(Launch.of(kernel, args, constants))
 
     launch = rowwise.launch
     rowwise.launch = compile_launch
-    driver.set_active(_Target(arch))
+    _Target(arch)
     try:
         yield
     finally:
@@ -103,22 +141,19 @@ def _loss_calls(dtype: torch.dtype, plan: str, shape: tuple[int, ...]) -> Iterat
     from fastgen.triton_kernels import elbo
 
     x, weight = _images(dtype, *shape), _vector(shape[0])
+
+    def ddo(with_grad: bool, samples: int = 1) -> Any:
+        flags = _vector(shape[0] // samples, torch.bool)
+        return elbo.ddo_loss(x, x, x, weight, False, "mean", with_grad, flags, None, 1.0, 0.05, samples)
+
+    def dpo(with_grad: bool, kind: str) -> Any:
+        return elbo.diffusion_dpo_loss(x, x, x, weight, True, "mean", with_grad, 5000.0, kind)
+
     for with_grad, suffix in ((False, ""), (True, " grad")):
-        flags = _vector(shape[0], torch.bool)
-        yield (
-            f"ddo {plan}{suffix}",
-            lambda g=with_grad, f=flags: elbo.ddo_loss(x, x, x, weight, False, "mean", g, f, None, 1.0, 0.05, 1),
-        )
+        yield f"ddo {plan}{suffix}", partial(ddo, with_grad)
         for kind in ("sigmoid", "ipo", "hinge"):
-            yield (
-                f"dpo {kind} {plan}{suffix}",
-                lambda g=with_grad, k=kind: elbo.diffusion_dpo_loss(x, x, x, weight, True, "mean", g, 5000.0, k),
-            )
-    four = _vector(shape[0] // 4, torch.bool)
-    yield (
-        f"ddo 4 samples {plan} grad",
-        lambda: elbo.ddo_loss(x, x, x, weight, False, "mean", True, four, None, 1.0, 0.05, 4),
-    )
+            yield f"dpo {kind} {plan}{suffix}", partial(dpo, with_grad, kind)
+    yield f"ddo 4 samples {plan} grad", partial(ddo, True, 4)
 
 
 def _calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -127,28 +162,34 @@ def _calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
     for plan, shape in SHAPES.items():
         x, weight = _images(dtype, *shape), _vector(shape[0])
         for loss in ("l2", "l1", "huber"):
-            yield f"error {loss} {plan}", lambda x=x, w=weight, k=loss: elbo.elbo_error(x, x, w, k, True)
-        yield f"difference {plan}", lambda x=x, w=weight: elbo.elbo_difference(x, x, x, w, False)
+            yield f"error {loss} {plan}", partial(elbo.elbo_error, x, x, weight, loss, True)
+        yield f"difference {plan}", partial(elbo.elbo_difference, x, x, x, weight, False)
         yield from _loss_calls(dtype, plan, shape)
     x, weight = _images(dtype, *SHAPES["held"]), _vector(SHAPES["held"][0])
     for loss in ("l2", "l1", "huber"):
-        yield f"error backward {loss}", lambda k=loss: elbo.elbo_error_backward(weight, x, x, weight, k, True)
-    yield "combination", lambda: schedule.row_combination(x, weight, x, weight)
-    yield "combination of one", lambda: schedule.row_combination(x, weight)
-    yield "scale in place", lambda: gradient.scale_gradient_(x, weight[0])
+        yield f"error backward {loss}", partial(elbo.elbo_error_backward, weight, x, x, weight, loss, True)
+    yield "combination", partial(schedule.row_combination, x, weight, x, weight)
+    yield "combination of one", partial(schedule.row_combination, x, weight)
+    yield "scale in place", partial(gradient.scale_gradient_, x, weight[0])
 
 
-def triton_report(architectures: Iterable[int] = ARCHITECTURES, dtypes: Iterable[str] = tuple(DTYPES)) -> list[Report]:
-    """One entry per kernel of every call above; calls that launch one and the same kernel share its first entry."""
+def triton_report(
+    architectures: Iterable[int] = ARCHITECTURES, dtypes: Iterable[str] = tuple(DTYPES), only: str = ""
+) -> list[Report]:
+    """One entry per kernel of every call above; calls that launch one and the same kernel share its first entry.
+
+    `only`: a pattern that a call's name must match.
+    """
     reports: dict[str, Report] = {}
     for arch, dtype in itertools.product(architectures, dtypes):
         for variant, call in _calls(DTYPES[dtype]):
-            compiled: list[Any] = []
-            with _compiling(arch, compiled):
-                call()
-            for kernel in compiled:
-                if kernel.hash not in reports:
-                    reports[kernel.hash] = _report(kernel, f"{variant} {dtype}", arch)
+            compiled: list[Launch] = []
+            if re.search(only, variant):
+                with _compiling(arch, compiled):
+                    call()
+            for launched in compiled:
+                if launched.kernel.hash not in reports:
+                    reports[launched.kernel.hash] = _report(launched, f"{variant} {dtype}", arch)
     return list(reports.values())
 
 
@@ -169,14 +210,17 @@ def _tool(name: str) -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
-def _report(kernel: Any, variant: str, arch: int) -> Report:
+def _report(launch: Launch, variant: str, arch: int) -> Report:
+    kernel = launch.kernel
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(kernel.asm["cubin"])
         cubin.flush()
         command = [_tool("cuobjdump"), "--dump-resource-usage", "--dump-sass", cubin.name]
         dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     usage = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", dump)}
-    ptx = kernel.asm["ptx"]
+    loads, stores = _widths(kernel.asm["ptx"], "ld"), _widths(kernel.asm["ptx"], "st")
+    sweeps = SWEEPS[kernel.metadata.name](len(launch.streams), launch.map_streams)
+    out = launch.out
     return Report(
         kernel=kernel.metadata.name,
         variant=variant,
@@ -185,9 +229,11 @@ def _report(kernel: Any, variant: str, arch: int) -> Report:
         registers=usage["REG"],
         spill_bytes=usage["STACK"] + usage["LOCAL"],
         shared_bytes=kernel.metadata.shared,
-        loads=_widths(ptx, "ld"),
-        stores=_widths(ptx, "st"),
         instructions=len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+\S", dump, re.MULTILINE)),
+        loads=loads,
+        stores=stores,
+        narrow_reads=sweeps - launch.wide_sweeps(loads, launch.streams[0].element_size()),
+        narrow_writes=0 if out is None else 1 - launch.wide_sweeps(stores, out.element_size()),
     )
 
 
@@ -199,12 +245,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--arch", type=int, action="append", help="80, 90 or 100; all if not given")
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="all if not given")
+    parser.add_argument("--only", default="", help="a pattern that a call's name must match")
+    parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    print(f"{'kernel':16} {'variant':32} sm_ warps regs spill shared  instr  loads (count x bytes)   stores")
-    for r in triton_report(options.arch or ARCHITECTURES, options.dtype or tuple(DTYPES)):
+    reports = triton_report(options.arch or ARCHITECTURES, options.dtype or tuple(DTYPES), options.only)
+    if options.json:
+        print(json.dumps([asdict(r) for r in reports]))
+        return
+    print(f"{'kernel':16} {'variant':32} sm_ warps regs spill shared  instr  loads (count x bytes)     stores")
+    for r in reports:
+        narrow = "  NARROW" if r.narrow_reads or r.narrow_writes else ""
         print(
             f"{r.kernel:16} {r.variant:32} {r.arch:3} {r.num_warps:5} {r.registers:4} {r.spill_bytes:5} "
-            f"{r.shared_bytes:6} {r.instructions:6}  {_columns(r.loads):24} {_columns(r.stores)}"
+            f"{r.shared_bytes:6} {r.instructions:6}  {_columns(r.loads):24}  {_columns(r.stores)}{narrow}"
         )
 
 

@@ -19,6 +19,11 @@ from fastgen import _backend
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
+if DEVICE == "cpu" and _backend.missing("elbo_error", "triton", DEVICE) is None:
+    from interpreter import round_as_gpus_do
+
+    round_as_gpus_do()
+
 # The first interpreted kernel of a process takes seconds, and machines that run tests are busy: no deadlines.
 settings.register_profile(
     "fastgen", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]

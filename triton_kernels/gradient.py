@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import rowwise
 from .plan import flat_plan, multiprocessors, offsets_type, unit_of
+from .scalar import rounded
 
 
 @triton.jit(do_not_specialize=["units"])
@@ -22,7 +23,7 @@ def _scale_in_place(grad, scale, units, BLOCK: tl.constexpr, UNIT: tl.constexpr,
             mask = cols < size - start
             pointers = grad + start + cols
             value = factor * tl.load(pointers, mask=mask, other=0.0).to(T)
-            tl.store(pointers, value.to(grad.dtype.element_ty), mask=mask)
+            tl.store(pointers, rounded(value, grad.dtype.element_ty), mask=mask)
 
 
 def scale_gradient_(grad: Tensor, scale: Tensor) -> None:

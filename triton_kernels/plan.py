@@ -1,4 +1,4 @@
-"""How a row-wise call is cut into programs. Heuristics, not measured on a GPU yet; the bounds have the reasons given."""
+"""How a row-wise call is cut into programs. Heuristics, not yet measured on a GPU; each bound has the reason given."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import triton.language as tl
 # Bytes of one stream, in the arithmetic type, that a program may hold in registers: a thread of 512 then has 32 of the
 # 128 it may use for each stream.
 HELD_BYTES = 64 * 1024
-# Threads that sweep one row together, counted as 32 a warp, and what each reads of a stream at a time: two 16-byte loads
-# of the narrowest one. With three streams that keeps 96 bytes in flight in at most 64 registers, without spills.
+# Threads that sweep one row together, counted as 32 a warp, and what each reads of a stream at a time: two 16-byte
+# loads of the narrowest one. With three streams that keeps 96 bytes in flight in at most 64 registers, without spills.
 THREADS = 256
 BYTES_PER_THREAD = 32
 # Programs in flight that keep one multiprocessor's memory pipeline busy.

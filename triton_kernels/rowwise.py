@@ -28,6 +28,7 @@ from torch import Tensor
 
 from . import layout
 from .plan import Plan, groups_plan, map_plan, multiprocessors, offsets_type, unit_of
+from .scalar import rounded
 
 
 class Functions(NamedTuple):
@@ -183,7 +184,8 @@ def _row_sums(
     lanes = _zeros((BLOCK,), SUMS, T)
     for start in range(begin, end, BLOCK):
         mask = cols < size - start
-        shares = functions.accumulate(constants, _load(streams, strides, row, start, cols, mask, len(streams), UNIT, T))
+        v = _load(streams, strides, row, start, cols, mask, len(streams), UNIT, T)
+        shares = functions.accumulate(constants, v)
         added = ()
         for k in tl.static_range(SUMS):
             added = added + (lanes[k] + tl.where(mask, shares[k], 0.0),)
@@ -204,7 +206,7 @@ def _map_row(
         mask = cols < size - start
         v = _load(streams, strides, row, start, cols, mask, MAP_STREAMS, UNIT, T)
         value = functions.map(constants, coefficient, v)
-        tl.store(out + row * size + start + cols, value.to(out.dtype.element_ty), mask=mask)
+        tl.store(out + row * size + start + cols, rounded(value, out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -242,7 +244,7 @@ def _held_groups(
         coefficient = functions.coefficient(args, row, rank, constants, slope, T)
         if out is not None:
             value = functions.map(constants, coefficient, v)
-            tl.store(out + row * size + cols, value.to(out.dtype.element_ty), mask=mask)
+            tl.store(out + row * size + cols, rounded(value, out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=_PLAIN)

@@ -27,6 +27,15 @@ def number(value, T: tl.constexpr):
 
 
 @triton.jit
+def rounded(value, D: tl.constexpr):
+    """`value` in the dtype of an output. From float64 to 16 bits by way of float32, as in C++: there is no such
+    instruction, and the interpreter gets it wrong."""
+    if value.dtype == tl.float64 and D != tl.float64:
+        value = value.to(tl.float32)
+    return value.to(D)
+
+
+@triton.jit
 def divide(a, b):
     # `/` on float32 is an approximation, two ulp off.
     if b.dtype == tl.float64:
@@ -51,7 +60,8 @@ def exp_negative(x):
 def log1p(x):
     """log(1 + x) for x >= 0, also where 1 + x rounds x away."""
     u = 1.0 + x
-    return tl.where(u == 1.0, x, tl.log(u) * divide(x, u - 1.0))
+    lost = u == 1.0
+    return tl.where(lost, x, tl.log(u) * divide(x, tl.where(lost, 1.0, u - 1.0)))
 
 
 @triton.jit
