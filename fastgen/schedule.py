@@ -254,7 +254,7 @@ class NoiseSchedule:
         return self._coefficients(t)[1]
 
     def edm_weight(self, t: Tensor) -> Tensor:
-        """EDM's weight of x0-errors: ``(s² + sigma_data²) / (s sigma_data)²`` at the level ``s = sigma_t / alpha_t``."""
+        """EDM's weight of x0-errors: ``(s² + sigma_data²) / (s sigma_data)²``, s = sigma_t / alpha_t."""
         alpha, sigma = self._coefficients(t)
         level = sigma / alpha
         return (level.square() + self.sigma_data**2) / (level * self.sigma_data).square()

@@ -74,7 +74,6 @@ def test_compiles_without_a_graph_break(name, kernel_backend, device):
     torch.testing.assert_close(actual, expected)
 
 
-@pytest.mark.slow
 def test_compiles_with_inductor_and_dynamic_shapes(device):
     def step(p, q, y, real):
         return fastgen.ddo_loss(p * 2, q, y, real, alpha=2.0) + 1
