@@ -6,17 +6,31 @@
 from ._backend import build_info, use_backend
 from .elbo import ddo_loss, diffusion_dpo_loss, elbo_difference, elbo_error
 from .schedule import NoiseSchedule, add_noise, prediction_to_x0
+from .score_distillation import (
+    DistillationStats,
+    ScorePair,
+    decoupled_dmd_loss,
+    dmd_loss,
+    sds_loss,
+    vsd_loss,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DistillationStats",
     "NoiseSchedule",
+    "ScorePair",
     "add_noise",
     "build_info",
     "ddo_loss",
+    "decoupled_dmd_loss",
     "diffusion_dpo_loss",
+    "dmd_loss",
     "elbo_difference",
     "elbo_error",
     "prediction_to_x0",
+    "sds_loss",
     "use_backend",
+    "vsd_loss",
 ]
