@@ -4,6 +4,8 @@
 """
 
 from ._backend import build_info, use_backend
+from .adversarial import discriminator_loss, generator_loss
+from .distillation_training import backward_simulation, fake_score_loss, renoise_times
 from .elbo import ddo_loss, diffusion_dpo_loss, elbo_difference, elbo_error
 from .schedule import NoiseSchedule, add_noise, prediction_to_x0
 from .score_distillation import (
@@ -22,14 +24,19 @@ __all__ = [
     "NoiseSchedule",
     "ScorePair",
     "add_noise",
+    "backward_simulation",
     "build_info",
     "ddo_loss",
     "decoupled_dmd_loss",
     "diffusion_dpo_loss",
+    "discriminator_loss",
     "dmd_loss",
     "elbo_difference",
     "elbo_error",
+    "fake_score_loss",
+    "generator_loss",
     "prediction_to_x0",
+    "renoise_times",
     "sds_loss",
     "use_backend",
     "vsd_loss",

@@ -8,14 +8,15 @@ An operator returns ``(loss, coefficients, stats, grad)`` from one pass: ``grad`
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _backend, _layout
-from ._autograd import apply, once_differentiable
+from ._autograd import once_differentiable
 from ._gradient import scale_gradient
+from .reference.score_distillation import DistillationStats
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -202,42 +203,44 @@ class _FieldLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(name: str, backend: str, group_rows: int, keep_grad: bool, x: Tensor, *args: Any) -> Outputs:
-        return _backend.operators[name].on(backend)(*args, keep_grad)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
-        ctx.name, ctx.backend, ctx.group_rows, keep_grad, _, *args = inputs
-        _, coefficients, stats, grad = output
-        ctx.mark_non_differentiable(coefficients, stats, grad)
-        first, last = _KEPT[ctx.name]
-        kept = args[first:last]
-        if ctx.name != "score_difference" and kept[-4] == kept[-3]:
+    def forward(
+        ctx: Any, name: str, backend: str, group_rows: int, keep_grad: bool, x: Tensor, *args: Any
+    ) -> tuple[Tensor, Tensor]:
+        loss, coefficients, stats, grad = _backend.operators[name].on(backend)(*args, keep_grad)
+        kept = list(args[slice(*_KEPT[name])])
+        if name != "score_difference" and kept[-4] == kept[-3]:
             kept[0] = None  # of two predictions of one quantity the noisy image cancels
-        ctx.kept = [None if isinstance(value, Tensor) else value for value in kept]
         ctx.places = [i for i, value in enumerate(kept) if isinstance(value, Tensor)]
         ctx.save_for_backward(coefficients, *[kept[i] for i in ctx.places])
-        ctx.num_inputs = len(inputs)
-        ctx.grad = grad if keep_grad else None
+        ctx.kept = [None if isinstance(value, Tensor) else value for value in kept]
+        ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
+        ctx.name, ctx.backend, ctx.group_rows = name, backend, group_rows
+        ctx.grad = grad if keep_grad else None
+        ctx.unused = (None,) * len(args)
+        return loss, stats
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        none_after = (None,) * (ctx.num_inputs - 5)
-        if grad_loss is None:
-            return (None,) * 5 + none_after
+    def backward(ctx: Any, grad_loss: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         grad, ctx.grad = ctx.grad, None
-        if grad is not None:
-            return (None,) * 4 + (scale_gradient(grad, grad_loss, ctx.backend), *none_after)
+        if grad_loss is None:  # the loss was not used
+            grad = None
+        elif grad is not None:
+            scale_gradient(grad, grad_loss, ctx.backend)
+        else:
+            grad = _FieldLoss.recompute(ctx, grad_loss)
+        return (None,) * 4 + (grad, *ctx.unused)
+
+    @staticmethod
+    def recompute(ctx: Any, grad_loss: Tensor) -> Tensor:
         coefficients, *tensors = ctx.saved_tensors
         args = list(ctx.kept)
         for place, value in zip(ctx.places, tensors, strict=True):
             args[place] = value
-        if grad_loss.dim() == 1 and ctx.group_rows > 1:
+        if grad_loss.dim() == 1 and ctx.group_rows > 1:  # one number a group: spread it over the group's rows
             grad_loss = grad_loss.repeat_interleave(ctx.group_rows)
-        grad = _backend.operators[f"{ctx.name}_backward"].on(ctx.backend)(coefficients * grad_loss, *args)
-        return (None,) * 4 + (grad, *none_after)
+        return _backend.operators[f"{ctx.name}_backward"].on(ctx.backend)(coefficients * grad_loss, *args)
 
 
 def field_loss(op: _backend.Operator, backend: str, x: Tensor, group_rows: int, *args: Any) -> tuple[Tensor, Tensor]:
@@ -254,5 +257,75 @@ def field_loss(op: _backend.Operator, backend: str, x: Tensor, group_rows: int, 
         and type(x) in (Tensor, torch.nn.Parameter)
         and not torch.compiler.is_compiling()
     )
-    loss, _, stats, _ = apply(_FieldLoss, op.name, backend, group_rows, keep_grad, x, *args)
-    return loss, stats
+    return _FieldLoss.apply(op.name, backend, group_rows, keep_grad, x, *args)
+
+
+class Rows(NamedTuple):
+    """How the operators see x: a row a sample or, where anything is given per frame, a row a frame."""
+
+    frames: int | None  # per sample, where rows are frames
+    group: int  # consecutive rows that share a normaliser
+
+    def stream(self, t: Tensor) -> Tensor:
+        return t if self.frames is None else t.flatten(0, 1)
+
+    def optional(self, t: Tensor | None) -> Tensor | None:
+        return None if t is None else self.stream(t)
+
+    def scalars(self, t: Tensor | None) -> Tensor | None:
+        if t is None or self.frames is None:
+            return t
+        return (t if t.dim() == 2 else t.unsqueeze(1).expand(-1, self.frames)).reshape(-1)
+
+    def finish(
+        self, loss: Tensor, stats: Tensor, terms: int, count: Tensor | None, x: Tensor, return_stats: bool
+    ) -> Any:
+        """From groups to samples. Rows of `stats`: losses, `terms` sums of |G|, `terms` normalisers, skips."""
+        per_frame = self.frames is not None and self.group == 1
+        if per_frame and loss.dim() == 1:
+            loss = loss.unflatten(0, (-1, self.frames)).sum(1)
+        if not return_stats:
+            return loss
+        grad_abs = stats[1 : 1 + terms].sum(1) / (max(x.numel(), 1) if count is None else count.clamp(min=1))
+        normalizer = stats[1 + terms : 1 + 2 * terms]
+        if per_frame:
+            normalizer = normalizer.unflatten(1, (-1, self.frames))
+        if terms == 1:
+            grad_abs, normalizer = grad_abs[0], normalizer[0]
+        return loss, DistillationStats(loss.detach(), grad_abs, normalizer, stats[-1].sum().to(torch.int64))
+
+
+def rows_of(x: Tensor, normalizer_dims: str, weight: Tensor | None, *scalars: Tensor) -> Rows:
+    per_frame = any(t.dim() == 2 for t in scalars) or _is_2d(row_weight(weight, x))
+    if normalizer_dims == "sample" and not per_frame:
+        return Rows(None, 1)
+    frames = x.shape[1]
+    return Rows(frames, 1 if normalizer_dims == "frame" else frames)
+
+
+def _is_2d(t: Tensor | None) -> bool:
+    return t is not None and t.dim() == 2
+
+
+def row_weight(weight: Tensor | None, x: Tensor) -> Tensor | None:
+    """The weight where it is one per sample or frame; a map of x's shape is a stream (``gate_of``)."""
+    return None if weight is not None and is_map(weight, x) else weight
+
+
+def is_map(weight: Tensor, x: Tensor) -> bool:
+    return weight.shape == x.shape and x.dim() > 1
+
+
+def gate_of(x: Tensor, weight: Tensor | None, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """What multiplies G elementwise, and the number of elements to average over where that is not all."""
+    gate = weight if weight is not None and is_map(weight, x) else None
+    if mask is None:
+        return gate, None
+    whole = mask.expand(x.shape)
+    # In x's own layout, which the operators then read in place.
+    count = whole.sum() if whole.stride() == mask.stride() else mask.sum() * (x.numel() // max(mask.numel(), 1))
+    if gate is None:
+        gate = whole if whole.stride() == x.stride() else torch.empty_like(x, dtype=torch.bool).copy_(whole)
+    else:
+        gate = torch.where(whole, gate, 0)
+    return gate.detach(), count.to(torch.float32)

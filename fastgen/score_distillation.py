@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from . import _backend, _checks, reference
@@ -207,14 +206,15 @@ def dmd_loss(
             guidance_scale=guidance, weight=weight, mask=mask, reduction=reduction, return_stats=return_stats,
             **common,
         )  # fmt: skip
-    rows = _rows_of(x, normalizer_dims, weight, alpha_t, sigma_t)
+    rows = _ops.rows_of(x, normalizer_dims, weight, alpha_t, sigma_t)
     streams = [rows.stream(t) for t in (x, x_t, real_cond, fake)]
-    gate, count = _gate(x, weight, mask)
+    gate, count = _ops.gate_of(x, weight, mask)
     divisor = count if reduction == "mean" else None
     loss, stats = _ops.field_loss(
         _ops.dmd, backend, streams[0], rows.group, *streams,
-        rows.optional(real_uncond), rows.scalars(_row_weight(weight, x)), rows.optional(gate), rows.scalars(alpha_t),
-        rows.scalars(sigma_t), prediction_type, fake_prediction_type or prediction_type, guidance, x.dtype, divisor,
+        rows.optional(real_uncond), rows.scalars(_ops.row_weight(weight, x)), rows.optional(gate),
+        rows.scalars(alpha_t), rows.scalars(sigma_t), prediction_type, fake_prediction_type or prediction_type,
+        guidance, x.dtype, divisor,
         normalizer is not None, float(normalizer_min), float(normalizer_eps), rows.group, reduction,
     )  # fmt: skip
     return rows.finish(loss, stats, 1, count, x, return_stats)
@@ -288,88 +288,17 @@ def decoupled_dmd_loss(
             x, dm, ca, guidance_scale=guidance, weight=weight, mask=mask, reduction=reduction,
             return_stats=return_stats, **common,
         )  # fmt: skip
-    rows = _rows_of(x, normalizer_dims, weight, *times.values())
+    rows = _ops.rows_of(x, normalizer_dims, weight, *times.values())
     streams = [rows.stream(t) for t in (x, ca.x_t, dm.x_t, dm.real, dm.contrast, ca.real, ca.contrast)]
-    gate, count = _gate(x, weight, mask)
+    gate, count = _ops.gate_of(x, weight, mask)
     divisor = count if reduction == "mean" else None
     loss, stats = _ops.field_loss(
         _ops.decoupled_dmd, backend, streams[0], rows.group, *streams,
-        rows.scalars(_row_weight(weight, x)), rows.optional(gate), *map(rows.scalars, times.values()),
+        rows.scalars(_ops.row_weight(weight, x)), rows.optional(gate), *map(rows.scalars, times.values()),
         prediction_type, fake_prediction_type or prediction_type, guidance, x.dtype, divisor,
         normalizer is not None, float(normalizer_min), float(normalizer_eps), rows.group, reduction,
     )  # fmt: skip
     return rows.finish(loss, stats, 2, count, x, return_stats)
-
-
-class _Rows(NamedTuple):
-    """How the operators see x: a row a sample or, where anything is given per frame, a row a frame."""
-
-    frames: int | None  # per sample, where rows are frames
-    group: int  # consecutive rows that share a normaliser
-
-    def stream(self, t: Tensor) -> Tensor:
-        return t if self.frames is None else t.flatten(0, 1)
-
-    def optional(self, t: Tensor | None) -> Tensor | None:
-        return None if t is None else self.stream(t)
-
-    def scalars(self, t: Tensor | None) -> Tensor | None:
-        if t is None or self.frames is None:
-            return t
-        return (t if t.dim() == 2 else t.unsqueeze(1).expand(-1, self.frames)).reshape(-1)
-
-    def finish(
-        self, loss: Tensor, stats: Tensor, terms: int, count: Tensor | None, x: Tensor, return_stats: bool
-    ) -> Any:
-        """From groups to samples. Rows of `stats`: losses, `terms` sums of |G|, `terms` normalisers, skips."""
-        per_frame = self.frames is not None and self.group == 1
-        if per_frame and loss.dim() == 1:
-            loss = loss.unflatten(0, (-1, self.frames)).sum(1)
-        if not return_stats:
-            return loss
-        grad_abs = stats[1 : 1 + terms].sum(1) / (max(x.numel(), 1) if count is None else count.clamp(min=1))
-        normalizer = stats[1 + terms : 1 + 2 * terms]
-        if per_frame:
-            normalizer = normalizer.unflatten(1, (-1, self.frames))
-        if terms == 1:
-            grad_abs, normalizer = grad_abs[0], normalizer[0]
-        return loss, DistillationStats(loss.detach(), grad_abs, normalizer, stats[-1].sum().to(torch.int64))
-
-
-def _rows_of(x: Tensor, normalizer_dims: str, weight: Tensor | None, *scalars: Tensor) -> _Rows:
-    per_frame = any(t.dim() == 2 for t in scalars) or _is_2d(_row_weight(weight, x))
-    if normalizer_dims == "sample" and not per_frame:
-        return _Rows(None, 1)
-    frames = x.shape[1]
-    return _Rows(frames, 1 if normalizer_dims == "frame" else frames)
-
-
-def _is_2d(t: Tensor | None) -> bool:
-    return t is not None and t.dim() == 2
-
-
-def _row_weight(weight: Tensor | None, x: Tensor) -> Tensor | None:
-    """The weight where it is one per sample or frame; a map of x's shape is a stream (``_gate``)."""
-    return None if weight is not None and _is_map(weight, x) else weight
-
-
-def _is_map(weight: Tensor, x: Tensor) -> bool:
-    return weight.shape == x.shape and x.dim() > 1
-
-
-def _gate(x: Tensor, weight: Tensor | None, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """What multiplies G elementwise, and the number of elements to average over where that is not all."""
-    gate = weight if weight is not None and _is_map(weight, x) else None
-    if mask is None:
-        return gate, None
-    whole = mask.expand(x.shape)
-    # In x's own layout, which the operators then read in place.
-    count = whole.sum() if whole.stride() == mask.stride() else mask.sum() * (x.numel() // max(mask.numel(), 1))
-    if gate is None:
-        gate = whole if whole.stride() == x.stride() else torch.empty_like(x, dtype=torch.bool).copy_(whole)
-    else:
-        gate = torch.where(whole, gate, 0)
-    return gate.detach(), count.to(torch.float32)
 
 
 def _given(**tensors: Tensor | None) -> dict[str, Tensor]:
@@ -387,7 +316,7 @@ def _check_weight(weight: Tensor | None, x: Tensor, frames: bool) -> None:
     if weight is None:
         return
     _checks.tensor("weight", weight)
-    if _is_map(weight, x):
+    if _ops.is_map(weight, x):
         _checks.streams(x=x, weight=weight)
     elif frames:
         _checks.per_frame("weight", weight, x)
@@ -458,9 +387,9 @@ def _score_loss(
             x, pred, target, guidance_scale=guidance, weight=weight, reduction=reduction, grad_clip=grad_clip,
             return_stats=return_stats, **{uncond_name: uncond},
         )  # fmt: skip
-    gate, _ = _gate(x, weight, None)
+    gate, _ = _ops.gate_of(x, weight, None)
     loss, stats = _ops.field_loss(
-        _ops.score_difference, backend, x, 1, pred, target, uncond, _row_weight(weight, x), gate, guidance, clip,
+        _ops.score_difference, backend, x, 1, pred, target, uncond, _ops.row_weight(weight, x), gate, guidance, clip,
         x.dtype, reduction,
     )  # fmt: skip
-    return _Rows(None, 1).finish(loss, stats, 1, None, x, return_stats)
+    return _ops.Rows(None, 1).finish(loss, stats, 1, None, x, return_stats)

@@ -184,7 +184,8 @@ Outputs dmd(const Tensor& x, const Tensor& x_t, const Tensor& real, const Tensor
   const auto alpha = row_scalars(alpha_t, arithmetic), sigma = row_scalars(sigma_t, arithmetic);
   Outputs out;
   with_arithmetic(arithmetic, [&](auto zero) {
-    with_streams(uncond.has_value(), gate.has_value(), type == fake_type, [&](auto has_uncond, auto has_gate, auto same) {
+    const bool one_type = type == fake_type;
+    with_streams(uncond.has_value(), gate.has_value(), one_type, [&](auto has_uncond, auto has_gate, auto same) {
       using T = decltype(zero);
       using Field = DmdField<T, has_uncond, has_gate, same>;
       const Rows<Field::kStreams> rows(
@@ -209,7 +210,8 @@ Tensor dmd_backward(const Tensor& grad, const std::optional<Tensor>& x_t, const 
   const auto alpha = row_scalars(alpha_t, arithmetic), sigma = row_scalars(sigma_t, arithmetic);
   Tensor out;
   with_arithmetic(arithmetic, [&](auto zero) {
-    with_streams(uncond.has_value(), gate.has_value(), type == fake_type, [&](auto has_uncond, auto has_gate, auto same) {
+    const bool one_type = type == fake_type;
+    with_streams(uncond.has_value(), gate.has_value(), one_type, [&](auto has_uncond, auto has_gate, auto same) {
       using T = decltype(zero);
       using Field = DmdField<T, has_uncond, has_gate, same>;
       const Rows<Field::kMapStreams> rows(

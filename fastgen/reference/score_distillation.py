@@ -17,6 +17,14 @@ class ScorePair(NamedTuple):
     `x_t` [B, …] is the noisy image that both networks saw, `alpha_t` and `sigma_t` ([B], or [B, F] for video) its
     coefficients. `real` is the real network's conditional output, `contrast` what it is compared with: the fake
     network's output for distribution matching (DM), the real network's unconditional one for guidance (CA).
+
+    Example::
+
+        >>> import torch, fastgen
+        >>> x_t, alpha_t, sigma_t = torch.zeros(2, 3), torch.full((2,), 0.6), torch.full((2,), 0.8)
+        >>> dm = fastgen.ScorePair(x_t, alpha_t, sigma_t, real=torch.ones(2, 3), contrast=torch.zeros(2, 3))
+        >>> dm.real.shape
+        torch.Size([2, 3])
     """
 
     x_t: Tensor
@@ -33,6 +41,14 @@ class DistillationStats(NamedTuple):
     `normalizer` of each sample [B], or of each frame [B, F]; `skipped` the number of samples (frames) whose G was not
     finite, which contribute 0 to all else. For the decoupled loss `grad_abs` is [2] and `normalizer` has a leading 2:
     the DM and the CA term.
+
+    Example::
+
+        >>> import torch, fastgen
+        >>> x, pred = torch.zeros(2, 2), torch.tensor([[1.0, 3.0], [torch.inf, 0.0]])
+        >>> loss, stats = fastgen.sds_loss(x, pred, torch.zeros(2, 2), return_stats=True)
+        >>> stats.skipped, stats.grad_abs
+        (tensor(1), tensor(1.))
     """
 
     loss: Tensor
@@ -213,6 +229,8 @@ def usable(n: Tensor) -> Tensor:
 
 class _GivenGradient(torch.autograd.Function):
     """Terms [B] or [B, F] whose gradients with respect to x are the rows of G."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, terms: Tensor, G: Tensor) -> Tensor:
