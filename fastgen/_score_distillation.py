@@ -245,11 +245,12 @@ class _FieldLoss(torch.autograd.Function):
 
 def field_loss(op: _backend.Operator, backend: str, x: Tensor, group_rows: int, *args: Any) -> tuple[Tensor, Tensor]:
     """The loss and the statistics; `args` are the operator's but the last, and end with the reduction."""
-    # Nothing but x has a gradient; and the compiler takes no tensor twice, as x or as one level's times for both.
-    args = tuple(value.detach() if isinstance(value, Tensor) else value for value in args)
     if not (torch.is_grad_enabled() and x.requires_grad):
-        loss, _, stats, _ = op.on(backend)(*args, False)
+        with torch.no_grad():  # the networks' outputs may have a graph
+            loss, _, stats, _ = op.on(backend)(*args, False)
         return loss, stats
+    if torch.compiler.is_compiling():  # which takes no tensor twice: x, or one level's times for both levels
+        args = tuple(value.detach() if isinstance(value, Tensor) else value for value in args)
     # float16 would underflow before a loss scale reaches it; a compiled backward cannot take the buffer over.
     keep_grad = (
         args[-1] != "none"

@@ -281,33 +281,6 @@ def test_a_free_image_moves_to_the_mode(loss_fn: Any) -> None:
 # ---------------------------------------------------------------- operators, compilation, errors
 
 
-def test_opcheck() -> None:
-    p = Problem(VIDEO)
-    q = Problem(VIDEO, seed=1)
-    f, mask = torch.float32, torch.ones(VIDEO, dtype=torch.bool)
-    a, b = p.streams(f, "epsilon"), q.streams(f, "epsilon")
-    ops = torch.ops.fastgen
-    types = ("epsilon", "v_prediction", 3.0, torch.bfloat16)
-    after = (torch.tensor(9.0), True, 0.0, 1e-6, 1)
-    dmd_args = (
-        a["real_cond"], a["fake"], a["real_uncond"], p.sigma, mask, p.alpha, p.sigma, *types,
-    )  # fmt: skip
-    two_levels = (
-        a["real_cond"], a["fake"], b["real_cond"], b["real_uncond"], None, mask, p.alpha, p.sigma, q.alpha, q.sigma,
-        *types,
-    )  # fmt: skip
-    score = (a["real_cond"], a["fake"], None, p.sigma, None, 1.0, math.inf, f)
-    x = p.x.float()
-    for reduction in ("mean", "none"):
-        torch.library.opcheck(ops.score_difference.default, (*score, reduction, True))
-        torch.library.opcheck(ops.dmd.default, (x, a["x_t"], *dmd_args, *after, reduction, True))
-        torch.library.opcheck(ops.decoupled_dmd.default, (x, b["x_t"], a["x_t"], *two_levels, *after, reduction, False))
-    row_grad = torch.rand(2)
-    torch.library.opcheck(ops.score_difference_backward.default, (row_grad, *score))
-    torch.library.opcheck(ops.dmd_backward.default, (row_grad, a["x_t"], *dmd_args))
-    torch.library.opcheck(ops.decoupled_dmd_backward.default, (torch.rand(2, 2), a["x_t"], *two_levels))
-
-
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_to_one_graph(dynamic: bool) -> None:
     p, q = Problem(VIDEO, seed=0), Problem(VIDEO, seed=1)
@@ -325,6 +298,16 @@ def test_compiles_to_one_graph(dynamic: bool) -> None:
 
 
 STREAMS = ("x_t", "real_cond", "fake", "real_uncond")
+
+
+def test_torch_func() -> None:
+    p = Problem()
+    kw = p.dmd(torch.float32, "epsilon")
+    x = p.x.float()
+    torch.testing.assert_close(torch.func.grad(lambda t: dmd_loss(t, **kw))(x), value_and_grad(dmd_loss, x, **kw)[1])
+    batch = torch.stack([x, x + 1])
+    each = torch.stack([value_and_grad(dmd_loss, t, **kw)[1] for t in batch])
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(lambda t: dmd_loss(t, **kw)))(batch), each)
 
 
 def call(**changes: Any) -> Tensor:
