@@ -24,22 +24,27 @@ CASES = [
 ]
 
 
-def times(rows: int, device: str) -> tuple[Tensor, Tensor]:
+Times = tuple[Tensor, Tensor]
+
+
+def times(rows: int, device: str) -> Times:
     sigma = torch.linspace(0.1, 0.9, rows, device=device)
     return (1 - sigma**2).sqrt(), sigma
 
 
-def dmd(module: Any, x: Tensor, x_t: Tensor, real: Tensor, uncond: Tensor, fake: Tensor, *_: Tensor) -> Tensor:
-    alpha, sigma = times(x.shape[0], x.device.type)
+def dmd(
+    module: Any, at: Times, x: Tensor, x_t: Tensor, real: Tensor, uncond: Tensor, fake: Tensor, *_: Tensor
+) -> Tensor:
+    alpha, sigma = at
     return module.dmd_loss(
         x, x_t, real, fake, alpha_t=alpha, sigma_t=sigma, real_uncond=uncond, guidance_scale=7.5, normalizer_eps=1e-6
     )
 
 
-def pseudo_target(x: Tensor, x_t: Tensor, real: Tensor, uncond: Tensor, fake: Tensor, *_: Tensor) -> Tensor:
+def pseudo_target(at: Times, x: Tensor, x_t: Tensor, real: Tensor, uncond: Tensor, fake: Tensor, *_: Tensor) -> Tensor:
     """What DMD codes do, in float32."""
     with torch.no_grad():
-        alpha, sigma = (t.view(-1, *[1] * (x.dim() - 1)) for t in times(x.shape[0], x.device.type))
+        alpha, sigma = (t.view(-1, *[1] * (x.dim() - 1)) for t in at)
         x_t, real, uncond, fake = x_t.float(), real.float(), uncond.float(), fake.float()
         guided = uncond + 7.5 * (real - uncond)
         r, f = (x_t - sigma * guided) / alpha, (x_t - sigma * fake) / alpha
@@ -48,15 +53,16 @@ def pseudo_target(x: Tensor, x_t: Tensor, real: Tensor, uncond: Tensor, fake: Te
     return 0.5 * F.mse_loss(x.float(), (x.float() - grad).detach())
 
 
-def decoupled(module: Any, x: Tensor, x_t: Tensor, real: Tensor, uncond: Tensor, fake: Tensor, *ca: Tensor) -> Tensor:
-    alpha, sigma = times(x.shape[0], x.device.type)
+def decoupled(
+    module: Any, at: Times, x: Tensor, x_t: Tensor, real: Tensor, uncond: Tensor, fake: Tensor, *ca: Tensor
+) -> Tensor:
+    alpha, sigma = at
     dm = ScorePair(x_t, alpha, sigma, real, fake)
     return module.decoupled_dmd_loss(x, dm, ScorePair(ca[0], alpha, sigma, ca[1], uncond), guidance_scale=7.5)
 
 
-def sds(module: Any, x: Tensor, noise: Tensor, real: Tensor, uncond: Tensor, *_: Tensor) -> Tensor:
-    sigma = times(x.shape[0], x.device.type)[1]
-    return module.sds_loss(x, real, noise, pred_uncond=uncond, guidance_scale=100.0, weight=sigma)
+def sds(module: Any, at: Times, x: Tensor, noise: Tensor, real: Tensor, uncond: Tensor, *_: Tensor) -> Tensor:
+    return module.sds_loss(x, real, noise, pred_uncond=uncond, guidance_scale=100.0, weight=at[1])
 
 
 LOSSES: dict[str, tuple[Callable[..., Tensor], int]] = {
@@ -81,15 +87,16 @@ def backend_step(backend: str, *args: Any) -> None:
 @pytest.mark.parametrize("name", LOSSES)
 def test_step(name: str, shape: tuple[int, ...], dtype: torch.dtype, benchmark: Any, device: str) -> None:
     loss, streams = LOSSES[name]  # every stream that is read once, and the gradient once
-    ours, theirs = partial(loss, fastgen), partial(loss, reference)
+    at = times(shape[0], device)
+    ours, theirs, usual = partial(loss, fastgen, at), partial(loss, reference, at), partial(pseudo_target, at)
     torch._dynamo.reset()
     variants: dict[str, Variant] = {
         "eager": partial(step, theirs),
         "torch.compile": partial(step, torch.compile(theirs)),
     }
     if name == "dmd":
-        variants["pseudo-target, eager"] = partial(step, pseudo_target)
-        variants["pseudo-target, torch.compile"] = partial(step, torch.compile(pseudo_target))
+        variants["pseudo-target, eager"] = partial(step, usual)
+        variants["pseudo-target, torch.compile"] = partial(step, torch.compile(usual))
     operator = {"sds": "score_difference"}.get(name, name)
     for backend in ("native", "triton"):
         if _backend.missing(operator, backend, device) is None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastgen
-from fastgen import ScorePair, decoupled_dmd_loss, dmd_loss, reference, sds_loss, vsd_loss
+from fastgen import ScorePair, _backend, decoupled_dmd_loss, dmd_loss, reference, sds_loss, vsd_loss
 
 
 def dmd_by_hand(p: Problem, eps: float = 0.0, minimum: float = 0.0) -> Tensor:
@@ -308,6 +310,34 @@ def test_torch_func() -> None:
     batch = torch.stack([x, x + 1])
     each = torch.stack([value_and_grad(dmd_loss, t, **kw)[1] for t in batch])
     torch.testing.assert_close(torch.func.vmap(torch.func.grad(lambda t: dmd_loss(t, **kw)))(batch), each)
+
+
+PEAK = """
+import re, sys, torch, fastgen
+def status(key):
+    return int(re.search(key + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+def step(x, x_t, real, uncond, fake):
+    c = torch.full((len(x),), 0.7)
+    kw = dict(alpha_t=c, sigma_t=c, real_uncond=uncond, guidance_scale=7.5)
+    fastgen.dmd_loss(x.requires_grad_(), x_t, real, fake, **kw).backward()
+streams = [torch.randn(8, 16, 21, 60, 104).to(getattr(torch, sys.argv[1])) for _ in range(5)]
+step(*[t[:1, :, :1].contiguous() for t in streams])
+before = status("VmRSS")
+open("/proc/self/clear_refs", "w").write("5")
+step(*streams)
+print((status("VmHWM") - before) / streams[0].nbytes)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.skipif(_backend.missing("dmd", "native", "cpu") is not None, reason="needs the compiled kernels")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_peak_memory_is_the_gradient(dtype: str) -> None:
+    run = subprocess.run([sys.executable, "-c", PEAK, dtype], capture_output=True, text=True, check=False)
+    if run.returncode and "clear_refs" in run.stderr:
+        pytest.skip("this kernel does not let a process reset its peak memory")
+    assert run.returncode == 0, run.stderr
+    assert 0.9 < float(run.stdout) <= 1.1
 
 
 def call(**changes: Any) -> Tensor:
