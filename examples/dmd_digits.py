@@ -15,10 +15,12 @@ The script
 5. prints Frechet distances to the real digits (lower is better), between features of a small classifier and between
    pixels, and how often that classifier sees the wanted digit.
 
-Guidance trades diversity for typical digits: it raises the accuracy and the distances, in the teacher too, which is the
-row to compare with. The reward is the log-probability of the very classifier that measures the accuracy, so that number
-shows that the term works, not that the digits are better. A distilled generator comes near its teacher in features and
-stays behind it in pixels; nothing here beats the teacher. All distances are to the training images.
+With seed 0 DMD brings the feature distance of the one-step sampler from 11.1 to 1.5 (the teacher's, with 18 Heun steps:
+0.5) and the pixel distance from 3.4 to 0.5 (0.07): most of the way, but nothing here beats the teacher. Guidance trades
+diversity for typical digits: it raises accuracy and distances, in the teacher too, which is the row to compare with; the
+generators lose more than it does (5.0 by DMD and 3.4 by Decoupled DMD, against 1.1). The reward is the log-probability of
+the very classifier that measures the accuracy, so that number shows that the term works, not that the digits are better.
+All distances are to the training images.
 
 Needs scikit-learn, matplotlib and tqdm besides fastgen. Results repeat exactly for one seed, thread count and machine.
 """
@@ -65,14 +67,14 @@ class Config:
     teacher_ema: float = 0.999
     drop_label: float = 0.1
     level: float = 3.0  # s0: the generator's input is s0 times noise
-    steps: int = 300  # of the generator
+    steps: int = 500  # of the generator
     fake_steps: int = 2  # for each of the generator's: the fake scores must follow it
     generator_lr: float = 3e-4
     fake_lr: float = 1e-3
     generator_ema: float = 0.98
     lowest: float = 0.05  # the range of levels at which real and fake scores are compared
     highest: float = 5.0
-    guidance_scale: float = 2.0
+    guidance_scale: float = 1.5
     classifier_steps: int = 600
     eval_samples: int = 5000
     sampler_steps: int = 18
