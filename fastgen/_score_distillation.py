@@ -79,7 +79,7 @@ def score_difference(
     reduction: str,
     with_grad: bool,
 ) -> Outputs:
-    return _outputs([pred, target, uncond, gate], dtype, 1, 4, 1, reduction, with_grad)
+    return _outputs([pred, target, uncond, gate], dtype, 1, 3, 1, reduction, with_grad)
 
 
 @_backend.operator(f"score_difference_backward(Tensor row_grad, {_SCORE}) -> Tensor")
@@ -120,7 +120,7 @@ def dmd(
     reduction: str,
     with_grad: bool,
 ) -> Outputs:
-    return _outputs([real, fake, uncond, gate, x_t, x], dtype, 1, 4, group_rows, reduction, with_grad)
+    return _outputs([real, fake, uncond, gate, x_t, x], dtype, 1, 3, group_rows, reduction, with_grad)
 
 
 @_backend.operator(f"dmd_backward(Tensor row_grad, Tensor? x_t, {_DMD}) -> Tensor")
@@ -170,7 +170,7 @@ def decoupled_dmd(
     with_grad: bool,
 ) -> Outputs:
     streams = [dm_real, dm_fake, ca_real, ca_uncond, gate, dm_x_t, ca_x_t, x]
-    return _outputs(streams, dtype, 2, 6, group_rows, reduction, with_grad)
+    return _outputs(streams, dtype, 2, 5, group_rows, reduction, with_grad)
 
 
 @_backend.operator(f"decoupled_dmd_backward(Tensor row_grad, Tensor? dm_x_t, {_DECOUPLED}) -> Tensor")
@@ -281,14 +281,14 @@ class Rows(NamedTuple):
     def finish(
         self, loss: Tensor, stats: Tensor, terms: int, count: Tensor | None, x: Tensor, return_stats: bool
     ) -> Any:
-        """From groups to samples. Rows of `stats`: losses, `terms` sums of |G|, `terms` normalisers, skips."""
+        """From groups to samples. Rows of `stats`: `terms` sums of |G|, `terms` normalisers, skips."""
         per_frame = self.frames is not None and self.group == 1
         if per_frame and loss.dim() == 1:
             loss = loss.unflatten(0, (-1, self.frames)).sum(1)
         if not return_stats:
             return loss
-        grad_abs = stats[1 : 1 + terms].sum(1) / (max(x.numel(), 1) if count is None else count.clamp(min=1))
-        normalizer = stats[1 + terms : 1 + 2 * terms]
+        grad_abs = stats[:terms].sum(1) / (max(x.numel(), 1) if count is None else count.clamp(min=1))
+        normalizer = stats[terms : 2 * terms]
         if per_frame:
             normalizer = normalizer.unflatten(1, (-1, self.frames))
         if terms == 1:

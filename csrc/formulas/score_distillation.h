@@ -123,15 +123,16 @@ struct DmdField {
 template <class T, class Field>
 struct FieldLoss {
   static constexpr int kStreams = Field::kStreams, kSums = 3, kMapStreams = Field::kMapStreams;
-  static constexpr int kStats = 4;  // rows of `stats`: loss, sum of |G|, normaliser, 1 if skipped
+  static constexpr int kStats = 3;  // rows of `stats`: sum of |G|, normaliser, 1 if skipped
   using Row = typename Field::Row;
   Field field;
   T elements;       // of a group
   T reduction;      // d loss / d (sum of G²/2), to be divided by `count` where there is one
   const T* count;
+  T* terms;         // [groups]
   T* coefficients;  // [rows]: the gradient is coefficient * element
   T* stats;         // [kStats, groups]
-  int64_t groups;
+  Groups groups;
 
   FASTGEN_HD Row row(int64_t row, int64_t) const { return field.row(row); }
   FASTGEN_HD void accumulate(const Row& row, const T* v, T* sums) const {
@@ -144,13 +145,15 @@ struct FieldLoss {
     const T n = field.normalizer(sums[0]), inverse = T(1) / n;
     const bool finite = std::isfinite(n) && std::isfinite(inverse) && std::isfinite(sums[2] * inverse);
     const T scale = count ? reduction / (*count < T(1) ? T(1) : *count) : reduction;
-    stats[group] = finite ? T(0.5) * scale * elements * (sums[1] * inverse) * inverse : T(0);
-    stats[groups + group] = finite ? elements * (sums[2] * inverse) : T(0);
-    stats[2 * groups + group] = n;
-    stats[3 * groups + group] = finite ? T(0) : T(1);
-    return finite ? scale * inverse : T(0);
+    terms[group] = finite ? T(0.5) * scale * elements * (sums[1] * inverse) * inverse : T(0);
+    stats[group] = finite ? elements * (sums[2] * inverse) : T(0);
+    stats[groups.count + group] = n;
+    stats[2 * groups.count + group] = finite ? T(0) : T(1);
+    const T slope = finite ? scale * inverse : T(0);
+    for (int64_t r = 0; r < groups.rows; ++r) coefficients[groups.row(group, r)] = slope;
+    return slope;
   }
-  FASTGEN_HD T coefficient(int64_t row, int64_t, const Row&, T slope) const { return coefficients[row] = slope; }
+  FASTGEN_HD T coefficient(int64_t, int64_t, const Row&, T slope) const { return slope; }
   FASTGEN_HD T map(const Row& row, T coefficient, const T* v) const {
     return scaled(coefficient, field.element(row, v));
   }
@@ -209,14 +212,15 @@ struct DecoupledField {
 template <class T, class Field>
 struct DecoupledLoss {
   static constexpr int kStreams = Field::kStreams, kSums = 7, kMapStreams = Field::kMapStreams;
-  static constexpr int kStats = 6;  // rows of `stats`: loss, sum of |G| of DM and of CA, both normalisers, 1 if skipped
+  static constexpr int kStats = 5;  // rows of `stats`: sum of |G| of DM and of CA, both normalisers, 1 if skipped
   using Row = typename Field::Row;
   Field field;
   T elements, reduction;
   const T* count;
+  T* terms;         // [groups]
   T* coefficients;  // [2, rows]: of DM, of CA
   T* stats;         // [kStats, groups]
-  int64_t groups, rows, group_rows;
+  Groups groups;
 
   FASTGEN_HD Row row(int64_t row, int64_t) const { return field.row(row); }
   FASTGEN_HD void accumulate(const Row& row, const T* v, T* sums) const {
@@ -236,17 +240,20 @@ struct DecoupledLoss {
                         std::isfinite(n_ca) && std::isfinite(ca) && std::isfinite(sums[3] * ca);
     const T scale = count ? reduction / (*count < T(1) ? T(1) : *count) : reduction;
     const T squares = sums[4] * dm * dm + T(2) * sums[5] * dm * ca + sums[6] * ca * ca;
-    stats[group] = finite ? T(0.5) * scale * elements * (squares < T(0) ? T(0) : squares) : T(0);
-    stats[groups + group] = finite ? elements * sums[2] * dm : T(0);
-    stats[2 * groups + group] = finite ? elements * sums[3] * ca : T(0);
-    stats[3 * groups + group] = n_dm;
-    stats[4 * groups + group] = n_ca;
-    stats[5 * groups + group] = finite ? T(0) : T(1);
-    for (int64_t r = 0; r < group_rows; ++r)  // the rows of a group are consecutive
-      coefficients[rows + group * group_rows + r] = finite ? scale * ca : T(0);
+    terms[group] = finite ? T(0.5) * scale * elements * (squares < T(0) ? T(0) : squares) : T(0);
+    stats[group] = finite ? elements * sums[2] * dm : T(0);
+    stats[groups.count + group] = finite ? elements * sums[3] * ca : T(0);
+    stats[2 * groups.count + group] = n_dm;
+    stats[3 * groups.count + group] = n_ca;
+    stats[4 * groups.count + group] = finite ? T(0) : T(1);
+    T* ca_coefficients = coefficients + groups.count * groups.rows;
+    for (int64_t r = 0; r < groups.rows; ++r) {
+      coefficients[groups.row(group, r)] = finite ? scale * dm : T(0);
+      ca_coefficients[groups.row(group, r)] = finite ? scale * ca : T(0);
+    }
     return finite ? scale * dm : T(0);
   }
-  FASTGEN_HD T coefficient(int64_t row, int64_t, const Row&, T slope) const { return coefficients[row] = slope; }
+  FASTGEN_HD T coefficient(int64_t, int64_t, const Row&, T slope) const { return slope; }
   FASTGEN_HD T map(const Row& row, T coefficient, const T* v) const { return field.element(row, coefficient, v); }
 };
 
