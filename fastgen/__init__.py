@@ -4,19 +4,40 @@
 """
 
 from ._backend import build_info, use_backend
+from .adversarial import discriminator_loss, generator_loss
+from .distillation_training import backward_simulation, fake_score_loss, renoise_times
 from .elbo import ddo_loss, diffusion_dpo_loss, elbo_difference, elbo_error
 from .schedule import NoiseSchedule, add_noise, prediction_to_x0
+from .score_distillation import (
+    DistillationStats,
+    ScorePair,
+    decoupled_dmd_loss,
+    dmd_loss,
+    sds_loss,
+    vsd_loss,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DistillationStats",
     "NoiseSchedule",
+    "ScorePair",
     "add_noise",
+    "backward_simulation",
     "build_info",
     "ddo_loss",
+    "decoupled_dmd_loss",
     "diffusion_dpo_loss",
+    "discriminator_loss",
+    "dmd_loss",
     "elbo_difference",
     "elbo_error",
+    "fake_score_loss",
+    "generator_loss",
     "prediction_to_x0",
+    "renoise_times",
+    "sds_loss",
     "use_backend",
+    "vsd_loss",
 ]

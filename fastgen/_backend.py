@@ -142,7 +142,8 @@ def missing(name: str, backend: str, device_type: str) -> str | None:
             return "the package triton is not installed (pip install triton)"
         if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
             return "Triton has no CPU backend (set TRITON_INTERPRET=1 before Python starts, to test its kernels)"
-        return None
+        kernels = f"fastgen.triton_kernels.{operators[name].family}"
+        return None if importlib.util.find_spec(kernels) is not None else f"there is no {kernels}"
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
     if key is None:
         return f"fastgen has no compiled kernels for device type {device_type!r}"

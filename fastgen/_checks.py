@@ -49,6 +49,28 @@ def per_row(name: str, value: Tensor | None, like: Tensor) -> None:
     _vector(name, value, like.shape[0], like)
 
 
+def per_frame(name: str, value: Tensor, like: Tensor) -> None:
+    """As :func:`per_row`, or one number for each frame of a video [B, F, …]."""
+    tensor(name, value)
+    if value.dim() != 2:
+        return per_row(name, value, like)
+    if like.dim() < 3 or value.shape != like.shape[:2]:
+        raise ValueError(f"{name} must have shape [B] or, for a video [B, F, ...], [B, F]; got {list(value.shape)}")
+    per_row(name, value[:, 0], like)
+
+
+def mask(name: str, value: Tensor, like: Tensor) -> None:
+    """A bool tensor that broadcasts to `like`."""
+    tensor(name, value)
+    if value.dtype != torch.bool:
+        raise TypeError(f"{name} must be a bool tensor, got {value.dtype}")
+    sizes = zip(reversed(value.shape), reversed(like.shape), strict=False)
+    if value.dim() > like.dim() or any(m not in (1, n) for m, n in sizes):
+        raise ValueError(f"{name} of shape {list(value.shape)} does not broadcast to {list(like.shape)}")
+    if value.device != like.device:
+        raise ValueError(f"{name} is on {value.device}, but the batch is on {like.device}")
+
+
 def flags(name: str, value: Tensor, length: int, like: Tensor) -> None:
     tensor(name, value)
     if value.dtype != torch.bool:

@@ -34,6 +34,20 @@ def _ddo(m: ModuleType, p: Tensor, q: Tensor, y: Tensor) -> Tensor:
     return m.ddo_loss(p, q, y, _is_real(p), weight=_row_scalars(p), alpha=2.0, beta=0.05)
 
 
+def _dmd(m: ModuleType, p: Tensor, q: Tensor, y: Tensor, reduction: str, fake_type: str = "v_prediction") -> Tensor:
+    c = _row_scalars(p)
+    return m.dmd_loss(
+        p, y, q, p.detach() - q, alpha_t=c, sigma_t=c, real_uncond=y, guidance_scale=2.0, weight=c, reduction=reduction,
+        prediction_type="v_prediction", fake_prediction_type=fake_type,
+    )  # fmt: skip
+
+
+def _decoupled(m: ModuleType, p: Tensor, q: Tensor, y: Tensor, reduction: str) -> Tensor:
+    c = _row_scalars(p)
+    dm, ca = m.ScorePair(y, c, c, q, p.detach() - q), m.ScorePair(q, c, 2 * c, y, q)
+    return m.decoupled_dmd_loss(p, dm, ca, guidance_scale=3.0, reduction=reduction)
+
+
 def _scaled(m: ModuleType, p: Tensor, q: Tensor, y: Tensor) -> Tensor:
     # The operator has no reference function of its own: it is one multiplication.
     out = (p.to(torch.promote_types(p.dtype, torch.float32)) * 0.3).to(p.dtype)
@@ -61,6 +75,17 @@ CASES: dict[str, list[Callable[[ModuleType, Tensor, Tensor, Tensor], Tensor]]] =
         lambda m, p, q, y: m.add_noise(p, y, _row_scalars(p), _row_scalars(p)),
         lambda m, p, q, y: m.prediction_to_x0(p, y, _row_scalars(p), _row_scalars(p), "v_prediction"),
     ],
+    "score_difference": [
+        lambda m, p, q, y: m.sds_loss(p, q, y, weight=_row_scalars(p), grad_clip=1.0, reduction="sum")
+    ],
+    "score_difference_backward": [lambda m, p, q, y: m.vsd_loss(p, q, y, weight=y.abs(), reduction="none")],
+    "dmd": [lambda m, p, q, y: _dmd(m, p, q, y, "sum")],
+    "dmd_backward": [
+        lambda m, p, q, y: _dmd(m, p, q, y, "none"),
+        lambda m, p, q, y: _dmd(m, p, q, y, "none", "sample"),
+    ],
+    "decoupled_dmd": [lambda m, p, q, y: _decoupled(m, p, q, y, "sum")],
+    "decoupled_dmd_backward": [lambda m, p, q, y: _decoupled(m, p, q, y, "none")],
     "scale_gradient_": [_scaled],
 }
 

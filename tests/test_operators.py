@@ -31,8 +31,28 @@ def samples(device):
             (p, q, y, w, True, "mean", True, 5.0, "sigmoid"),
             (p, q, y, None, False, "none", False, 5.0, "ipo"),
         ],
+        **distillation_samples(p, q, y, w),
         "row_combination": [(p, w, q, w), (p.transpose(1, 2), w, None, None)],
         "scale_gradient_": [(p, torch.tensor(0.5, device=device)), (p, torch.tensor(1.0, device=device))],
+    }
+
+
+def distillation_samples(p, q, y, w):
+    mask, bf16 = p > 0, torch.bfloat16
+    types, one_pass = ("epsilon", "v_prediction", 3.0, bf16), (w.sum(), True, 0.0, 1e-6, 2)
+    score = (p, q, y, w, None, 2.0, float("inf"), p.dtype)
+    dmd = (p, q, y, None, mask, w, w, *types)
+    decoupled = (p, q, y, p + q, w, mask, w, w, w, w, *types)
+    return {
+        "score_difference": [(*score, "sum_per_batch", True), (p, q, None, None, y, 1.0, 0.5, bf16, "none", False)],
+        "score_difference_backward": [(w, *score)],
+        "dmd": [(q, y, *dmd, *one_pass, "mean", True), (q, y, *dmd, None, *one_pass[1:], "none", False)],
+        "dmd_backward": [(w, y, *dmd)],
+        "decoupled_dmd": [
+            (q, y, p, *decoupled, *one_pass, "mean", True),
+            (q, y, p, *decoupled, *one_pass, "none", False),
+        ],
+        "decoupled_dmd_backward": [(torch.stack([w, w]), p, *decoupled)],
     }
 
 
@@ -44,6 +64,8 @@ def test_every_operator_has_samples():
 def test_opcheck(name, kernel_backend, device):
     # The autograd registration test is for operators with a derivative formula; ours are wrapped in Functions.
     utilities = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    if reason := _backend.missing(name, kernel_backend, torch.device(device).type):
+        pytest.skip(reason)
     for args in samples(device)[name]:
         torch.library.opcheck(_backend.operators[name].on(kernel_backend), args, test_utils=utilities)
 

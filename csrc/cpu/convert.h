@@ -78,6 +78,11 @@ FASTGEN_HD const T* load(const void* data, ScalarType dtype, int64_t offset, int
       for (int64_t i = 0; i < n; ++i) buffer[i] = static_cast<T>(float16_to_float(p[i]));
       break;
     }
+    case ScalarType::Bool: {
+      const uint8_t* p = static_cast<const uint8_t*>(data) + offset;
+      for (int64_t i = 0; i < n; ++i) buffer[i] = static_cast<T>(p[i]);
+      break;
+    }
     default:  // float64 into float does not occur: one float64 input makes the arithmetic float64
       break;
   }

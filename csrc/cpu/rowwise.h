@@ -19,6 +19,7 @@ constexpr int64_t kStreamingBytes = 8 << 20;  // outputs above this bypass the c
 
 template <class F, class T, int N>
 struct Job {
+  using Arithmetic = T;
   F formula;
   Groups groups;
   int64_t size;

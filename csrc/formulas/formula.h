@@ -15,7 +15,8 @@
 //     bool idle() const;                         // optional: true where numbers on the device leave nothing to do
 //   };
 //
-// Only the epilogue stores: everything else may run any number of times, on any thread.
+// Only the epilogue stores: everything else may run any number of times, on any thread. A skeleton calls row() anew for
+// the map, after the group's epilogue: row() may read there what that epilogue has stored.
 //
 // Members that a formula's kSums and kMapStreams leave unused may be missing.
 #pragma once

@@ -6,5 +6,28 @@ the oracle of the tests; on a machine without compiled kernels they serve as the
 
 from .elbo import ddo_loss, diffusion_dpo_loss, elbo_difference, elbo_error
 from .schedule import add_noise, prediction_to_x0
+from .score_distillation import (
+    DistillationStats,
+    ScorePair,
+    decoupled_dmd_loss,
+    dmd_loss,
+    fake_score_loss,
+    sds_loss,
+    vsd_loss,
+)
 
-__all__ = ["add_noise", "ddo_loss", "diffusion_dpo_loss", "elbo_difference", "elbo_error", "prediction_to_x0"]
+__all__ = [
+    "DistillationStats",
+    "ScorePair",
+    "add_noise",
+    "ddo_loss",
+    "decoupled_dmd_loss",
+    "diffusion_dpo_loss",
+    "dmd_loss",
+    "elbo_difference",
+    "elbo_error",
+    "fake_score_loss",
+    "prediction_to_x0",
+    "sds_loss",
+    "vsd_loss",
+]

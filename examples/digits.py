@@ -1,0 +1,187 @@
+"""What the digit examples share: the data, a small EDM denoiser and its sampler, training, Frechet distances, pictures.
+
+The data are scikit-learn's digits: 1797 real 8x8 images, as rows of 64 pixels in [-1, 1].
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fastgen import NoiseSchedule, fake_score_loss
+
+matplotlib.use("Agg")  # writes a file, needs no display
+import matplotlib.pyplot as plt
+
+PIXELS, CLASSES = 64, 10
+NO_CLASS = CLASSES  # the label that stands for none
+Table = dict[str, dict[str, float]]
+
+
+def load_images() -> tuple[Tensor, Tensor]:
+    """The images [1797, 64] and their classes."""
+    digits = load_digits()
+    return torch.tensor(digits.data / 8 - 1, dtype=torch.float32), torch.tensor(digits.target, dtype=torch.long)
+
+
+class Denoiser(nn.Module):
+    """Class-conditional residual MLP under EDM preconditioning: (noisy x, sigma, class) -> estimate of the clean x."""
+
+    def __init__(self, sigma_data: float, width: int = 256, blocks: int = 3) -> None:
+        super().__init__()
+        self.sigma_data = sigma_data
+        self.embed_class = nn.Embedding(CLASSES + 1, width)
+        self.embed_noise = nn.Sequential(nn.Linear(1, width), nn.SiLU(), nn.Linear(width, width))
+        self.inp, self.out = nn.Linear(PIXELS, width), nn.Linear(width, PIXELS)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+            for _ in range(blocks)
+        )
+
+    def forward(self, noisy: Tensor, sigma: Tensor, label: Tensor) -> Tensor:
+        s, sd = sigma[:, None], self.sigma_data
+        norm = (s**2 + sd**2).sqrt()
+        cond = self.embed_noise(s.log() / 4) + self.embed_class(label)
+        h = self.inp(noisy / norm)
+        for block in self.blocks:
+            h = h + block(h + cond)
+        return noisy * (sd / norm) ** 2 + self.out(F.silu(h)) * (s * sd / norm)
+
+
+def unlabelled(label: Tensor) -> Tensor:
+    return torch.full_like(label, NO_CLASS)
+
+
+@torch.no_grad()
+def sample(model: Denoiser, labels: Tensor, steps: int, gen: torch.Generator, guidance_scale: float = 1.0) -> Tensor:
+    """EDM's deterministic Heun sampler; nothing is clamped. `guidance_scale` 1 is no guidance."""
+    ramp = torch.linspace(0, 1, steps)
+    hi, lo, rho = 80.0, 0.002, 7.0
+    sigmas = torch.cat([(hi ** (1 / rho) + ramp * (lo ** (1 / rho) - hi ** (1 / rho))) ** rho, torch.zeros(1)])
+
+    def slope(x: Tensor, sigma: Tensor) -> Tensor:
+        level = sigma.expand(len(x))
+        clean = model(x, level, labels)
+        if guidance_scale != 1:
+            base = model(x, level, unlabelled(labels))
+            clean = base + guidance_scale * (clean - base)
+        return (x - clean) / sigma
+
+    x = torch.randn(len(labels), PIXELS, generator=gen) * sigmas[0]
+    for now, after in itertools.pairwise(sigmas):
+        first = slope(x, now)
+        euler = x + (after - now) * first
+        if after > 0:
+            first = (first + slope(euler, after)) / 2
+        x = x + (after - now) * first
+    return x
+
+
+class Trainer:
+    """Adam with warm-up and a running average of the weights."""
+
+    def __init__(
+        self, model: Denoiser, lr: float, warmup: int, ema_decay: float, betas: tuple[float, float] = (0.9, 0.999)
+    ) -> None:
+        self.model, self.decay = copy.deepcopy(model).requires_grad_(True), ema_decay
+        self.ema, self.steps = copy.deepcopy(model).requires_grad_(False), 0
+        self.opt = torch.optim.Adam(self.model.parameters(), lr=lr, betas=betas)
+        self.warmup = torch.optim.lr_scheduler.LambdaLR(self.opt, lambda step: min(1.0, (step + 1) / warmup))
+
+    def step(self, loss: Tensor) -> None:
+        self.opt.zero_grad()
+        loss.backward()
+        self.opt.step()
+        self.warmup.step()
+        self.steps += 1
+        decay = min(self.decay, self.steps / (self.steps + 10))  # short at first, so that the start is forgotten
+        for avg, new in zip(self.ema.parameters(), self.model.parameters(), strict=True):
+            avg.lerp_(new.detach(), 1 - decay)
+
+
+def train_denoiser(
+    start: Denoiser, images: Tensor, labels: Tensor, schedule: NoiseSchedule, gen: torch.Generator, *,
+    steps: int, batch: int, lr: float, ema: float, drop_label: float, desc: str,
+) -> Denoiser:  # fmt: skip
+    """Ordinary EDM training; a share `drop_label` of the rows is trained without a class, for guidance."""
+    trainer = Trainer(start, lr, warmup=min(100, steps // 3 + 1), ema_decay=ema)
+    for _ in tqdm(range(steps), desc=desc):
+        rows = torch.randint(len(images), (batch,), generator=gen)
+        dropped = torch.rand(batch, generator=gen) < drop_label
+        x, label = images[rows], labels[rows].masked_fill(dropped, NO_CLASS)
+        sigma, noise = schedule.sample_t(batch, generator=gen), torch.randn(batch, PIXELS, generator=gen)
+        pred = trainer.model(schedule.add_noise(x, noise, sigma), sigma, label)
+        trainer.step(denoising_loss(pred, x, noise, sigma, schedule))
+    return trainer.ema
+
+
+def denoising_loss(pred: Tensor, x: Tensor, noise: Tensor, sigma: Tensor, schedule: NoiseSchedule) -> Tensor:
+    """EDM's: the weighted error of the clean image."""
+    one, weight = torch.ones_like(sigma), schedule.edm_weight(sigma)
+    return fake_score_loss(pred, x, noise, one, sigma, prediction_type="sample", weight=weight)
+
+
+class Classifier(nn.Module):
+    """Tells the digits apart; the 32 features before its last layer are what Frechet distances compare."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Linear(PIXELS, 128), nn.SiLU(), nn.Linear(128, 32), nn.SiLU())
+        self.head = nn.Linear(32, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x))
+
+
+def train_classifier(images: Tensor, labels: Tensor, steps: int, gen: torch.Generator) -> Classifier:
+    model = Classifier()
+    opt = torch.optim.Adam(model.parameters(), lr=2e-3)
+    for _ in tqdm(range(steps), desc="classifier"):
+        rows = torch.randint(len(images), (256,), generator=gen)
+        # A little noise keeps the features from hanging on single grey levels.
+        x = images[rows] + 0.1 * torch.randn(256, PIXELS, generator=gen)
+        opt.zero_grad()
+        F.cross_entropy(model(x), labels[rows]).backward()
+        opt.step()
+    return model.requires_grad_(False)
+
+
+def frechet(a: Tensor, b: Tensor) -> float:
+    """Frechet distance between Gaussians fitted to the rows of a and of b."""
+    a, b = a.double(), b.double()
+    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
+    # tr sqrt(A B) = sum of the square roots of the eigenvalues of sqrt(A) B sqrt(A), which is symmetric.
+    val, vec = torch.linalg.eigh(cov_a)
+    root = vec * val.clamp(min=0).sqrt() @ vec.T
+    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
+    return float((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
+
+
+def print_table(title: str, table: Table) -> None:
+    columns = list(next(iter(table.values())))
+    print(f"\n{title}\n{'':<34}" + "".join(f"{c:>18}" for c in columns))
+    for name, row in table.items():
+        print(f"{name:<34}" + "".join(f"{row[c]:>18.4f}" for c in columns))
+
+
+def save_grid(panels: dict[str, Tensor], path: Path) -> None:
+    """One panel a model, one row a class; the same cell of two models starts from the same noise."""
+    fig, axes = plt.subplots(1, len(panels), figsize=(3.2 * len(panels), 3.6))
+    for ax, (name, x) in zip(axes, panels.items(), strict=True):
+        tiles = np.pad(x.reshape(CLASSES, -1, 8, 8).numpy(), ((0, 0), (0, 0), (0, 1), (0, 1)), constant_values=1)
+        ax.imshow(tiles.transpose(0, 2, 1, 3).reshape(CLASSES * 9, -1), cmap="gray", vmin=-1, vmax=1)
+        ax.set_title(name, fontsize=9)
+        ax.axis("off")
+    fig.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(path, dpi=150)
+    plt.close(fig)
