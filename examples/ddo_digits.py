@@ -246,7 +246,7 @@ def save_grid(panels: dict[str, Tensor], path: Path) -> None:
     """One panel a model, one row a class; the same cell of two models starts from the same noise."""
     fig = Figure(figsize=(3.2 * len(panels), 4.2))
     axes = fig.subplots(1, len(panels))
-    for ax, (name, x) in zip(axes, panels.items()):
+    for ax, (name, x) in zip(axes, panels.items(), strict=True):
         tiles = np.pad(x.reshape(CLASSES, -1, 8, 8).numpy(), ((0, 0), (0, 0), (0, 1), (0, 1)), constant_values=1)
         ax.imshow(tiles.transpose(0, 2, 1, 3).reshape(CLASSES * 9, -1), cmap="gray", vmin=-1, vmax=1)
         ax.set_title(name)

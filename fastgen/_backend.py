@@ -163,7 +163,7 @@ def _resolve(name: str, requested: str, device_type: str) -> str:
         if reason:
             raise RuntimeError(f"backend {requested!r} cannot run {name} on {device_type}: {reason}")
         return requested
-    order = ("native", "reference")
+    order: tuple[str, ...] = ("native", "reference")
     if device_type != "cpu":
         order = ("native", "triton", "reference") if CUDA_DEFAULT == "native" else ("triton", "native", "reference")
     return next(backend for backend in order if missing(name, backend, device_type) is None)

@@ -78,4 +78,4 @@ def register_sharding_rules() -> None:
     }
     for name, rule in rules.items():
         for overload in (_backend.operators[name].native, _backend.operators[name].triton):
-            register_sharding(overload)(rule)
+            register_sharding(overload)(rule)  # type: ignore[arg-type]

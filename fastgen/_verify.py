@@ -132,7 +132,15 @@ def _check(name: str, backend: str, dtype: torch.dtype, device: str) -> Row:
                 passed &= accurate(mine, theirs, truth) and mine.dtype == theirs.dtype
                 worst[what] = max(worst[what], errors(mine, truth)[0])
                 worst["eager"] = max(worst["eager"], errors(theirs, truth)[0])
-    return Row(name, backend, str(dtype).removeprefix("torch."), *worst.values(), passed)
+    return Row(
+        name,
+        backend,
+        str(dtype).removeprefix("torch."),
+        value_error=worst["value"],
+        grad_error=worst["grad"],
+        eager_error=worst["eager"],
+        passed=passed,
+    )
 
 
 def _combinations(device: str, backends: list[str]) -> Iterator[tuple[str, str, torch.dtype]]:
@@ -148,7 +156,7 @@ def verify(device: str, backend: str | None = None, progress: bool = True) -> li
     work = list(_combinations(device, [backend] if backend else ["native", "triton"]))
     if not work:  # no kernels at all: the reference serves, and is checked against its own float64
         work = list(_combinations(device, ["reference"]))
-    return [_check(*item, device) for item in tqdm(work, unit="check", disable=not progress, leave=False)]
+    return [_check(n, b, dtype, device) for n, b, dtype in tqdm(work, unit="check", disable=not progress, leave=False)]
 
 
 def table(rows: list[Row]) -> str:
