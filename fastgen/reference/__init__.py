@@ -6,5 +6,14 @@ the oracle of the tests; on a machine without compiled kernels they serve as the
 
 from .elbo import ddo_loss, diffusion_dpo_loss, elbo_difference, elbo_error
 from .schedule import add_noise, prediction_to_x0
+from .trajectory import optimal_trajectory
 
-__all__ = ["add_noise", "ddo_loss", "diffusion_dpo_loss", "elbo_difference", "elbo_error", "prediction_to_x0"]
+__all__ = [
+    "add_noise",
+    "ddo_loss",
+    "diffusion_dpo_loss",
+    "elbo_difference",
+    "elbo_error",
+    "optimal_trajectory",
+    "prediction_to_x0",
+]
