@@ -156,7 +156,7 @@ def optimal_trajectory(
         >>> import torch, fastgen
         >>> v = torch.linspace(0.0, 1.0, 9) ** 4
         >>> fastgen.optimal_trajectory(fastgen.FactoredCost(v, 0.1 + v), 3).steps
-        tensor([0, 5, 7, 8])
+        tensor([0, 4, 6, 8])
     """
     _checks.choice("convention", convention, CONVENTIONS)
     _checks.choice("method", method, METHODS)

@@ -45,7 +45,7 @@ struct ExactSum {
 // The lowest s in [low, high] with the least c[s] + F[s,t], compared exactly: rounded sums tie where exact ones do not,
 // and the lowest of those ties may break the order that the bisection relies on. The least *rounded* sum is that of the
 // least exact one, so the table is to the bit that of the exhaustive sweep.
-template <class T>
+template <int Bytes, class T>
 FASTGEN_HD int64_t best_predecessor(const MatrixCost<T>& cost, const T* c, int64_t t, int64_t low, int64_t high) {
   int64_t best = low;
   ExactSum<T> least(c[low], cost.at(low, t));
@@ -56,33 +56,37 @@ FASTGEN_HD int64_t best_predecessor(const MatrixCost<T>& cost, const T* c, int64
   return best;
 }
 
-template <class T>
+// The least c[s] * (v_s + h_t) over s in [low, high].
+template <int Bytes, class T>
 FASTGEN_HD T least_product(const FactoredCost<T>& cost, const T* c, int64_t t, int64_t low, int64_t high) {
-  constexpr int kLanes = 32;
-  T lanes[kLanes];
-  for (T& lane : lanes) lane = kInfinity<T>;
-  int64_t s = low;
-  for (; s + kLanes <= high + 1; s += kLanes)
-    for (int l = 0; l < kLanes; ++l) {
-      const T path = c[s + l] * cost.at(s + l, t);
-      lanes[l] = path < lanes[l] ? path : lanes[l];
-    }
-  for (int l = 0; s + l <= high; ++l) {
-    const T path = c[s + l] * cost.at(s + l, t);
-    lanes[l] = path < lanes[l] ? path : lanes[l];
+  using V = typename UnalignedVectorOf<T, Bytes>::type;
+  constexpr int kLanes = Bytes / sizeof(T), kVectors = 4;
+  T least = kInfinity<T>;
+  if (high - low + 1 < kLanes) {
+    for (int64_t s = low; s <= high; ++s) least = std::min(least, c[s] * cost.at(s, t));
+    return least;
   }
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int l = 0; l < width; ++l) lanes[l] = lanes[l + width] < lanes[l] ? lanes[l + width] : lanes[l];
-  return lanes[0];
+  V lanes[kVectors];
+  for (V& lane : lanes) lane = V{} + kInfinity<T>;
+  for (int64_t s = low; s <= high; s += kVectors * kLanes)
+    for (int j = 0; j < kVectors; ++j) {
+      // The last vectors overlap those before: a minimum may be taken twice.
+      const int64_t at = std::min(s + j * kLanes, high + 1 - kLanes);
+      const V path = *reinterpret_cast<const V*>(c + at) * (*reinterpret_cast<const V*>(cost.v + at) + cost.h[t]);
+      lanes[j] = path < lanes[j] ? path : lanes[j];
+    }
+  for (int j = 1; j < kVectors; ++j) lanes[0] = lanes[j] < lanes[0] ? lanes[j] : lanes[0];
+  for (int l = 0; l < kLanes; ++l) least = std::min(least, lanes[0][l]);
+  return least;
 }
 
 // The same for a factored cost. Products are compared as they round: a tie within an ulp may go to another predecessor.
-template <class T>
+template <int Bytes, class T>
 FASTGEN_HD int64_t best_predecessor(const FactoredCost<T>& cost, const T* c, int64_t t, int64_t low, int64_t high) {
   T least = kInfinity<T>;
   int64_t best = low;
   for (int64_t s = low; s <= high; s += kScan) {
-    const T here = least_product(cost, c, t, s, std::min(s + kScan - 1, high));
+    const T here = least_product<Bytes>(cost, c, t, s, std::min(s + kScan - 1, high));
     if (here < least) least = here, best = s;
   }
   for (int64_t s = best; s <= high; ++s)
@@ -106,7 +110,7 @@ struct Layer {
 };
 
 // Bisects leaves low, low + stride, … below `high`, of which the first and, if `high` is one, the last are known.
-template <class Cost>
+template <int Bytes, class Cost>
 FASTGEN_HD void bisect(const Layer<Cost>& layer, int64_t low, int64_t high, int64_t leaves, int64_t stride) {
   int64_t step = stride;
   while (low + step < high) step *= 2;
@@ -115,7 +119,7 @@ FASTGEN_HD void bisect(const Layer<Cost>& layer, int64_t low, int64_t high, int6
       const int64_t t = layer.node(leaf), next = leaf + step / 2;
       const int64_t above = next < high || (next == high && high < leaves) ? layer.best[next] : t - 1;
       layer.best[leaf] =
-          best_predecessor(layer.cost, layer.from, t, layer.best[leaf - step / 2], std::min(above, t - 1));
+          best_predecessor<Bytes>(layer.cost, layer.from, t, layer.best[leaf - step / 2], std::min(above, t - 1));
     }
 }
 
@@ -129,35 +133,56 @@ FASTGEN_HD void edges_from(const FactoredCost<T>& cost, int64_t s, int64_t t, V&
   edge = *reinterpret_cast<const V*>(cost.h + t) + cost.v[s];
 }
 
-// The nodes of one leaf, whose predecessors are in [low, high].
+// The kLeaf nodes from t0, whose predecessors are in [low, high], in vector lanes.
 template <int Bytes, class Cost>
-FASTGEN_HD void fill_leaf(const Layer<Cost>& layer, int64_t leaf, int64_t low, int64_t high) {
+FASTGEN_HD void fill_lanes(const Layer<Cost>& layer, int64_t t0, int64_t low, int64_t high,
+                           typename Cost::Scalar* least) {
   using T = typename Cost::Scalar;
   using V = typename UnalignedVectorOf<T, Bytes>::type;
   constexpr int kLanes = Bytes / sizeof(T), kVectors = kLeaf / kLanes;
-  const int64_t t0 = layer.node(leaf), count = std::min(kLeaf, layer.nodes - t0);
-  alignas(64) T least[kLeaf];
-  for (T& l : least) l = kInfinity<T>;
+  V lanes[kVectors];
+  for (V& lane : lanes) lane = V{} + kInfinity<T>;
   int64_t s = low;
-  if (count == kLeaf) {
-    V lanes[kVectors];
-    for (int j = 0; j < kVectors; ++j) lanes[j] = V{} + kInfinity<T>;
-    for (; s <= std::min(high, t0 - 1); ++s)
-      for (int j = 0; j < kVectors; ++j) {
-        V edge, path;
-        edges_from(layer.cost, s, t0 + j * kLanes, edge);
-        Cost::extend(edge, layer.from[s], path);
-        lanes[j] = path < lanes[j] ? path : lanes[j];
-      }
-    for (int j = 0; j < kVectors; ++j) *reinterpret_cast<V*>(least + j * kLanes) = lanes[j];
-  }
-  for (; s <= high; ++s)  // predecessors within the leaf, or a leaf that the last node cuts short
-    for (int64_t i = std::max<int64_t>(s + 1 - t0, 0); i < count; ++i) {
-      T path;
-      Cost::extend(layer.from[s], layer.cost.at(s, t0 + i), path);
-      least[i] = path < least[i] ? path : least[i];
+  for (; s <= std::min(high, t0 - 1); ++s)
+    for (int j = 0; j < kVectors; ++j) {
+      V edge, path;
+      edges_from(layer.cost, s, t0 + j * kLanes, edge);
+      Cost::extend(edge, layer.from[s], path);
+      lanes[j] = path < lanes[j] ? path : lanes[j];
     }
-  for (int64_t i = 0; i < count; ++i) layer.to[t0 + i] = layer.cost.finish(least[i], t0 + i);
+  const V none = V{} + kInfinity<T>;
+  V number;
+  for (int l = 0; l < kLanes; ++l) number[l] = static_cast<T>(l);
+  for (; s <= high; ++s)  // predecessors within the leaf, of the nodes after them
+    for (int j = 0; j < kVectors; ++j) {
+      V edge, path;
+      edges_from(layer.cost, s, t0 + j * kLanes, edge);
+      Cost::extend(edge, layer.from[s], path);
+      const V distance = number + static_cast<T>(t0 + j * kLanes - s);
+      path = distance > V{} ? path : none;
+      lanes[j] = path < lanes[j] ? path : lanes[j];
+    }
+  for (int j = 0; j < kVectors; ++j) *reinterpret_cast<V*>(least + j * kLanes) = lanes[j];
+}
+
+template <int Bytes, class Cost>
+FASTGEN_HD void fill_leaf(const Layer<Cost>& layer, int64_t leaf, int64_t low, int64_t high) {
+  using T = typename Cost::Scalar;
+  // A leaf that the last node cuts short is filled up with nodes before it, whose results are dropped.
+  const int64_t t0 = layer.node(leaf), t1 = std::min(t0 + kLeaf, layer.nodes), base = std::min(t0, layer.nodes - kLeaf);
+  alignas(64) T least[kLeaf];
+  if (base >= 0) {
+    fill_lanes<Bytes>(layer, base, low, high, least);
+  } else {
+    for (T& l : least) l = kInfinity<T>;
+    for (int64_t s = low; s <= high; ++s)
+      for (int64_t t = std::max(s + 1, t0); t < t1; ++t) {
+        T path;
+        Cost::extend(layer.from[s], layer.cost.at(s, t), path);
+        least[t - base] = path < least[t - base] ? path : least[t - base];
+      }
+  }
+  for (int64_t t = t0; t < t1; ++t) layer.to[t] = layer.cost.finish(least[t - base], t);
 }
 
 // The trees [begin, end) of a layer, whose first leaves are known: their other leaves, and all nodes.
@@ -168,7 +193,7 @@ struct MongeTrees {
     const int64_t leaves = layer.leaves();
     for (int64_t tree = begin; tree < end; ++tree) {
       const int64_t low = tree * kTree, high = std::min(low + kTree, leaves);
-      bisect(layer, low, high, leaves, 1);
+      bisect<Bytes>(layer, low, high, leaves, 1);
       for (int64_t leaf = low; leaf < high; ++leaf)
         fill_leaf<Bytes>(layer, leaf, layer.best[leaf], leaf + 1 < leaves ? layer.best[leaf + 1] : layer.nodes - 2);
     }
@@ -181,7 +206,7 @@ struct MongeRoots {
   template <class Cost>
   static FASTGEN_HD void run(const Layer<Cost>& layer, double*, int64_t, int64_t) {
     layer.best[0] = layer.first - 1;  // node `first` has one predecessor
-    bisect(layer, 0, layer.leaves(), layer.leaves(), kTree);
+    bisect<Bytes>(layer, 0, layer.leaves(), layer.leaves(), kTree);
   }
 };
 
