@@ -131,12 +131,12 @@ FASTGEN_HD void pack_edges(const Cost& cost, int64_t s0, int64_t s1, int64_t t0,
 }
 
 // best[r][:] = min(best[r][:], paths[s][:] extended by edges[s][r]) over `count` rows s, in registers.
-template <int Bytes, class Cost>
+template <int Bytes, int kVectors, class Cost>
 FASTGEN_HD void extend_tile(const typename Cost::Scalar* paths, const typename Cost::Scalar* edges, int64_t count,
                             typename Cost::Scalar* best) {
   using T = typename Cost::Scalar;
   using V = typename VectorOf<T, Bytes>::type;
-  constexpr int kRows = kTileRows<Bytes>, kVectors = kTileVectors<Bytes>, kLanes = Bytes / sizeof(T);
+  constexpr int kRows = kTileRows<Bytes>, kLanes = Bytes / sizeof(T);
   constexpr int64_t kWidth = Panels<T>::kWidth;
   V least[kRows][kVectors];
   for (int r = 0; r < kRows; ++r)
@@ -155,22 +155,30 @@ FASTGEN_HD void extend_tile(const typename Cost::Scalar* paths, const typename C
     for (int j = 0; j < kVectors; ++j) *reinterpret_cast<V*>(best + r * kWidth + j * kLanes) = least[r][j];
 }
 
-// The first half of a task: the block's best paths whose last edge starts in an earlier block.
+// The first half of a task: the block's best paths whose last edge starts in an earlier block. The rows it reads may
+// still be in the making, `progress` says how far: so threads work on several blocks even where there is one panel.
 template <int Bytes, class Cost>
-FASTGEN_HD void extend_earlier(const Cost& cost, const Panels<typename Cost::Scalar>& table, int64_t panel, int64_t t0,
-                               int64_t t1, typename Cost::Scalar* best) {
+FASTGEN_HD void extend_earlier(const Cost& cost, const Panels<typename Cost::Scalar>& table, int64_t panel,
+                               int64_t columns, const std::atomic<int64_t>& progress, int64_t t0, int64_t t1,
+                               typename Cost::Scalar* best) {
   using T = typename Cost::Scalar;
-  constexpr int kRows = kTileRows<Bytes>, kColumns = kTileVectors<Bytes> * Bytes / static_cast<int>(sizeof(T));
+  constexpr int kRows = kTileRows<Bytes>, kVectors = kTileVectors<Bytes>, kLanes = Bytes / sizeof(T);
   constexpr int64_t kWidth = Panels<T>::kWidth;
-  static_assert(kWidth % kColumns == 0 && kBlock % kRows == 0);
+  static_assert(kWidth % (kVectors * kLanes) == 0 && kBlock % kRows == 0);
   alignas(64) T edges[kBlock * kStrip];
   for (int64_t s0 = panel * kWidth; s0 < t0; s0 += kStrip) {
     const int64_t s1 = std::min(s0 + kStrip, t0);
     pack_edges<Bytes>(cost, s0, s1, t0, t1, edges);
-    for (int64_t column = 0; column < kWidth; column += kColumns)
-      for (int64_t tile = 0; tile * kRows < t1 - t0; ++tile)
-        extend_tile<Bytes, Cost>(table.row(panel, s0) + column, edges + tile * kStrip * kRows, s1 - s0,
-                                 best + tile * kRows * kWidth + column);
+    wait_for(progress, (s1 + kBlock - 1) / kBlock);
+    for (int64_t column = 0; column < columns; column += kVectors * kLanes)
+      for (int64_t tile = 0; tile * kRows < t1 - t0; ++tile) {
+        const T* paths = table.row(panel, s0) + column;
+        const T* to = edges + tile * kStrip * kRows;
+        T* least = best + tile * kRows * kWidth + column;
+        if (columns - column <= kLanes) extend_tile<Bytes, 1, Cost>(paths, to, s1 - s0, least);
+        else if (columns - column <= 2 * kLanes) extend_tile<Bytes, 2, Cost>(paths, to, s1 - s0, least);
+        else extend_tile<Bytes, kVectors, Cost>(paths, to, s1 - s0, least);
+      }
   }
 }
 
@@ -219,11 +227,14 @@ struct MinPlusWorker {
       const int64_t t0 = block * kBlock, t1 = std::min(t0 + kBlock, solve.nodes);
       alignas(64) T best[kBlock * Panels<T>::kWidth];
       for (T& b : best) b = kInfinity<T>;
-      wait_for(solve.progress(problem, panel), block);
-      extend_earlier<Bytes>(solve.costs[problem], solve.table(problem), panel, t0, t1, best);
+      // Paths of all `edges` edges are not extended.
+      const int64_t columns = std::min(Panels<T>::kWidth, solve.edges - panel * Panels<T>::kWidth);
+      const auto& progress = solve.progress(problem, panel);
+      extend_earlier<Bytes>(solve.costs[problem], solve.table(problem), panel, columns, progress, t0, t1, best);
+      wait_for(progress, block);
       if (panel > 0) wait_for(solve.progress(problem, panel - 1), block + 1);
       finish_rows<Bytes>(solve.costs[problem], solve.table(problem), panel, panel + 1 == solve.panels(), t0, t1, best);
-      const_cast<std::atomic<int64_t>&>(solve.progress(problem, panel)).store(block + 1, std::memory_order_release);
+      const_cast<std::atomic<int64_t>&>(progress).store(block + 1, std::memory_order_release);
     }
   }
 };
