@@ -54,6 +54,7 @@ def extensions() -> tuple[list, dict]:
         os.environ["CUDA_HOME"] = home  # before torch.utils.cpp_extension guesses
     import pybind11
     import torch
+    from torch.utils import cpp_extension
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     flags = ["-O3", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-g0"]
@@ -70,17 +71,23 @@ def extensions() -> tuple[list, dict]:
     ]
     sources = sorted(glob("csrc/cuda/*.cu"))
     if sources and home and want("FASTGEN_CUDA", torch.version.cuda is not None):
+        cpp_extension.CUDA_HOME = home  # stays None under a torch built without CUDA
         arch = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES]
-        modules.append(
-            CUDAExtension(
-                "fastgen._C_cuda",
-                ["csrc/cuda/module.cpp", *sources],
-                include_dirs=[pybind11.get_include()],
-                define_macros=[*macros, ("USE_CUDA", None)],
-                extra_compile_args={"cxx": flags, "nvcc": ["-O3", "-std=c++20", *arch]},
-                depends=HEADERS,
-            )
+        cuda = CUDAExtension(
+            "fastgen._C_cuda",
+            ["csrc/cuda/module.cpp", *sources],
+            include_dirs=[pybind11.get_include()],
+            define_macros=[
+                ("TORCH_TARGET_VERSION", TORCH_TARGET),
+                ("FASTGEN_CUDA_ARCHITECTURES", f'"{";".join(CUDA_ARCHITECTURES)}"'),
+                ("USE_CUDA", None),  # declares the stream functions of torch's C shim
+            ],
+            extra_compile_args={"cxx": flags, "nvcc": ["-O3", "-std=c++20", "-Xcompiler=-fvisibility=hidden", *arch]},
+            depends=HEADERS,
         )
+        if torch.version.cuda is None:  # a build to check compiling and linking; it does not load
+            cuda.libraries = [name for name in cuda.libraries if name not in ("c10_cuda", "torch_cuda")]
+        modules.append(cuda)
     elif os.environ.get("FASTGEN_CUDA") == "1":
         raise SystemExit("FASTGEN_CUDA=1, but no CUDA toolkit was found: set CUDA_HOME to its root")
     return modules, {"build_ext": BuildExtension}

@@ -12,8 +12,6 @@
 #include <optional>
 #include <vector>
 
-#include "cpu/pool.h"
-
 namespace fastgen {
 
 using torch::headeronly::ScalarType;
@@ -124,14 +122,6 @@ struct Rows {
       if (s.dtype != stream[0].dtype) return arithmetic();
     return stream[0].dtype;
   }
-
-  Tensor new_output(ScalarType dtype) const {
-    const auto bytes = static_cast<std::size_t>(count * size) * element_bytes(dtype);
-    const auto sizes = tensors[0].sizes();
-    if (!tensors[0].is_cpu() || bytes < cpu::kPooledBytes) return empty_strided(tensors[0], sizes, out_strides, dtype);
-    return torch::stable::from_blob(cpu::take_block(bytes), sizes, out_strides, tensors[0].device(), dtype,
-                                    &cpu::give_block);
-  }
 };
 
 // A vector of per-row scalars in the arithmetic type, contiguous; converts at most [B] numbers.
@@ -152,9 +142,9 @@ T* mutable_data(const Tensor& t) {
 
 // Calls f with a value of the arithmetic type.
 template <class F>
-void with_arithmetic(ScalarType dtype, const F& f) {
-  if (dtype == ScalarType::Double) f(double{});
-  else f(float{});
+auto with_arithmetic(ScalarType dtype, const F& f) {
+  if (dtype == ScalarType::Double) return f(double{});
+  return f(float{});
 }
 
 inline Tensor new_scalar(const Tensor& like, ScalarType dtype) { return empty_strided(like, {}, {}, dtype); }

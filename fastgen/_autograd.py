@@ -1,4 +1,4 @@
-"""Calling an autograd.Function without avoidable overhead."""
+"""Backwards that cannot be differentiated again."""
 
 from __future__ import annotations
 
@@ -7,26 +7,25 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable as torch_once_differentiable
-
-
-def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """``function.apply(*args)`` with every argument given.
-
-    Of a Function with ``setup_context`` (which ``torch.func`` needs), ``apply`` binds its arguments to the signature of
-    ``forward``: 60 µs a call, more than all the rest of a small loss. Only a transform or the compiler needs that.
-    """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return function.apply(*args)
-    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """torch's decorator of the same name, at no cost where no graph of the backward is being built."""
-    guarded = torch_once_differentiable(backward)
+    """A backward whose result cannot be differentiated again: doing so raises.
+
+    Stricter than torch's decorator of the same name, whose result passes for a constant where the incoming gradient is
+    one, as that of ``loss.backward(create_graph=True)`` is: second derivatives would silently lose this loss.
+    """
 
     @functools.wraps(backward)
     def run(ctx: Any, *grads: Any) -> Any:
-        return guarded(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return backward(ctx, *grads)
+        with torch.no_grad():
+            outputs = backward(ctx, *grads)
+        fail = torch._C._functions.DelayedError(
+            b"this loss is once differentiable: for second derivatives use fastgen.use_backend('reference')", 1
+        )
+        # The error node wants an input that requires grad, but must not mark the tensor that backward hands out.
+        return tuple(None if t is None else fail(t.detach().requires_grad_()) for t in outputs)
 
     return run

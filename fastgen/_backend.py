@@ -109,7 +109,8 @@ def use_backend(name: str) -> Iterator[None]:
         RuntimeError: from the operator's call, where the backend is not available; it says what is missing. There is
             no silent fallback.
 
-    A function under ``torch.compile`` keeps the backend it was compiled with.
+    A function under ``torch.compile`` keeps the backend it was compiled with. Under the transforms of ``torch.func``
+    the reference always runs.
 
     Example::
 
@@ -167,10 +168,15 @@ def _resolve(name: str, requested: str, device_type: str) -> str:
     return next(backend for backend in order if missing(name, backend, device_type) is None)
 
 
-@torch.compiler.assume_constant_result
 def backend_for(name: str, device_type: str) -> str:
     """The backend that runs operator `name` now: ``"native"``, ``"triton"`` or ``"reference"``."""
-    return _resolve(name, _state.requested, device_type)
+    # Transforms of torch.func, nested or vmapped, are right for plain PyTorch as it is.
+    requested = "reference" if torch._C._are_functorch_transforms_active() else _state.requested
+    return _resolve(name, requested, device_type)
+
+
+# What torch.compiler.assume_constant_result does; calling it would import the compiler, and Triton, with fastgen.
+backend_for._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def build_info() -> dict[str, Any]:

@@ -67,7 +67,7 @@ def number(name: str, value: float, *, low: float = -math.inf, open_low: bool = 
     """A finite Python number, at least `low` (more than `low` if `open_low`)."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # false for NaN; math.isfinite would break a graph with dynamic floats
         raise ValueError(f"{name} must be finite, got {value}")
     if value < low or (open_low and value == low):
         raise ValueError(f"{name} must be {'>' if open_low else '>='} {low:g}, got {value}")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import _backend, _checks, _distributed, _layout, reference
-from ._autograd import apply, once_differentiable
+from ._autograd import once_differentiable
 from ._gradient import scale_gradient
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -108,6 +108,7 @@ class _RowError(torch.autograd.Function):
 
     @staticmethod
     def forward(
+        ctx: Any,
         backend: str,
         pred: Tensor,
         ref_pred: Tensor | None,
@@ -116,21 +117,17 @@ class _RowError(torch.autograd.Function):
         loss: str,
         mean: bool,
     ) -> Tensor:
+        ctx.backend, ctx.loss, ctx.mean, ctx.negate = backend, loss, mean, ref_pred is not None
+        ctx.save_for_backward(pred, target, weight)
         if ref_pred is None:
             return _elbo_error.on(backend)(pred, target, weight, loss, mean)
         return _elbo_difference.on(backend)(pred, ref_pred, target, weight, mean)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.backend, pred, ref_pred, target, weight, ctx.loss, ctx.mean = inputs
-        ctx.sign = 1 if ref_pred is None else -1
-        ctx.save_for_backward(pred, target, weight)
-
-    @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         pred, target, weight = ctx.saved_tensors
-        row_grad = grad if ctx.sign == 1 else -grad
+        row_grad = -grad if ctx.negate else grad
         grad_pred = _elbo_error_backward.on(ctx.backend)(row_grad, pred, target, weight, ctx.loss, ctx.mean)
         return None, grad_pred, None, None, None, None, None
 
@@ -145,6 +142,7 @@ class _DifferenceLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
+        ctx: Any,
         name: str,
         backend: str,
         keep_grad: bool,
@@ -156,39 +154,37 @@ class _DifferenceLoss(torch.autograd.Function):
         target: Tensor,
         weight: Tensor | None,
         *args: Any,
-    ) -> LossOutputs:
+    ) -> tuple[Tensor, Tensor]:
         run = _backend.operators[name].on(backend)
-        return run(pred, ref_pred, target, weight, mean, reduction, keep_grad, *args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: LossOutputs) -> None:
-        _, ctx.backend, keep_grad, ctx.slope_shape, reduction, ctx.mean, pred, _, target, weight = inputs[:10]
-        _, delta, error_slope, grad_pred = output
-        ctx.mark_non_differentiable(delta, error_slope, grad_pred)
+        loss, delta, error_slope, grad_pred = run(pred, ref_pred, target, weight, mean, reduction, keep_grad, *args)
         ctx.save_for_backward(pred, target, weight, error_slope)
-        ctx.per_term = reduction == "none"
-        ctx.num_inputs = len(inputs)
-        ctx.grad_pred = grad_pred if keep_grad else None
+        ctx.mark_non_differentiable(delta)
         ctx.set_materialize_grads(False)
+        ctx.backend, ctx.mean, ctx.slope_shape = backend, mean, slope_shape if reduction == "none" else None
+        ctx.grad_pred = grad_pred if keep_grad else None
+        ctx.unused = (None,) * (3 + len(args))  # the gradients of what comes after pred
+        return loss, delta
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        none_after = (None,) * (ctx.num_inputs - 7)
-        if grad_loss is None:
-            return (None,) * 7 + none_after
+    def backward(ctx: Any, grad_loss: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         grad_pred, ctx.grad_pred = ctx.grad_pred, None
-        if grad_pred is not None:
-            return (None,) * 6 + (scale_gradient(grad_pred, grad_loss, ctx.backend), *none_after)
-        pred, target, weight, error_slope = ctx.saved_tensors
-        if ctx.per_term:
-            rows_of_term_last = ctx.slope_shape[0] == -1
-            per_row = error_slope.view(ctx.slope_shape) * grad_loss.view((-1, 1) if rows_of_term_last else (1, -1))
-            row_grad = per_row.reshape(-1)
+        if grad_loss is None:  # the loss was not used
+            grad_pred = None
+        elif grad_pred is not None:
+            scale_gradient(grad_pred, grad_loss, ctx.backend)
         else:
-            row_grad = error_slope * grad_loss
-        grad_pred = _elbo_error_backward.on(ctx.backend)(row_grad, pred, target, weight, "l2", ctx.mean)
-        return (None,) * 6 + (grad_pred, *none_after)
+            grad_pred = _DifferenceLoss.recompute(ctx, grad_loss)
+        return (None,) * 6 + (grad_pred, *ctx.unused)
+
+    @staticmethod
+    def recompute(ctx: Any, grad_loss: Tensor) -> Tensor:
+        pred, target, weight, error_slope = ctx.saved_tensors
+        if ctx.slope_shape is not None:  # one number a term: spread it over the term's rows
+            error_slope = error_slope.view(ctx.slope_shape)
+            grad_loss = grad_loss.view((-1, 1) if ctx.slope_shape[0] == -1 else (1, -1))
+        row_grad = (error_slope * grad_loss).reshape(-1)
+        return _elbo_error_backward.on(ctx.backend)(row_grad, pred, target, weight, "l2", ctx.mean)
 
 
 def _difference_loss(
@@ -214,8 +210,7 @@ def _difference_loss(
         and type(pred) in (Tensor, torch.nn.Parameter)
         and not torch.compiler.is_compiling()
     )
-    loss, delta, _, _ = apply(
-        _DifferenceLoss,
+    loss, delta = _DifferenceLoss.apply(
         op.name,
         backend,
         keep_grad,
@@ -253,7 +248,7 @@ def elbo_error(
         pred: predictions [B, …] in float32, bfloat16, float16 or float64. Gradients flow to it, and to it alone.
         target: like `pred`; its dtype may differ.
         weight: float32 or float64 [B]; 1 if None.
-        loss: ``"l2"`` d², ``"l1"`` \\|d\\|, or ``"huber"`` with threshold 1: d²/2 where \\|d\\| < 1, else \\|d\\| - 1/2.
+        loss: ``"l2"``: d²; ``"l1"``: abs(d); ``"huber"``: d²/2 where abs(d) < 1, else abs(d) - 1/2.
         element_reduction: how a row's D elements are reduced.
 
     Returns:
@@ -277,7 +272,7 @@ def elbo_error(
     if backend == "reference":
         return reference.elbo_error(pred, target, weight=weight, loss=loss, element_reduction=element_reduction)
     if torch.is_grad_enabled() and pred.requires_grad:
-        return apply(_RowError, backend, pred, None, target, weight, loss, element_reduction == "mean")
+        return _RowError.apply(backend, pred, None, target, weight, loss, element_reduction == "mean")
     return _elbo_error.on(backend)(pred, target, weight, loss, element_reduction == "mean")
 
 
@@ -326,7 +321,7 @@ def elbo_difference(
     if backend == "reference":
         return reference.elbo_difference(pred, ref_pred, target, weight=weight, element_reduction=element_reduction)
     if torch.is_grad_enabled() and pred.requires_grad:
-        return apply(_RowError, backend, pred, ref_pred, target, weight, "l2", element_reduction == "mean")
+        return _RowError.apply(backend, pred, ref_pred, target, weight, "l2", element_reduction == "mean")
     return _elbo_difference.on(backend)(pred, ref_pred, target, weight, element_reduction == "mean")
 
 
@@ -397,12 +392,12 @@ def ddo_loss(
         mc_samples: M, draws of (t, noise) per image, in consecutive rows. Δ is averaged over them inside the sigmoid;
             by Jensen's inequality the bound is tighter than at M = 1, the paper's.
         element_reduction: ``"sum"`` over an image's elements (the paper) or ``"mean"``.
-        reduction: ``"mean"``: each group's own mean, an absent group contributing 0; ``"sum"``; or ``"none"``: the terms
-            [B], with α applied to the fakes.
+        reduction: ``"mean"``: each group's own mean, an absent group contributing 0; ``"sum"``; or ``"none"``: the
+            terms [B], with α applied to the fakes.
         return_delta: also return Δ [B] (after the mean over M), detached, for logging.
-        group: a ``torch.distributed`` process group over which the two means are taken. Averaging over its ranks, as DDP
-            and FSDP do to gradients, then gives the loss and the gradients of the whole batch in one process, also where
-            a rank has no fakes. Batch-sharded DTensors need no group: their loss is global as it is.
+        group: a ``torch.distributed`` process group over which the two means are taken. Averaging over its ranks, as
+            DDP and FSDP do to gradients, then gives the loss and the gradients of the whole batch in one process, also
+            where a rank has no fakes. Batch-sharded DTensors need no group: their loss is global as it is.
 
     Returns:
         The loss, float32 (float64 if an input is), or ``(loss, delta)``. Gradients flow to `pred` alone, once
@@ -493,8 +488,8 @@ def diffusion_dpo_loss(
         "hinge"     relu(1 - beta m)                 arXiv 2305.10425
 
     Args:
-        pred, ref_pred, target: as in :func:`elbo_difference`, [B, …] with B even: the first half are winners, the second
-            half the losers, in the same order. A pair shares t and noise.
+        pred, ref_pred, target: as in :func:`elbo_difference`, [B, …] with B even: the first half are winners, the
+            second half the losers, in the same order. A pair shares t and noise.
         weight: float32 or float64 [B].
         beta: inverse temperature, > 0. 5000 is the published code's, with the mean over elements.
         kind: one of the three.

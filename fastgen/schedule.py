@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from . import _backend, _checks, _layout, reference
-from ._autograd import apply
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "flow_prediction")
 
@@ -26,26 +25,23 @@ class _RowCombination(torch.autograd.Function):
     """``a_i x (+ b_i y)``: linear, so its backward is itself, and differentiable again."""
 
     @staticmethod
-    def forward(backend: str, x: Tensor, a: Tensor, y: Tensor | None, b: Tensor | None) -> Tensor:
-        return _row_combination.on(backend)(x, a, y, b)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.backend, _, a, _, b = inputs
+    def forward(ctx: Any, backend: str, x: Tensor, a: Tensor, y: Tensor | None, b: Tensor | None) -> Tensor:
+        ctx.backend = backend
         ctx.save_for_backward(a, b)
+        return _row_combination.on(backend)(x, a, y, b)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         a, b = ctx.saved_tensors
         needs_x, needs_y = ctx.needs_input_grad[1], ctx.needs_input_grad[3]
-        grad_x = apply(_RowCombination, ctx.backend, grad, a, None, None) if needs_x else None
-        grad_y = apply(_RowCombination, ctx.backend, grad, b, None, None) if needs_y else None
+        grad_x = _RowCombination.apply(ctx.backend, grad, a, None, None) if needs_x else None
+        grad_y = _RowCombination.apply(ctx.backend, grad, b, None, None) if needs_y else None
         return None, grad_x, None, grad_y, None
 
 
 def _combine(x: Tensor, a: Tensor, y: Tensor, b: Tensor, backend: str) -> Tensor:
     if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
-        return apply(_RowCombination, backend, x, a, y, b)
+        return _RowCombination.apply(backend, x, a, y, b)
     return _row_combination.on(backend)(x, a, y, b)
 
 
@@ -258,7 +254,7 @@ class NoiseSchedule:
         return self._coefficients(t)[1]
 
     def edm_weight(self, t: Tensor) -> Tensor:
-        """EDM's weight of x0-errors, ``(s² + sigma_data²) / (s sigma_data)²`` at the noise level ``s = sigma_t/alpha_t``."""
+        """EDM's weight of x0-errors: ``(s² + sigma_data²) / (s sigma_data)²`` at the level ``s = sigma_t / alpha_t``."""
         alpha, sigma = self._coefficients(t)
         level = sigma / alpha
         return (level.square() + self.sigma_data**2) / (level * self.sigma_data).square()

@@ -96,6 +96,7 @@ struct ElboDifferenceLoss {
   static constexpr int kStreams = 3, kSums = 1, kMapStreams = 2;
   using Row = ScaledRow<T>;
   Link link;
+  Groups groups;
   const T* weight;
   T scale;
   T* term;         // [groups]
@@ -112,12 +113,10 @@ struct ElboDifferenceLoss {
     T slope;
     delta[group] = sums[0];
     term[group] = link.term(group, sums[0], &slope);
+    for (int64_t r = 0; r < groups.rows; ++r) error_slope[groups.row(group, r)] = -slope * link.share(r);
     return slope;
   }
-  FASTGEN_HD T coefficient(int64_t row, int64_t rank, const Row& constants, T slope) const {
-    error_slope[row] = -slope * link.share(rank);
-    return -slope * constants.scale;
-  }
+  FASTGEN_HD T coefficient(int64_t, int64_t, const Row& constants, T slope) const { return -slope * constants.scale; }
   FASTGEN_HD T map(const Row&, T coefficient, const T* v) const { return coefficient * L2::slope(v[0] - v[1]); }
 };
 

@@ -10,9 +10,12 @@
 //     Row row(int64_t row, int64_t rank) const;  // rank: position of the row in its group
 //     void accumulate(const Row&, const T* v, T* sums) const;             // adds one element's share to the sums
 //     T epilogue(int64_t group, const T* sums) const;                     // runs once a group; stores its results
-//     T coefficient(int64_t row, int64_t rank, const Row&, T slope) const;  // runs once a row, with the epilogue's value
+//     T coefficient(int64_t row, int64_t rank, const Row&, T slope) const;  // of a row, from the epilogue's value
 //     T map(const Row&, T coefficient, const T* v) const;                 // one output element
+//     bool idle() const;                         // optional: true where numbers on the device leave nothing to do
 //   };
+//
+// Only the epilogue stores: everything else may run any number of times, on any thread.
 //
 // Members that a formula's kSums and kMapStreams leave unused may be missing.
 #pragma once
@@ -51,6 +54,7 @@ struct Scaled {
   struct Row {};
   const T* scale;
 
+  FASTGEN_HD bool idle() const { return *scale == T(1); }
   FASTGEN_HD Row row(int64_t, int64_t) const { return {}; }
   FASTGEN_HD T coefficient(int64_t, int64_t, const Row&, T) const { return *scale; }
   FASTGEN_HD T map(const Row&, T coefficient, const T* v) const { return coefficient * v[0]; }

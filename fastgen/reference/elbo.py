@@ -15,7 +15,7 @@ def elbo_error(
     pred: Tensor, target: Tensor, *, weight: Tensor | None = None, loss: str = "l2", element_reduction: str = "mean"
 ) -> Tensor:
     """``w_i red_D penalty(pred - target)``, one number per row."""
-    d = (widened(pred) - widened(target.detach())).flatten(1)
+    d = _rows(pred) - _rows(target.detach())
     penalty = {"l2": d.square, "l1": d.abs, "huber": lambda: F.huber_loss(d, torch.zeros_like(d), reduction="none")}[
         loss
     ]()
@@ -26,7 +26,7 @@ def elbo_difference(
     pred: Tensor, ref_pred: Tensor, target: Tensor, *, weight: Tensor | None = None, element_reduction: str = "sum"
 ) -> Tensor:
     """``delta_i = w_i red_D (q - p)(q + p - 2y)``, which is ``-w_i (|p - y|² - |q - y|²)`` without the cancellation."""
-    p, q, y = (widened(t).flatten(1) for t in (pred, ref_pred.detach(), target.detach()))
+    p, q, y = (_rows(t) for t in (pred, ref_pred.detach(), target.detach()))
     return _weighted(_reduced((q - p) * ((q - y) + (p - y)), element_reduction), weight)
 
 
@@ -103,6 +103,10 @@ def group_counts(is_real: Tensor, group: Any = None) -> Tensor:
 def softplus(x: Tensor) -> Tensor:
     # F.softplus turns linear above a threshold, which costs digits in float64; log(1 + exp(x)) overflows.
     return -F.logsigmoid(-x)
+
+
+def _rows(t: Tensor) -> Tensor:
+    return widened(t).unsqueeze(-1).flatten(1)  # [B, D], also where t is [B]
 
 
 def _reduced(penalty: Tensor, element_reduction: str) -> Tensor:

@@ -1,0 +1,265 @@
+"""What the compilers make of the kernels, without a GPU: registers, spills, shared memory, width of memory accesses.
+
+    python -m benchmarks.aot [--arch 90]
+
+Triton kernels are compiled as their launchers would launch them: the launchers run on meta tensors under a driver that
+names a target instead of a device, and every launch is compiled and not run. So a variant cannot be forgotten or
+differ from the real one. It takes a process of its own, without TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ARCHITECTURES = (80, 90, 100)
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Report:
+    """One kernel of one variant on one architecture; 16-byte accesses are what memory-bound code wants."""
+
+    kernel: str
+    variant: str
+    arch: int
+    num_warps: int
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    instructions: int
+    loads: dict[int, int]  # width in bytes -> global load instructions
+    stores: dict[int, int]
+    narrow_reads: int  # sweeps over a tile of a stream that are not made of 16-byte loads; 0 is what we want
+    narrow_writes: int
+
+
+# How often a kernel's code sweeps over a tile: of (streams, mapped streams).
+SWEEPS = {
+    "_held_groups": lambda streams, mapped: streams,
+    "_looped_groups": lambda streams, mapped: streams + mapped,
+    "_partial_sums": lambda streams, mapped: streams,
+    "_finish": lambda streams, mapped: mapped,
+    "_scale_in_place": lambda streams, mapped: 1,
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A compiled kernel and the tile that its launch would have swept."""
+
+    kernel: Any
+    streams: tuple[torch.Tensor, ...]
+    map_streams: int
+    out: torch.Tensor | None
+    tile: int
+
+    @staticmethod
+    def of(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> Launch:
+        name = kernel.metadata.name
+        if name == "_scale_in_place":
+            return Launch(kernel, args[:1], 1, args[0], constants["BLOCK"])
+        tile = constants["BLOCK"] * (constants["RANKS"] if name == "_held_groups" else 1)
+        out = args[4] if name != "_partial_sums" else None
+        return Launch(kernel, args[1], constants["MAP_STREAMS"] if out is not None else 0, out, tile)
+
+    def wide_sweeps(self, accesses: dict[int, int], itemsize: int) -> int:
+        moved = sum(width * n for width, n in accesses.items() if width >= 16)
+        return moved * 32 * self.kernel.metadata.num_warps // (self.tile * itemsize)
+
+
+# -- Compiling what a launcher launches
+
+
+class _Target:
+    """A Triton driver with a target and no device."""
+
+    def __init__(self, arch: int) -> None:
+        from triton.backends.compiler import GPUTarget
+        from triton.runtime import driver
+
+        self.target = GPUTarget("cuda", arch, 32)
+        driver.set_active(self)
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.target.arch  # kernels are cached by device
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+
+@contextmanager
+def _compiling(arch: int, compiled: list[Launch]) -> Iterator[None]:
+    """Launches of the row-wise skeleton are appended to `compiled`."""
+    from fastgen.triton_kernels import rowwise
+
+    def compile_launch(kernel: Any, programs: int, like: torch.Tensor, *args: Any, **constants: Any) -> None:
+        kernel = kernel.warmup(*args, grid=(programs,), **constants)
+        compiled.append(Launch.of(kernel, args, constants))
+
+    launch = rowwise.launch
+    rowwise.launch = compile_launch
+    _Target(arch)
+    try:
+        yield
+    finally:
+        rowwise.launch = launch
+
+
+# -- The calls whose kernels are compiled: name -> call, for one dtype
+
+
+def _images(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _vector(n: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(n, dtype=dtype, device="meta")
+
+
+# Groups and rows that stay in registers, rows of many programs each, and programs that loop over their rows.
+SHAPES = {"small": (64, 3, 32, 32), "held": (64, 4, 64, 64), "split": (8, 3, 256, 256), "looped": (4096, 3, 256, 256)}
+
+
+def _loss_calls(dtype: torch.dtype, plan: str, shape: tuple[int, ...]) -> Iterator[tuple[str, Callable[[], Any]]]:
+    from fastgen.triton_kernels import elbo
+
+    x, weight = _images(dtype, *shape), _vector(shape[0])
+
+    def ddo(with_grad: bool, samples: int = 1) -> Any:
+        flags = _vector(shape[0] // samples, torch.bool)
+        return elbo.ddo_loss(x, x, x, weight, False, "mean", with_grad, flags, None, 1.0, 0.05, samples)
+
+    def dpo(with_grad: bool, kind: str) -> Any:
+        return elbo.diffusion_dpo_loss(x, x, x, weight, True, "mean", with_grad, 5000.0, kind)
+
+    for with_grad, suffix in ((False, ""), (True, " grad")):
+        yield f"ddo {plan}{suffix}", partial(ddo, with_grad)
+        for kind in ("sigmoid", "ipo", "hinge"):
+            yield f"dpo {kind} {plan}{suffix}", partial(dpo, with_grad, kind)
+    yield f"ddo 4 samples {plan} grad", partial(ddo, True, 4)
+
+
+def _calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
+    from fastgen.triton_kernels import elbo, gradient, schedule
+
+    for plan, shape in SHAPES.items():
+        x, weight = _images(dtype, *shape), _vector(shape[0])
+        for loss in ("l2", "l1", "huber"):
+            yield f"error {loss} {plan}", partial(elbo.elbo_error, x, x, weight, loss, True)
+        yield f"difference {plan}", partial(elbo.elbo_difference, x, x, x, weight, False)
+        yield from _loss_calls(dtype, plan, shape)
+    x, weight = _images(dtype, *SHAPES["held"]), _vector(SHAPES["held"][0])
+    for loss in ("l2", "l1", "huber"):
+        yield f"error backward {loss}", partial(elbo.elbo_error_backward, weight, x, x, weight, loss, True)
+    yield "combination", partial(schedule.row_combination, x, weight, x, weight)
+    yield "combination of one", partial(schedule.row_combination, x, weight)
+    yield "scale in place", partial(gradient.scale_gradient_, x, weight[0])
+
+
+def triton_report(
+    architectures: Iterable[int] = ARCHITECTURES, dtypes: Iterable[str] = tuple(DTYPES), only: str = ""
+) -> list[Report]:
+    """One entry per kernel of every call above; calls that launch one and the same kernel share its first entry.
+
+    `only`: a pattern that a call's name must match.
+    """
+    reports: dict[str, Report] = {}
+    for arch, dtype in itertools.product(architectures, dtypes):
+        for variant, call in _calls(DTYPES[dtype]):
+            compiled: list[Launch] = []
+            if re.search(only, variant):
+                with _compiling(arch, compiled):
+                    call()
+            for launched in compiled:
+                if launched.kernel.hash not in reports:
+                    reports[launched.kernel.hash] = _report(launched, f"{variant} {dtype}", arch)
+    return list(reports.values())
+
+
+# -- Reading what was compiled
+
+
+def _widths(ptx: str, instruction: str) -> dict[int, int]:
+    """Bytes that each global access of one thread moves -> how many there are."""
+    counts: Counter[int] = Counter()
+    for vector, bits in re.findall(rf"\b{instruction}\.global\S*?(?:\.v(\d))?\.[bufs](\d+)\b", ptx):
+        counts[int(vector or 1) * int(bits) // 8] += 1
+    return dict(sorted(counts.items()))
+
+
+def _tool(name: str) -> str:
+    import triton
+
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def _report(launch: Launch, variant: str, arch: int) -> Report:
+    kernel = launch.kernel
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(kernel.asm["cubin"])
+        cubin.flush()
+        command = [_tool("cuobjdump"), "--dump-resource-usage", "--dump-sass", cubin.name]
+        dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", dump)}
+    loads, stores = _widths(kernel.asm["ptx"], "ld"), _widths(kernel.asm["ptx"], "st")
+    sweeps = SWEEPS[kernel.metadata.name](len(launch.streams), launch.map_streams)
+    out = launch.out
+    return Report(
+        kernel=kernel.metadata.name,
+        variant=variant,
+        arch=arch,
+        num_warps=kernel.metadata.num_warps,
+        registers=usage["REG"],
+        spill_bytes=usage["STACK"] + usage["LOCAL"],
+        shared_bytes=kernel.metadata.shared,
+        instructions=len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+\S", dump, re.MULTILINE)),
+        loads=loads,
+        stores=stores,
+        narrow_reads=sweeps - launch.wide_sweeps(loads, launch.streams[0].element_size()),
+        narrow_writes=0 if out is None else 1 - launch.wide_sweeps(stores, out.element_size()),
+    )
+
+
+def _columns(accesses: dict[int, int]) -> str:
+    return " ".join(f"{n}x{width}" for width, n in accesses.items())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--arch", type=int, action="append", help="80, 90 or 100; all if not given")
+    parser.add_argument("--dtype", choices=DTYPES, action="append", help="all if not given")
+    parser.add_argument("--only", default="", help="a pattern that a call's name must match")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    reports = triton_report(options.arch or ARCHITECTURES, options.dtype or tuple(DTYPES), options.only)
+    if options.json:
+        print(json.dumps([asdict(r) for r in reports]))
+        return
+    print(f"{'kernel':16} {'variant':32} sm_ warps regs spill shared  instr  loads (count x bytes)     stores")
+    for r in reports:
+        narrow = "  NARROW" if r.narrow_reads or r.narrow_writes else ""
+        print(
+            f"{r.kernel:16} {r.variant:32} {r.arch:3} {r.num_warps:5} {r.registers:4} {r.spill_bytes:5} "
+            f"{r.shared_bytes:6} {r.instructions:6}  {_columns(r.loads):24}  {_columns(r.stores)}{narrow}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""Measures variants of one computation side by side: interleaved, on inputs that rotate past the caches.
+
+A share of the copy bandwidth means: the bytes that the operator has to move at least (each input read once, each output
+written once) over its time, divided by what copying one tensor onto another of that size reaches in the same rounds.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+POOL_BYTES = {"cpu": 1 << 30, "cuda": 1 << 30}  # beyond the last-level caches of servers, beyond any GPU's L2
+BLOCK_SECONDS = 2e-3  # a timed block lasts at least this long, so that clocks and wake-ups do not show
+ROUNDS = 15
+
+Variant = Callable[[Sequence[Tensor]], Any]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Median and fastest time of one call, in seconds."""
+
+    median: float
+    fastest: float
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def input_pool(make: Callable[[], Sequence[Tensor]], device: str) -> list[Sequence[Tensor]]:
+    """Enough sets of inputs that a set has left the caches when its turn comes again; at most 64."""
+    first = make()
+    size = sum(t.numel() * t.element_size() for t in first)
+    count = min(64, max(2, -(-POOL_BYTES[device] // size)))
+    return [first, *(make() for _ in range(count - 1))]
+
+
+def measure(
+    variants: dict[str, Variant], pool: list[Sequence[Tensor]], device: str, rounds: int = ROUNDS
+) -> dict[str, Measured]:
+    """Times every variant once a round, in turn, each round starting elsewhere in the pool."""
+    calls = {name: _calls_for_a_block(f, pool, device) for name, f in variants.items()}
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    position = 0
+    for _ in range(rounds):
+        for name, f in variants.items():
+            times[name].append(_block(f, pool, position, calls[name], device))
+            position += calls[name]
+    return {name: Measured(statistics.median(t), min(t)) for name, t in times.items()}
+
+
+def _calls_for_a_block(f: Variant, pool: list[Sequence[Tensor]], device: str) -> int:
+    for i in range(3):  # compile, allocate
+        f(pool[i % len(pool)])
+    once = _block(f, pool, 0, 3, device)
+    return max(1, min(200, int(BLOCK_SECONDS / once)))
+
+
+def _block(f: Variant, pool: list[Sequence[Tensor]], position: int, calls: int, device: str) -> float:
+    synchronize(device)
+    if device == "cuda":
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        for i in range(calls):
+            f(pool[(position + i) % len(pool)])
+        end.record()
+        synchronize(device)
+        return begin.elapsed_time(end) * 1e-3 / calls
+    start = time.perf_counter()
+    for i in range(calls):
+        f(pool[(position + i) % len(pool)])
+    return (time.perf_counter() - start) / calls
+
+
+def peak_extra_bytes(f: Variant, inputs: Sequence[Tensor]) -> int:
+    """What one call adds to a GPU's memory at its worst. (On CPUs the tests check it, in a process of their own.)"""
+    f(inputs)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    f(inputs)
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def launches(f: Variant, inputs: Sequence[Tensor]) -> int:
+    """CUDA kernels, copies and fills that one call issues."""
+    from torch.profiler import ProfilerActivity, profile
+
+    f(inputs)
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as trace:
+        f(inputs)
+        torch.cuda.synchronize()
+    return sum(1 for event in trace.events() if event.device_type == torch.autograd.DeviceType.CUDA)
+
+
+def compare(
+    benchmark: Any,
+    variants: dict[str, Variant],
+    make: Callable[[], Sequence[Tensor]],
+    floor_bytes: int,
+    subject: str,
+    device: str,
+) -> None:
+    """Runs the comparison and leaves it in the benchmark's extra information, from where the report takes it."""
+    pool = input_pool(make, device)
+    largest = max(pool[0], key=lambda t: t.numel() * t.element_size())
+    destination = torch.empty_like(largest)
+    copied = 2 * largest.numel() * largest.element_size()
+    everything: dict[str, Variant] = {"copy": lambda inputs: destination.copy_(inputs[0].detach()), **variants}
+    measured = measure(everything, pool, device)
+    copy_rate = copied / measured["copy"].median
+    table = {}
+    for name in variants:
+        entry: dict[str, Any] = {
+            "median_us": measured[name].median * 1e6,
+            "fastest_us": measured[name].fastest * 1e6,
+            "share_of_copy": floor_bytes / measured[name].median / copy_rate,
+            "times_fastgen": measured[name].median / measured[subject].median,
+        }
+        if device == "cuda":
+            entry["launches"] = launches(variants[name], pool[0])
+            entry["peak_extra_bytes"] = peak_extra_bytes(variants[name], pool[0])
+        table[name] = entry
+    benchmark.extra_info.update(
+        comparison=table, floor_bytes=floor_bytes, copy_gb_per_s=copy_rate / 1e9, subject=subject, device=device
+    )
+    turn = iter(range(1 << 62))
+    benchmark.pedantic(lambda: variants[subject](pool[next(turn) % len(pool)]), rounds=5, iterations=1)

@@ -1,0 +1,52 @@
+// The CPU as csrc/operators/device.h describes a device.
+#pragma once
+
+#include "../operators/device.h"
+#include "pool.h"
+#include "rowwise.h"
+
+namespace fastgen::cpu {
+
+struct Device {
+  template <class T, class F, int N>
+  static void rowwise(const F& formula, const Groups& groups, const Rows<N>& rows, Output out = {}) {
+    if constexpr (MayBeIdle<F>)
+      if (formula.idle()) return;
+    cpu::rowwise<T>(formula, groups, rows, out);
+  }
+
+  template <int N>
+  static Tensor new_output(const Rows<N>& rows, ScalarType dtype) {
+    const Tensor& first = rows.tensors[0];
+    const auto bytes = static_cast<std::size_t>(rows.count * rows.size) * element_bytes(dtype);
+    if (bytes < kPooledBytes) return empty_strided(first, first.sizes(), rows.out_strides, dtype);
+    return torch::stable::from_blob(take_block(bytes), first.sizes(), rows.out_strides, first.device(), dtype,
+                                    &give_block);
+  }
+
+  template <class T>
+  static Tensor sum(const Tensor& terms) {
+    const T* data = static_cast<const T*>(terms.const_data_ptr());
+    double total = 0;
+    for (int64_t i = 0; i < terms.numel(); ++i) total += static_cast<double>(data[i]);
+    const Tensor out = new_scalar(terms, terms.scalar_type());
+    *mutable_data<T>(out) = static_cast<T>(total);
+    return out;
+  }
+
+  template <class T>
+  struct FlagCounts {
+    T counts[2];
+
+    explicit FlagCounts(const Tensor& flags) {
+      const bool* data = static_cast<const bool*>(flags.const_data_ptr());
+      int64_t set = 0;
+      for (int64_t i = 0; i < flags.numel(); ++i) set += data[i];
+      counts[0] = static_cast<T>(set);
+      counts[1] = static_cast<T>(flags.numel() - set);
+    }
+    const T* data() const { return counts; }
+  };
+};
+
+}  // namespace fastgen::cpu

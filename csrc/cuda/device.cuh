@@ -1,0 +1,63 @@
+// A GPU as csrc/operators/device.h describes a device.
+#pragma once
+
+#include "rowwise.cuh"
+
+namespace fastgen::cuda {
+
+// One block each: these vectors have one number per group. In float64, in a fixed order.
+template <class T>
+__global__ void __launch_bounds__(kMaxThreads) sum_vector(const T* terms, int64_t n, T* out) {
+  __shared__ Exchange<double, 1> exchange;
+  double total[1] = {0};
+  for (int64_t i = threadIdx.x; i < n; i += kMaxThreads) total[0] += static_cast<double>(terms[i]);
+  block_sum(total, exchange);
+  if (threadIdx.x == 0) *out = static_cast<T>(total[0]);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kMaxThreads) count_flags(const bool* flags, int64_t n, T* counts) {
+  __shared__ Exchange<int64_t, 1> exchange;
+  int64_t set[1] = {0};
+  for (int64_t i = threadIdx.x; i < n; i += kMaxThreads) set[0] += flags[i];
+  block_sum(set, exchange);
+  if (threadIdx.x == 0) {
+    counts[0] = static_cast<T>(set[0]);
+    counts[1] = static_cast<T>(n - set[0]);
+  }
+}
+
+struct Device {
+  template <class T, class F, int N>
+  static void rowwise(const F& formula, const Groups& groups, const Rows<N>& rows, Output out = {}) {
+    cuda::rowwise<T>(formula, groups, rows, out);
+  }
+
+  template <int N>
+  static Tensor new_output(const Rows<N>& rows, ScalarType dtype) {
+    return empty_strided(rows.tensors[0], rows.tensors[0].sizes(), rows.out_strides, dtype);
+  }
+
+  template <class T>
+  static Tensor sum(const Tensor& terms) {
+    const Tensor out = new_scalar(terms, terms.scalar_type());
+    Launch{terms}(&sum_vector<T>, 1, dim3(kMaxThreads), 0, 1, static_cast<const T*>(terms.const_data_ptr()),
+                  terms.numel(), mutable_data<T>(out));
+    return out;
+  }
+
+  // Counted on the device: the formula that divides by them runs there too, later on the same stream.
+  template <class T>
+  struct FlagCounts {
+    Tensor counts;
+
+    explicit FlagCounts(const Tensor& flags)
+        : counts(new_vector(flags, 2, sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float)) {
+      Launch{flags}(&count_flags<T>, 1, dim3(kMaxThreads), 0, 1, static_cast<const bool*>(flags.const_data_ptr()),
+                    flags.numel(), mutable_data<T>(counts));
+    }
+    const T* data() const { return static_cast<const T*>(counts.const_data_ptr()); }
+  };
+};
+
+}  // namespace fastgen::cuda

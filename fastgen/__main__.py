@@ -1,0 +1,72 @@
+"""``python -m fastgen info`` and ``python -m fastgen verify``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import platform
+import sys
+
+import torch
+
+from . import __version__, _backend, _verify
+
+VARIABLES = ("FASTGEN_BACKEND", "FASTGEN_CPU_CAPABILITY", "FASTGEN_CPU_CACHE_MB", "TRITON_INTERPRET")
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _served_by(name: str, device_type: str) -> str:
+    chosen = _backend.backend_for(name, device_type)
+    order = ("native", "triton") if device_type == "cpu" else ("triton", "native")
+    passed_over = order[: order.index(chosen)] if chosen in order else order
+    reasons = [f"no {b}: {_backend.missing(name, b, device_type)}" for b in passed_over]
+    return chosen if not reasons else f"{chosen} ({'; '.join(reasons)})"
+
+
+def info() -> int:
+    """Versions, devices, build facts, and which backend serves each operator."""
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}, triton {_version('triton')}"
+    print(f"fastgen {__version__}, {versions}")
+    print(f"CPU: {platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            major, minor = torch.cuda.get_device_capability(i)
+            print(f"GPU {i}: {torch.cuda.get_device_name(i)}, compute capability {major}.{minor}")
+    else:
+        print(f"GPU: none that torch can use (built for CUDA {torch.version.cuda})")
+    for extension, facts in _backend.build_info().items():
+        if isinstance(facts, ImportError):
+            print(f"fastgen.{extension}: not loaded: {facts}")
+        else:
+            print(f"fastgen.{extension}: " + ", ".join(f"{k} {v}" for k, v in facts.items()))
+    for variable in VARIABLES:
+        if variable in os.environ:
+            print(f"{variable}={os.environ[variable]}")
+    for device_type in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        print(f"\non {device_type}:")
+        for name in sorted(_backend.operators):
+            print(f"  {name:22} {_served_by(name, device_type)}")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m fastgen", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("info", help="versions, devices, build facts, which backend serves each operator and why")
+    verify = commands.add_parser("verify", help="check every operator, backend and dtype against float64")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    verify.add_argument("--device", default=default, help=f"a torch device (default here: {default})")
+    verify.add_argument("--backend", choices=_backend.BACKENDS[1:], help="only this one")
+    arguments = parser.parse_args(argv)
+    return info() if arguments.command == "info" else _verify.main(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

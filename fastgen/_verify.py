@@ -1,0 +1,144 @@
+"""``python -m fastgen verify``: every operator × backend × dtype against the float64 reference, on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import fastgen
+
+from . import _backend, _gradient, reference
+from ._accuracy import accurate, errors
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+SHAPES = ((6, 4, 16, 16), (6, 3, 5, 7), (2, 40_000))
+
+Streams = tuple[Tensor, Tensor, Tensor]
+
+
+def _is_real(rows: Tensor) -> Tensor:
+    return torch.arange(len(rows), device=rows.device) % 3 != 1
+
+
+def _row_scalars(rows: Tensor) -> Tensor:
+    return torch.linspace(0.3, 1.2, len(rows), device=rows.device, dtype=torch.float64)
+
+
+def _ddo(m: ModuleType, p: Tensor, q: Tensor, y: Tensor) -> Tensor:
+    return m.ddo_loss(p, q, y, _is_real(p), weight=_row_scalars(p), alpha=2.0, beta=0.05)
+
+
+def _scaled(m: ModuleType, p: Tensor, q: Tensor, y: Tensor) -> Tensor:
+    # The operator has no reference function of its own: it is one multiplication.
+    out = (p.to(torch.promote_types(p.dtype, torch.float32)) * 0.3).to(p.dtype)
+    if m is reference:
+        return out
+    scale = torch.tensor(0.3, device=p.device, dtype=torch.float64 if p.dtype == torch.float64 else torch.float32)
+    copy = p.detach().clone()
+    return _gradient.scale_gradient(copy, scale, _backend.backend_for("scale_gradient_", p.device.type))
+
+
+# Operator -> calls that run it, on the public functions or their references.
+CASES: dict[str, list[Callable[[ModuleType, Tensor, Tensor, Tensor], Tensor]]] = {
+    "elbo_error": [
+        lambda m, p, q, y: m.elbo_error(p, y, weight=_row_scalars(p)),
+        lambda m, p, q, y: m.elbo_error(p, y, loss="l1", element_reduction="sum"),
+    ],
+    "elbo_error_backward": [lambda m, p, q, y: m.elbo_error(p, y, weight=_row_scalars(p), loss="huber")],
+    "elbo_difference": [lambda m, p, q, y: m.elbo_difference(p, q, y, weight=_row_scalars(p))],
+    "ddo_loss": [_ddo],
+    "diffusion_dpo_loss": [
+        lambda m, p, q, y: m.diffusion_dpo_loss(p, q, y, beta=50.0),
+        lambda m, p, q, y: m.diffusion_dpo_loss(p, q, y, beta=50.0, kind="ipo", reduction="none"),
+    ],
+    "row_combination": [
+        lambda m, p, q, y: m.add_noise(p, y, _row_scalars(p), _row_scalars(p)),
+        lambda m, p, q, y: m.prediction_to_x0(p, y, _row_scalars(p), _row_scalars(p), "v_prediction"),
+    ],
+    "scale_gradient_": [_scaled],
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: the worst relative L2 errors over cases and shapes."""
+
+    operator: str
+    backend: str
+    dtype: str
+    value_error: float
+    grad_error: float
+    eager_error: float
+    passed: bool
+
+
+def _streams(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Streams:
+    generator = torch.Generator().manual_seed(0)
+    p, d, y = (torch.randn(shape, generator=generator) for _ in range(3))
+    p, q, y = (t.to(device, dtype) for t in (p, p + 0.1 * d, y))
+    return p, q, y
+
+
+def _value_and_grad(f: Callable[..., Tensor], module: ModuleType, p: Tensor, q: Tensor, y: Tensor) -> list[Tensor]:
+    p = p.detach().requires_grad_()
+    value = f(module, p, q, y)
+    if not value.requires_grad:
+        return [value]
+    return [value.detach(), torch.autograd.grad(value.sum(), p)[0]]
+
+
+def _check(name: str, backend: str, dtype: torch.dtype, device: str) -> Row:
+    worst: dict[str, float] = {"value": 0.0, "grad": 0.0, "eager": 0.0}
+    passed = True
+    for f in CASES[name]:
+        for shape in SHAPES:
+            p, q, y = _streams(shape, dtype, device)
+            exact = _value_and_grad(f, reference, p.double(), q.double(), y.double())
+            eager = _value_and_grad(f, reference, p, q, y)
+            with _backend.use_backend(backend):
+                actual = _value_and_grad(f, fastgen, p, q, y)
+            for what, mine, theirs, truth in zip(("value", "grad"), actual, eager, exact, strict=False):
+                passed &= accurate(mine, theirs, truth) and mine.dtype == theirs.dtype
+                worst[what] = max(worst[what], errors(mine, truth)[0])
+                worst["eager"] = max(worst["eager"], errors(theirs, truth)[0])
+    return Row(name, backend, str(dtype).removeprefix("torch."), *worst.values(), passed)
+
+
+def _combinations(device: str, backends: list[str]) -> Iterator[tuple[str, str, torch.dtype]]:
+    for name in CASES:
+        for backend in backends:
+            if _backend.missing(name, backend, torch.device(device).type) is None:
+                for dtype in DTYPES:
+                    yield name, backend, dtype
+
+
+def verify(device: str, backend: str | None = None, progress: bool = True) -> list[Row]:
+    """Checks what is there on `device`: every backend, or the one named."""
+    work = list(_combinations(device, [backend] if backend else ["native", "triton"]))
+    if not work:  # no kernels at all: the reference serves, and is checked against its own float64
+        work = list(_combinations(device, ["reference"]))
+    return [_check(*item, device) for item in tqdm(work, unit="check", disable=not progress, leave=False)]
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as text."""
+    lines = [f"{'operator':22}{'backend':11}{'dtype':10}{'value':>10}{'gradient':>10}{'eager':>10}   "]
+    for row in rows:
+        figures = "".join(f"{x:10.1e}" for x in (row.value_error, row.grad_error, row.eager_error))
+        lines.append(f"{row.operator:22}{row.backend:11}{row.dtype:10}{figures}   {'pass' if row.passed else 'FAIL'}")
+    return "\n".join(lines)
+
+
+def main(arguments: Any) -> int:
+    rows = verify(arguments.device, arguments.backend)
+    print(table(rows))
+    failed = sum(not row.passed for row in rows)
+    print(f"\n{len(rows) - failed} of {len(rows)} pass on {arguments.device}: relative L2 errors against float64,")
+    print("at most twice eager PyTorch's at the same dtype plus one rounding")
+    return 1 if failed else 0

@@ -1,0 +1,59 @@
+"""Where the tests run: on the CPU, or with FASTGEN_TEST_DEVICE=cuda on a GPU.
+
+On a CPU the Triton kernels run under Triton's interpreter, which has to be chosen before Triton is first imported.
+"""
+
+import os
+
+DEVICE = os.environ.get("FASTGEN_TEST_DEVICE", "cpu")
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from fastgen import _backend
+
+# Workers that share the cores would spend their time in each other's OpenMP barriers.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
+if DEVICE == "cpu" and _backend.missing("elbo_error", "triton", DEVICE) is None:
+    from interpreter import round_as_gpus_do
+
+    round_as_gpus_do()
+
+# The first interpreted kernel of a process takes seconds, and machines that run tests are busy: no deadlines.
+settings.register_profile(
+    "fastgen", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+settings.load_profile("fastgen")
+
+
+def backends() -> list[str]:
+    return [b for b in ("native", "triton", "reference") if _backend.missing("elbo_error", b, DEVICE) is None]
+
+
+@pytest.fixture
+def device() -> str:
+    return DEVICE
+
+
+@pytest.fixture(params=backends())
+def backend(request):
+    """Every backend that this machine has, in turn."""
+    with _backend.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=[b for b in backends() if b != "reference"])
+def kernel_backend(request):
+    """Every backend of our own kernels."""
+    with _backend.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)

@@ -1,0 +1,25 @@
+// The CUDA implementations of the operators, emulated, registered for CPU tensors.
+#include <algorithm>
+
+#include "cuda_runtime.h"
+#include "operators/elbo.h"
+#include "operators/gradient.h"
+#include "operators/schedule.h"
+
+#include "cuda/device.cuh"
+
+extern "C" {
+AOTITorchError aoti_torch_create_device_guard(int32_t, DeviceGuardHandle* guard) { return *guard = nullptr, 0; }
+AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle) { return 0; }
+AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) { return *stream = nullptr, 0; }
+AOTITorchError torch_c10_cuda_check_msg(int32_t error, const char*, const char*, uint32_t, bool, char** message) {
+  return *message = nullptr, error;
+}
+void torch_c10_cuda_free_error_msg(char*) {}
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastgen, CPU, m) {
+  fastgen::register_elbo<fastgen::cuda::Device>(m);
+  fastgen::register_gradient<fastgen::cuda::Device>(m);
+  fastgen::register_schedule<fastgen::cuda::Device>(m);
+}

@@ -1,0 +1,29 @@
+"""Comparisons with float64, in the words of a failed test."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastgen._accuracy import bounds, errors
+
+
+def assert_accurate(actual: Tensor, eager: Tensor, exact: Tensor, what: str = "result") -> None:
+    """`actual` is at most twice as far from `exact` (float64) as `eager` is, plus one rounding of its dtype."""
+    assert actual.shape == exact.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
+    assert actual.dtype == eager.dtype, f"{what}: {actual.dtype}, expected {eager.dtype}"
+    for name, mine, limit in zip(("L2", "max"), errors(actual, exact), bounds(eager, exact), strict=True):
+        assert mine <= limit, f"{what}: relative {name} error {mine:.2e}, allowed {limit:.2e}"
+
+
+def value_and_grad(f: Callable[[Tensor], Tensor], pred: Tensor, cotangent: Tensor | None = None):
+    """f(pred) and the gradient of (cotangent · f)."""
+    pred = pred.detach().requires_grad_()
+    value = f(pred)
+    seed = torch.ones_like(value) if cotangent is None else cotangent.to(value.dtype)
+    (grad,) = torch.autograd.grad(value, pred, seed)
+    return value.detach(), grad
+
+
+def double(value: object) -> object:
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value

@@ -1,0 +1,53 @@
+"""What the Triton compiler makes of every kernel, without a GPU: 16-byte accesses, no spills, registers in budget."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
+
+# Of a multiprocessor's 65536: 112 let one program of 512 threads hold its tile; 80 let three of 256 run, 48 five.
+REGISTERS = {"_held_groups": 112, "_looped_groups": 80, "_partial_sums": 64, "_finish": 48, "_scale_in_place": 40}
+# ptxas for sm_100 trades one 4-byte register of a few looped kernels for occupancy.
+SPILL_BYTES = {80: 0, 90: 0, 100: 8}
+
+TYPICAL = (
+    "^(ddo held grad|ddo looped grad|ddo split grad|dpo sigmoid small grad|error huber held"
+    "|error backward l1|combination|scale in place)$"
+)
+
+
+def reports(*options):
+    """In a process of its own: in that of the tests Triton interprets."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.aot", "--json", *options]
+    root = Path(__file__).parent.parent
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+def check(found):
+    for r in found:
+        what = f"{r['kernel']} ({r['variant']}) for sm_{r['arch']}"
+        assert r["spill_bytes"] <= SPILL_BYTES[r["arch"]], f"{what} spills {r['spill_bytes']} bytes"
+        assert r["narrow_reads"] == r["narrow_writes"] == 0, f"{what}: loads {r['loads']}, stores {r['stores']}"
+        assert r["registers"] <= REGISTERS[r["kernel"]], f"{what} needs {r['registers']} registers"
+
+
+def test_typical_kernels():
+    found = reports("--arch", "90", "--dtype", "f32", "--dtype", "bf16", "--only", TYPICAL)
+    assert {r["kernel"] for r in found} == set(REGISTERS)
+    check(found)
+
+
+@pytest.mark.slow
+def test_every_kernel():
+    found = reports()
+    assert {r["arch"] for r in found} == {80, 90, 100}
+    check(found)

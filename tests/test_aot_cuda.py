@@ -1,0 +1,102 @@
+"""The CUDA kernels without a GPU: what nvcc makes of them, and, emulated on a CPU, what they compute."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from torch.utils.cpp_extension import include_paths, library_paths
+
+from benchmarks import aot_cuda
+
+ROOT = Path(__file__).resolve().parent.parent
+EMULATOR = ROOT / "tests" / "cuda_emulator"
+COMPILER = os.environ.get("CXX", "c++")
+
+needs_nvcc = pytest.mark.skipif(aot_cuda.cuda_home() is None, reason="no CUDA toolkit")
+needs_compiler = pytest.mark.skipif(shutil.which(COMPILER) is None, reason="no C++ compiler")
+
+
+@pytest.fixture(scope="module")
+def report():
+    return aot_cuda.cuda_report()
+
+
+@needs_nvcc
+def test_kernels_spill_nothing_and_stay_within_their_registers(report):
+    assert {row["arch"] for row in report} == {"sm_80", "sm_90a"}
+    for row in report:
+        # 64 registers let a multiprocessor hold 1024 threads; the doubles' kernels are for correctness.
+        budget = 64 if "float" in row["kernel"] else 80
+        assert row["spill_bytes"] == row["stack_bytes"] == 0, row
+        assert row["registers"] <= budget, row
+        assert row["static_shared_bytes"] <= 1024, row
+
+
+@needs_nvcc
+def test_kernels_move_16_bytes_at_a_time_and_use_no_atomics(report):
+    wide = [row for row in report if "<wide, " in row["kernel"]]
+    assert wide
+    for row in wide:
+        assert row["wide_loads"], row
+        writes = row["kernel"].startswith("map<") or (row["kernel"].startswith("on_chip<") and "Loss" in row["kernel"])
+        assert row["wide_stores"] == writes, row
+    for row in report:
+        assert not row["atomics"], row
+
+
+@needs_compiler
+def test_partition_covers_every_element_once(tmp_path):
+    program = tmp_path / "partition"
+    source = EMULATOR / "partition.cpp"
+    subprocess.run([COMPILER, "-std=c++20", "-O1", f"-I{ROOT / 'csrc'}", str(source), "-o", str(program)], check=True)
+    assert subprocess.run([str(program)], capture_output=True, text=True, check=False).stdout == "ok\n"
+
+
+def build_emulated(folder: Path) -> Path:
+    """The kernels as a library for CPU tensors. Shared memory has no C++ spelling that means one per block: its two
+    declarations are rewritten, in a copy; all else compiles as it stands."""
+    shutil.copytree(ROOT / "csrc", folder / "csrc")
+    for header in (folder / "csrc" / "cuda").glob("*.cuh"):
+        text = header.read_text()
+        text = re.sub(r"extern __shared__ (.+) (\w+)\[\];", r"\1* \2 = emulator::dynamic_shared<\1>();", text)
+        header.write_text(re.sub(r"__shared__ (.+) (\w+);", r"\1& \2 = emulator::shared<\1>();", text))
+    library = folder / "emulated.so"
+    command = [COMPILER, "-std=c++20", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-Wno-unknown-pragmas"]
+    command += ["-fsanitize=alignment,bounds", "-fsanitize-undefined-trap-on-error"]
+    command += [flag for flag in aot_cuda.compiler_flags() if flag.startswith("-D")]
+    command += [f"-I{p}" for p in (EMULATOR, folder / "csrc", *include_paths())] + [str(EMULATOR / "emulated.cpp")]
+    for path in library_paths():
+        command += [f"-L{path}", f"-Wl,-rpath,{path}"]
+    subprocess.run([*command, "-ltorch_cpu", "-lc10", "-o", str(library)], check=True)
+    return library
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    return build_emulated(tmp_path_factory.mktemp("emulated"))
+
+
+# A GPU as "multiprocessors, shared bytes of a block, blocks of a cluster", and what runs on it: cuda_emulator/check.py.
+CASES = {
+    # Parts of warps, blocks and clusters; whole vectors and odd sizes; dtypes alike and mixed.
+    "132,232448,16": ["6,1,fff,1", "6,3,hbf,3", "0,8,fff,1", "4,33,dfb,2", "2,300,hhd,1", "2,9001,bbb,2"],
+    "108,166912,1": ["2,4096,fff,2", "2,6000,dfh,1"],  # no clusters, as before sm_90
+    "8,4096,2": ["4,777,fbf,2", "2,20000,bbb,1", "2,2048,ddd,2"],  # groups that fit nowhere: two passes
+}
+
+
+@needs_compiler
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the emulator needs ucontext")
+@pytest.mark.parametrize("gpu", CASES)
+def test_emulated_kernels_agree_with_the_reference(emulated, gpu):
+    command = [sys.executable, str(EMULATOR / "check.py"), str(emulated), *CASES[gpu]]
+    environment = {**os.environ, "EMULATED_GPU": gpu, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment.pop("FASTGEN_BACKEND", None)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -1,0 +1,101 @@
+"""Choosing a backend, and the command line."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fastgen
+from fastgen import _backend, _verify
+from fastgen.__main__ import main
+
+X = torch.ones(2, 3)
+
+
+def python(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="backend must be one of"), fastgen.use_backend("cuda"):
+        pass
+    run = python("import fastgen", FASTGEN_BACKEND="fast")
+    assert run.returncode != 0
+    assert "FASTGEN_BACKEND must be one of" in run.stderr
+
+
+def test_asking_for_what_is_missing_says_what_is_missing():
+    code = """
+import torch, fastgen
+with fastgen.use_backend("triton"):
+    fastgen.elbo_error(torch.ones(1, 1), torch.ones(1, 1))
+"""
+    run = python(code, TRITON_INTERPRET="0")
+    assert run.returncode != 0
+    assert "backend 'triton' cannot run elbo_error on cpu" in run.stderr
+
+
+def test_the_environment_variable_sets_the_process():
+    code = "import fastgen._backend as b; print(b.backend_for('ddo_loss', 'cpu'))"
+    assert python(code, FASTGEN_BACKEND="reference").stdout.strip() == "reference"
+
+
+def test_backends_nest_and_restore():
+    before = _backend.backend_for("ddo_loss", "cpu")
+    with fastgen.use_backend("reference"):
+        with fastgen.use_backend("auto"):
+            assert _backend.backend_for("ddo_loss", "cpu") == before
+        assert _backend.backend_for("ddo_loss", "cpu") == "reference"
+        with pytest.raises(KeyError), fastgen.use_backend("auto"):
+            raise KeyError
+        assert _backend.backend_for("ddo_loss", "cpu") == "reference"
+    assert _backend.backend_for("ddo_loss", "cpu") == before
+
+
+def test_without_the_extension_the_reference_serves():
+    code = """
+import sys
+sys.modules["fastgen._C"] = None  # as if it were not built
+import torch, fastgen
+p = torch.randn(4, 3, requires_grad=True)
+fastgen.ddo_loss(p, torch.randn(4, 3), torch.randn(4, 3), torch.tensor([True, False] * 2)).backward()
+print(p.grad.shape, fastgen._backend.backend_for("ddo_loss", "cpu"), type(fastgen.build_info()["_C"]).__name__)
+try:
+    with fastgen.use_backend("native"):
+        fastgen.elbo_error(p, p)
+except RuntimeError as error:
+    print(error)
+"""
+    run = python(code)
+    assert run.returncode == 0, run.stderr
+    assert "torch.Size([4, 3]) reference ModuleNotFoundError" in run.stdout
+    assert "fastgen._C did not load" in run.stdout
+
+
+def test_triton_is_not_imported_before_it_is_needed():
+    assert python("import sys, fastgen; print('triton' in sys.modules)").stdout.strip() == "False"
+
+
+def test_info_names_every_operator(capsys):
+    assert main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert fastgen.__version__ in out
+    assert torch.__version__ in out
+    for name in _backend.operators:
+        assert f"  {name} " in out
+
+
+def test_verify_covers_every_operator_and_fails_on_a_wrong_one(monkeypatch, capsys):
+    assert set(_verify.CASES) == set(_backend.operators)
+    monkeypatch.setattr(_verify, "SHAPES", ((4, 3, 5),))
+    monkeypatch.setattr(_verify, "CASES", {"elbo_error": _verify.CASES["elbo_error"]})
+    assert main(["verify", "--device", "cpu"]) == 0
+    assert "FAIL" not in capsys.readouterr().out
+    right = fastgen.elbo_error
+    monkeypatch.setattr(fastgen, "elbo_error", lambda *args, **kwargs: right(*args, **kwargs) * 1.001)
+    assert main(["verify", "--device", "cpu"]) == 1
+    assert "FAIL" in capsys.readouterr().out

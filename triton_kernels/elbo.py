@@ -1,0 +1,351 @@
+"""ELBO differences: DDO (arXiv 2503.01103), Diffusion-DPO (arXiv 2311.12908) and the errors they are made of.
+
+Streams: prediction p, target y, frozen reference prediction q. The formulas are those of ``csrc/formulas/elbo.h``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import scalar
+from .rowwise import Formula, Functions, Groups, Rows, run
+from .scalar import divide, number, sigmoid, softplus
+
+LossOutputs = tuple[Tensor, Tensor, Tensor, Tensor]  # loss, delta, error_slope, grad_pred
+
+# Up to this many images each program counts the real ones among them itself: a few bytes a thread from the cache.
+COUNTED_IN_KERNEL = 4096
+
+
+# -- Penalties on d = p - y: value and slope. NaN stays NaN.
+
+
+@triton.jit
+def _l2_value(d):
+    return d * d
+
+
+@triton.jit
+def _l2_slope(d):
+    return 2.0 * d
+
+
+@triton.jit
+def _l1_slope(d):
+    return tl.where(d > 0.0, 1.0, tl.where(d < 0.0, -1.0, d))
+
+
+@triton.jit
+def _huber_value(d):
+    a = tl.abs(d)
+    return tl.where(a < 1.0, 0.5 * d * d, a - 0.5)
+
+
+@triton.jit
+def _huber_slope(d):
+    return tl.where(d > 1.0, 1.0, tl.where(d < -1.0, -1.0, d))
+
+
+# -- error[i] = w_i * scale * sum_D penalty(p - y), and its derivative times grad[i]
+
+
+class ErrorArgs(NamedTuple):
+    weight: Tensor | None
+    scale: float | int  # 1, or 1/D for the mean over elements
+    error: Tensor | None = None
+    grad: Tensor | None = None
+
+
+@triton.jit
+def _row_scale(args, row, T: tl.constexpr):
+    scale = number(args.scale, T)
+    if args.weight is not None:
+        scale = tl.load(args.weight + row) * scale
+    return scale
+
+
+@triton.jit
+def _error_row(args, row, rank, T: tl.constexpr):
+    return (_row_scale(args, row, T),)
+
+
+@triton.jit
+def _accumulate_l2(constants, v):
+    return (_l2_value(v[0] - v[1]),)
+
+
+@triton.jit
+def _accumulate_l1(constants, v):
+    return (tl.abs(v[0] - v[1]),)
+
+
+@triton.jit
+def _accumulate_huber(constants, v):
+    return (_huber_value(v[0] - v[1]),)
+
+
+@triton.jit
+def _error_epilogue(args, group, sums, T: tl.constexpr):
+    tl.store(args.error + group, sums[0])
+    return sums[0]
+
+
+@triton.jit
+def _error_backward_row(args, row, rank, T: tl.constexpr):
+    return (tl.load(args.grad + row) * _row_scale(args, row, T),)
+
+
+@triton.jit
+def _scale_coefficient(args, row, rank, constants, slope, T: tl.constexpr):
+    return constants[0]
+
+
+@triton.jit
+def _map_l2(constants, coefficient, v):
+    return coefficient * _l2_slope(v[0] - v[1])
+
+
+@triton.jit
+def _map_l1(constants, coefficient, v):
+    return coefficient * _l1_slope(v[0] - v[1])
+
+
+@triton.jit
+def _map_huber(constants, coefficient, v):
+    return coefficient * _huber_slope(v[0] - v[1])
+
+
+ELBO_ERROR = {
+    loss: Formula(Functions(_error_row, accumulate, _error_epilogue), sums=1)
+    for loss, accumulate in (("l2", _accumulate_l2), ("l1", _accumulate_l1), ("huber", _accumulate_huber))
+}
+ELBO_ERROR_BACKWARD = {
+    loss: Formula(Functions(_error_backward_row, coefficient=_scale_coefficient, map=slope), map_streams=2)
+    for loss, slope in (("l2", _map_l2), ("l1", _map_l1), ("huber", _map_huber))
+}
+
+
+# -- delta[i] = w_i * scale * sum_D (q - p)(q + p - 2y)
+
+
+@triton.jit
+def _accumulate_difference(constants, v):
+    # Factored: the difference of the two sums of squares would cancel.
+    return ((v[2] - v[0]) * ((v[2] - v[1]) + (v[0] - v[1])),)
+
+
+ELBO_DIFFERENCE = Formula(Functions(_error_row, _accumulate_difference, _error_epilogue), sums=1)
+
+
+# -- Losses of a group's m = sum_r share_r * delta_r. A link gives the shares, and of m the term and its slope.
+
+
+class LossArgs(NamedTuple):
+    weight: Tensor | None
+    scale: float | int
+    term: Tensor  # [groups]
+    delta: Tensor  # [groups]
+    error_slope: Tensor  # [rows]: d term / d error_r, where error_r = w_r * scale * sum_D (p - y)^2
+    link: Any
+
+
+class DdoLink(NamedTuple):
+    is_real: Tensor
+    counts: Tensor | None  # {n_real, n_fake}
+    images: int | None  # without counts: how many to count; None: no division
+    alpha: float | int
+    beta: float | int
+    row_share: float | int
+
+
+class PreferenceLink(NamedTuple):
+    beta: float | int
+    scale: float | int
+
+
+@triton.jit
+def _store_loss(args, group, m, term, slope):
+    tl.store(args.delta + group, m)
+    tl.store(args.term + group, term)
+    return slope
+
+
+@triton.jit
+def _loss_coefficient(args, row, share, constants, slope):
+    tl.store(args.error_slope + row, -slope * share)
+    return -slope * constants[0]
+
+
+@triton.jit
+def _ddo_row(args, row, rank, T: tl.constexpr):
+    return (number(args.link.row_share, T) * _row_scale(args, row, T),)
+
+
+@triton.jit
+def _count(flags, size, value):
+    cols = tl.arange(0, 1024)
+    counted = tl.zeros((1024,), tl.int32)
+    for start in range(0, size, 1024):
+        flag = tl.load(flags + start + cols, mask=cols < size - start, other=0).to(tl.int32)
+        counted += tl.where(cols < size - start, (flag == value).to(tl.int32), 0)
+    return tl.sum(counted)
+
+
+@triton.jit
+def _ddo_epilogue(args, group, sums, T: tl.constexpr):
+    """Real images: softplus(-beta m) / n_real. Fakes: alpha softplus(beta m) / n_fake."""
+    link = args.link
+    m = sums[0]
+    real = tl.load(link.is_real + group).to(tl.int32)
+    weight = tl.where(real != 0, 1.0, number(link.alpha, T)).to(T)
+    if link.counts is not None:
+        weight = divide(weight, tl.load(link.counts + 1 - real))
+    elif link.images is not None:
+        weight = divide(weight, _count(link.is_real, link.images, real).to(T))
+    beta = number(link.beta, T)
+    signed_beta = tl.where(real != 0, -beta, beta)
+    term = weight * softplus(signed_beta * m)
+    return _store_loss(args, group, m, term, weight * signed_beta * sigmoid(signed_beta * m))
+
+
+@triton.jit
+def _ddo_coefficient(args, row, rank, constants, slope, T: tl.constexpr):
+    return _loss_coefficient(args, row, number(args.link.row_share, T), constants, slope)
+
+
+@triton.jit
+def _preference_share(rank):
+    return tl.where(rank == 0, 1.0, -1.0)
+
+
+@triton.jit
+def _preference_row(args, row, rank, T: tl.constexpr):
+    return (_preference_share(rank) * _row_scale(args, row, T),)
+
+
+@triton.jit
+def _preference_coefficient(args, row, rank, constants, slope, T: tl.constexpr):
+    return _loss_coefficient(args, row, _preference_share(rank), constants, slope)
+
+
+@triton.jit
+def _sigmoid_epilogue(args, group, sums, T: tl.constexpr):
+    scale = number(args.link.scale, T)
+    half = -0.5 * number(args.link.beta, T)
+    x = half * sums[0]
+    return _store_loss(args, group, sums[0], scale * softplus(x), scale * half * sigmoid(x))
+
+
+@triton.jit
+def _ipo_epilogue(args, group, sums, T: tl.constexpr):
+    scale = number(args.link.scale, T)
+    d = sums[0] - divide(0.5, number(args.link.beta, T))
+    return _store_loss(args, group, sums[0], scale * d * d, scale * 2.0 * d)
+
+
+@triton.jit
+def _hinge_epilogue(args, group, sums, T: tl.constexpr):
+    scale = number(args.link.scale, T)
+    beta = number(args.link.beta, T)
+    d = 1.0 - beta * sums[0]
+    flat = d <= 0.0  # false for NaN, which must stay NaN
+    slope = tl.where(flat, 0.0, -scale * beta + 0.0 * d)
+    return _store_loss(args, group, sums[0], tl.where(flat, 0.0, scale * d), slope)
+
+
+def _difference_loss(row: Any, epilogue: Any, coefficient: Any) -> Formula:
+    return Formula(Functions(row, _accumulate_difference, epilogue, coefficient, _map_l2), sums=1, map_streams=2)
+
+
+DDO = _difference_loss(_ddo_row, _ddo_epilogue, _ddo_coefficient)
+PREFERENCE = {
+    kind: _difference_loss(_preference_row, epilogue, _preference_coefficient)
+    for kind, epilogue in (("sigmoid", _sigmoid_epilogue), ("ipo", _ipo_epilogue), ("hinge", _hinge_epilogue))
+}
+
+
+# -- The operators
+
+
+def _element_scale(rows: Rows, element_mean: bool) -> float | int:
+    return scalar.argument(1 / max(rows.size, 1) if element_mean else 1.0, rows.dtype)
+
+
+def elbo_error(pred: Tensor, target: Tensor, weight: Tensor | None, loss: str, element_mean: bool) -> Tensor:
+    rows = Rows(pred, target)
+    error = rows.new_vector(rows.count)
+    args = ErrorArgs(rows.scalars(weight), _element_scale(rows, element_mean), error=error)
+    run(ELBO_ERROR[loss], Groups(rows.count), rows, args)
+    return error
+
+
+def elbo_error_backward(
+    grad: Tensor, pred: Tensor, target: Tensor, weight: Tensor | None, loss: str, element_mean: bool
+) -> Tensor:
+    rows = Rows(pred, target)
+    grad_pred = rows.new_output(pred.dtype)
+    args = ErrorArgs(rows.scalars(weight), _element_scale(rows, element_mean), grad=rows.scalars(grad))
+    run(ELBO_ERROR_BACKWARD[loss], Groups(rows.count), rows, args, grad_pred)
+    return grad_pred
+
+
+def elbo_difference(
+    pred: Tensor, ref_pred: Tensor, target: Tensor, weight: Tensor | None, element_mean: bool
+) -> Tensor:
+    rows = Rows(pred, target, ref_pred)
+    delta = rows.new_vector(rows.count)
+    args = ErrorArgs(rows.scalars(weight), _element_scale(rows, element_mean), error=delta)
+    run(ELBO_DIFFERENCE, Groups(rows.count), rows, args)
+    return delta
+
+
+def _run_loss(
+    formula: Formula, groups: Groups, rows: Rows, weight: Tensor | None, element_mean: bool, reduction: str,
+    with_grad: bool, link: Any,
+) -> LossOutputs:  # fmt: skip
+    """One pass: terms, deltas, slopes, and the gradient if asked for."""
+    pred = rows.tensors[0]
+    term, delta, error_slope = (rows.new_vector(n) for n in (groups.count, groups.count, rows.count))
+    grad_pred = rows.new_output(pred.dtype) if with_grad else None
+    args = LossArgs(rows.scalars(weight), _element_scale(rows, element_mean), term, delta, error_slope, link)
+    run(formula, groups, rows, args, grad_pred)
+    loss = term if reduction == "none" else term.sum()
+    return loss, delta, error_slope, pred.new_empty((0,)) if grad_pred is None else grad_pred
+
+
+def ddo_loss(
+    pred: Tensor, ref_pred: Tensor, target: Tensor, weight: Tensor | None, element_mean: bool, reduction: str,
+    with_grad: bool, is_real: Tensor, counts: Tensor | None, alpha: float, beta: float, mc_samples: int,
+) -> LossOutputs:  # fmt: skip
+    rows = Rows(pred, target, ref_pred)
+    groups = Groups.consecutive(rows.count, mc_samples)
+    images = None
+    if reduction == "mean" and counts is None:
+        if groups.count <= COUNTED_IN_KERNEL:
+            images = groups.count
+        else:
+            n_real = is_real.sum()
+            counts = torch.stack([n_real, groups.count - n_real])
+    link = DdoLink(
+        is_real.contiguous(),
+        rows.scalars(counts) if reduction == "mean" else None,
+        images,
+        *(scalar.argument(value, rows.dtype) for value in (alpha, beta, 1 / mc_samples)),
+    )
+    return _run_loss(DDO, groups, rows, weight, element_mean, reduction, with_grad, link)
+
+
+def diffusion_dpo_loss(
+    pred: Tensor, ref_pred: Tensor, target: Tensor, weight: Tensor | None, element_mean: bool, reduction: str,
+    with_grad: bool, beta: float, kind: str,
+) -> LossOutputs:  # fmt: skip
+    rows = Rows(pred, target, ref_pred)
+    groups = Groups.halves(rows.count)
+    scale = 1 / max(groups.count, 1) if reduction == "mean" else 1.0
+    link = PreferenceLink(scalar.argument(beta, rows.dtype), scalar.argument(scale, rows.dtype))
+    return _run_loss(PREFERENCE[kind], groups, rows, weight, element_mean, reduction, with_grad, link)

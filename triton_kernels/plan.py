@@ -1,0 +1,94 @@
+"""How a row-wise call is cut into programs. Heuristics, not yet measured on a GPU; each bound has the reason given."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+# Bytes of one stream, in the arithmetic type, that a program may hold in registers: a thread of 512 then has 32 of the
+# 128 it may use for each stream.
+HELD_BYTES = 64 * 1024
+# Threads that sweep one row together, counted as 32 a warp, and what each reads of a stream at a time: two 16-byte
+# loads of the narrowest one. With three streams that keeps 96 bytes in flight in at most 64 registers, without spills.
+THREADS = 256
+BYTES_PER_THREAD = 32
+# Programs in flight that keep one multiprocessor's memory pipeline busy.
+PROGRAMS_PER_MULTIPROCESSOR = 4
+
+
+class Plan(NamedTuple):
+    """`kind`: "held" (a group per program, in registers), "looped" (the same, block by block) or "split" (rows shared
+    by several programs); `segment`: the elements of a row that a program of a split takes."""
+
+    kind: str
+    block: int
+    num_warps: int
+    segment: int
+
+
+def _num_warps(elements: int, itemsize: int) -> int:
+    return max(1, min(16, elements * itemsize // (32 * BYTES_PER_THREAD)))
+
+
+def _block(size: int, itemsize: int) -> int:
+    return min(triton.next_power_of_2(size), THREADS * BYTES_PER_THREAD // itemsize)
+
+
+@functools.lru_cache(maxsize=4096)
+def groups_plan(size: int, groups: int, group_rows: int, itemsize: int, width: int, multiprocessors: int) -> Plan:
+    """For a reduction of `groups` groups of `group_rows` rows of `size` elements: `itemsize` bytes in the narrowest
+    stream, `width` in arithmetic."""
+    block = triton.next_power_of_2(size)
+    tile = block * triton.next_power_of_2(group_rows)
+    if tile * width <= HELD_BYTES:
+        return Plan("held", block, _num_warps(tile, itemsize), size)
+    block = _block(size, itemsize)
+    num_warps = _num_warps(block, itemsize)
+    wanted = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors
+    blocks = triton.cdiv(size, block)
+    per_row = min(blocks, triton.cdiv(wanted, groups * group_rows))
+    # Half a wave of whole groups is worth more than splitting, which takes another launch.
+    if 2 * groups >= wanted or per_row * group_rows == 1:
+        return Plan("looped", block, num_warps, size)
+    return Plan("split", block, num_warps, triton.cdiv(blocks, per_row) * block)
+
+
+@functools.lru_cache(maxsize=4096)
+def map_plan(size: int, itemsize: int) -> Plan:
+    """For a map alone: one block per program."""
+    block = _block(size, itemsize)
+    return Plan("split", block, _num_warps(block, itemsize), block)
+
+
+@functools.lru_cache(maxsize=4096)
+def flat_plan(size: int, itemsize: int, multiprocessors: int) -> tuple[int, int, int]:
+    """(block, num_warps, programs) of a sweep over `size` elements by as many programs as run at once, so that one
+    with nothing to do costs a single wave."""
+    block = _block(size, itemsize)
+    return block, _num_warps(block, itemsize), min(triton.cdiv(size, block), 8 * multiprocessors)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 2 if device.type == "cpu" else 132  # the interpreter runs programs one after another: keep them few
+
+
+def unit_of(counts: Iterable[int], itemsize: int) -> int:
+    """The largest power of two, up to the elements of a 16-byte load, that divides all `counts`."""
+    unit = 16 // itemsize
+    for count in counts:
+        while count % unit:
+            unit //= 2
+    return unit
+
+
+def offsets_type(size: int) -> tl.dtype:
+    """The type of offsets in a row; those of rows are always 64-bit. Loops step past the end, hence the margin."""
+    return tl.int64 if size >= 2**30 else tl.int32
