@@ -179,6 +179,11 @@ def backend_for(name: str, device_type: str) -> str:
 backend_for._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def is_automatic(name: str, backend: str, device_type: str) -> bool:
+    """Whether nobody asked for a backend, and `backend` can run operator `name` on this type of device."""
+    return _state.requested == "auto" and missing(name, backend, device_type) is None
+
+
 def build_info() -> dict[str, Any]:
     """What the compiled extensions say of themselves, or the ImportError that kept them from loading."""
     info: dict[str, Any] = {}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -52,6 +52,15 @@ class FactoredCost:
 
     Raises:
         TypeError, ValueError: for other dtypes or shapes; the values are checked when a trajectory is asked for.
+
+    Example::
+
+        >>> import torch, fastgen
+        >>> cost = fastgen.FactoredCost(torch.tensor([0.0, 1.0, 3.0]), torch.tensor([0.0, 1.0, 1.0]))
+        >>> cost.matrix().exp()
+        tensor([[   inf, 0.5000, 0.2500],
+                [   inf,    inf, 0.5000],
+                [   inf,    inf,    inf]], dtype=torch.float64)
     """
 
     v: Tensor
@@ -106,6 +115,14 @@ class Trajectory:
             several K a mapping from K to such a tensor: each path is recovered when it is looked up.
         total_cost: [...], or [..., number of Ks] in the order asked for.
         method: ``"exact"`` or ``"monge"``, what ran.
+
+    Example::
+
+        >>> import torch, fastgen
+        >>> cost = torch.tensor([[0.0, 1.0, 5.0], [0.0, 0.0, 2.0], [0.0, 0.0, 0.0]])
+        >>> result = fastgen.optimal_trajectory(cost, "all")
+        >>> result.total_cost, result.steps[2]
+        (tensor([5., 3.]), tensor([0, 1, 2]))
     """
 
     steps: Tensor | Mapping[int, Tensor]
@@ -138,7 +155,8 @@ def optimal_trajectory(
         convention: ``"edges"``: K edges from 0 to N, 1 <= K <= N (Watson et al., arXiv 2106.03802; F[0,t] is the last
             denoising step's cost). ``"nodes"``: K nodes from 1 to N, 2 <= K <= N (Analytic-DPM's).
         method: ``"exact"``, ``"monge"``, or ``"auto"``: Monge for a factored cost that is certified, else exact, which
-            is the faster for a matrix.
+            is the faster for a matrix. It runs on CPUs, where factored costs on a GPU are solved too; other
+            implementations take the exact method for a certified cost.
 
     Returns:
         A :class:`Trajectory` on the cost's device. With ``"all"`` a K that ``inf`` entries rule out has total ``inf``.
@@ -162,22 +180,26 @@ def optimal_trajectory(
     _checks.choice("method", method, METHODS)
     first = 0 if convention == "edges" else 1
     problems, h, batch = _problems(cost)
-    last = problems.shape[1] - 1
+    device, last = problems.device, problems.shape[1] - 1
     if last < 1:
         raise ValueError(f"cost must have at least 2 timesteps, 0 and N = 1; got {list(problems.shape[1:])}")
     counts = _step_counts(num_steps, first, last)
-    monge = _inspect(problems, h, first, method)
-    run = _implementation(problems, monge)
-    totals, table = run("trajectory_table")(problems, h, first, max(counts) - first, monge)
-    totals = (totals if h is None else totals.log())[:, [k - first for k in counts]]
+    backend = _backend.backend_for("trajectory_table", device.type)
+    certified = _certified(_run(backend, "trajectory_inspect"), problems, h, first, method)
+    if certified and h is not None and _backend.is_automatic("trajectory_table", "native", "cpu"):
+        # Copying two vectors from a GPU costs less than its exhaustive sweep.
+        backend, problems, h = "native", problems.cpu(), h.cpu()
+    monge = certified and backend == "native" and problems.device.type == "cpu"
+    totals, table = _run(backend, "trajectory_table")(problems, h, first, max(counts) - first, monge)
+    totals = (totals if h is None else totals.log())[:, [k - first for k in counts]].to(device)
     if num_steps != "all":
         _require_paths(totals, counts)
 
     def recover(k: int) -> Tensor:
         total = totals[:, counts.index(k)]
         _require_paths(total[:, None], [k])
-        path = run("trajectory_path")(problems, h, table, first, k - first, monge)
-        return path.reshape(*batch, path.shape[1])
+        path = _run(backend, "trajectory_path")(problems, h, table, first, k - first, monge)
+        return path.reshape(*batch, path.shape[1]).to(device)
 
     name = "monge" if monge else "exact"
     if isinstance(num_steps, int):
@@ -231,10 +253,10 @@ _FAULTS = (
 )
 
 
-def _inspect(problems: Tensor, h: Tensor | None, first: int, method: str) -> bool:
-    """Raises for invalid costs; says whether the Monge method is to be used."""
+def _certified(inspect: Callable[..., Tensor], problems: Tensor, h: Tensor | None, first: int, method: str) -> bool:
+    """Raises for invalid costs; says whether the Monge method is wanted and right."""
     certify = method == "monge" or (method == "auto" and h is not None)
-    status = _implementation(problems, False)("trajectory_inspect")(problems, h, first, certify).tolist()
+    status = inspect(problems, h, first, certify).tolist()
     where = f"problem {{}} of {len(status)}: " if len(status) > 1 else ""
     for i, faults in enumerate(status):
         if h is None and faults & 1:
@@ -250,11 +272,8 @@ def _inspect(problems: Tensor, h: Tensor | None, first: int, method: str) -> boo
     return certify and all(not faults & 2 for faults in status)
 
 
-def _implementation(problems: Tensor, monge: bool) -> Callable[[str], Callable[..., Tensor]]:
-    backend = _backend.backend_for("trajectory_table", problems.device.type)
-    if backend == "reference":
-        return lambda name: getattr(_reference, name)
-    return lambda name: _backend.operators[name].on(backend)
+def _run(backend: str, name: str) -> Callable[..., Any]:
+    return getattr(_reference, name) if backend == "reference" else _backend.operators[name].on(backend)
 
 
 def _require_paths(totals: Tensor, counts: Sequence[int]) -> None:

@@ -5,6 +5,7 @@
 #include "../rows.h"
 #include "minplus.h"
 #include "monge.h"
+#include "pool.h"
 
 namespace fastgen::cpu {
 
