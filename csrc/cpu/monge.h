@@ -14,7 +14,6 @@ namespace fastgen::cpu {
 
 constexpr int64_t kLeaf = 32;             // nodes t between two bisected ones
 constexpr int64_t kTree = 64;             // leaves that one thread takes; the bisection above them is serial
-constexpr int64_t kScan = 128;            // predecessors whose minimum is taken before the next comparison
 constexpr int64_t kSerialNodes = 8192;    // layers that are not worth waking threads for
 
 // C[t,k] of one problem: layer k is a row over t, of which t >= k is used.
@@ -56,42 +55,42 @@ FASTGEN_HD int64_t best_predecessor(const MatrixCost<T>& cost, const T* c, int64
   return best;
 }
 
-// The least c[s] * (v_s + h_t) over s in [low, high].
-template <int Bytes, class T>
-FASTGEN_HD T least_product(const FactoredCost<T>& cost, const T* c, int64_t t, int64_t low, int64_t high) {
-  using V = typename UnalignedVectorOf<T, Bytes>::type;
-  constexpr int kLanes = Bytes / sizeof(T), kVectors = 4;
-  T least = kInfinity<T>;
-  if (high - low + 1 < kLanes) {
-    for (int64_t s = low; s <= high; ++s) least = std::min(least, c[s] * cost.at(s, t));
-    return least;
-  }
-  V lanes[kVectors];
-  for (V& lane : lanes) lane = V{} + kInfinity<T>;
-  for (int64_t s = low; s <= high; s += kVectors * kLanes)
-    for (int j = 0; j < kVectors; ++j) {
-      // The last vectors overlap those before: a minimum may be taken twice.
-      const int64_t at = std::min(s + j * kLanes, high + 1 - kLanes);
-      const V path = *reinterpret_cast<const V*>(c + at) * (*reinterpret_cast<const V*>(cost.v + at) + cost.h[t]);
-      lanes[j] = path < lanes[j] ? path : lanes[j];
-    }
-  for (int j = 1; j < kVectors; ++j) lanes[0] = lanes[j] < lanes[0] ? lanes[j] : lanes[0];
-  for (int l = 0; l < kLanes; ++l) least = std::min(least, lanes[0][l]);
-  return least;
-}
-
 // The same for a factored cost. Products are compared as they round: a tie within an ulp may go to another predecessor.
+// Lanes keep their own minimum and its place (a float: exact up to 2^24 and 2^53).
 template <int Bytes, class T>
 FASTGEN_HD int64_t best_predecessor(const FactoredCost<T>& cost, const T* c, int64_t t, int64_t low, int64_t high) {
+  using V = typename UnalignedVectorOf<T, Bytes>::type;
+  constexpr int kLanes = Bytes / sizeof(T), kVectors = 2;
   T least = kInfinity<T>;
   int64_t best = low;
-  for (int64_t s = low; s <= high; s += kScan) {
-    const T here = least_product<Bytes>(cost, c, t, s, std::min(s + kScan - 1, high));
-    if (here < least) least = here, best = s;
+  if (high - low + 1 < kLanes) {
+    for (int64_t s = low; s <= high; ++s) {
+      const T path = c[s] * cost.at(s, t);
+      best = path < least ? s : best;
+      least = path < least ? path : least;
+    }
+    return best;
   }
-  for (int64_t s = best; s <= high; ++s)
-    if (c[s] * cost.at(s, t) == least) return s;
-  return best;
+  V number, lanes[kVectors], places[kVectors];
+  for (int l = 0; l < kLanes; ++l) number[l] = static_cast<T>(l);
+  for (int j = 0; j < kVectors; ++j) lanes[j] = V{} + kInfinity<T>, places[j] = V{};
+  for (int64_t s = low; s <= high; s += kVectors * kLanes)
+    for (int j = 0; j < kVectors; ++j) {
+      // The last vectors overlap those before them.
+      const int64_t at = std::min(s + j * kLanes, high + 1 - kLanes);
+      const V path = *reinterpret_cast<const V*>(c + at) * (*reinterpret_cast<const V*>(cost.v + at) + cost.h[t]);
+      const V place = number + static_cast<T>(at - low);
+      places[j] = path < lanes[j] ? place : places[j];
+      lanes[j] = path < lanes[j] ? path : lanes[j];
+    }
+  T place = T(0);
+  for (int j = 0; j < kVectors; ++j)
+    for (int l = 0; l < kLanes; ++l) {
+      const bool better = lanes[j][l] < least || (lanes[j][l] == least && places[j][l] < place);
+      place = better ? places[j][l] : place;
+      least = better ? lanes[j][l] : least;
+    }
+  return low + static_cast<int64_t>(place);
 }
 
 // One layer: to[t] from the layer before, for t in [first, nodes), whose predecessors are first - 1 .. t - 1.
