@@ -1,4 +1,4 @@
-"""Trajectories against a vectorised numpy sweep over the layers: one number of steps, all of them, and large problems."""
+"""Trajectories against a vectorised numpy sweep: one number of steps, all of them, and large problems."""
 
 from __future__ import annotations
 

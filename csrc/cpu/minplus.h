@@ -10,7 +10,6 @@
 
 #include <atomic>
 #include <cstring>
-#include <limits>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -24,9 +23,6 @@ constexpr int kPanelBytes = 192;  // three AVX-512 registers: eight rows of them
 constexpr int64_t kBlock = 32;    // rows t that a task finishes
 constexpr int64_t kStrip = 64;    // rows s whose edges are packed at a time: 16 KiB, beside 12 KiB of the panel, in L1
 constexpr int64_t kSerialExtensions = 1 << 19;  // path extensions in a solve that threads are not woken for
-
-template <class T>
-constexpr T kInfinity = std::numeric_limits<T>::infinity();
 
 // Runs Body<bytes of a vector register> for the best instruction set.
 template <template <int> class Body, class Job>

@@ -26,21 +26,6 @@ struct Layers {
   FASTGEN_HD T at(int64_t t, int64_t k) const { return data[k * nodes + t]; }
 };
 
-// c + edge with what its rounding loses (Knuth's two-sum): pairs compare as the exact sums do.
-template <class T>
-struct ExactSum {
-  T value, rest;
-
-  FASTGEN_HD ExactSum(T a, T b) {
-    value = a + b;
-    const T b_part = value - a;
-    rest = (a - (value - b_part)) + (b - b_part);
-  }
-  FASTGEN_HD bool operator<(const ExactSum& other) const {
-    return value < other.value || (value == other.value && rest < other.rest);
-  }
-};
-
 // The lowest s in [low, high] with the least c[s] + F[s,t], compared exactly: rounded sums tie where exact ones do not,
 // and the lowest of those ties may break the order that the bisection relies on. The least *rounded* sum is that of the
 // least exact one, so the table is to the bit that of the exhaustive sweep.
@@ -226,31 +211,5 @@ void monge(const Cost& cost, const Layers<typename Cost::Scalar>& table, int64_t
       });
   }
 }
-
-// A property of a cost matrix that rows [begin, end) are checked for.
-template <class T>
-struct CostCheck {
-  MatrixCost<T> cost;
-  int64_t nodes;
-  std::atomic<bool>* holds;
-};
-
-// Whether F[s,t] + F[s+1,t+1] <= F[s,t+1] + F[s+1,t] for all s + 1 < t, exactly, with no infinite cost. That is the
-// quadrangle inequality for all s < s' < t < t'. Rows [begin, end); stores false in *holds if one fails.
-struct CheckMonge {
-  template <class T>
-  static FASTGEN_HD void run(const CostCheck<T>& check, double*, int64_t begin, int64_t end) {
-    for (int64_t s = begin; s < end && check.holds->load(std::memory_order_relaxed); ++s) {
-      int64_t violations = 0;
-      for (int64_t t = s + 1; t < check.nodes; ++t) violations += check.cost.at(s, t) == kInfinity<T> ? 1 : 0;
-      for (int64_t t = s + 2; t + 1 < check.nodes; ++t) {
-        const ExactSum<T> straight(check.cost.at(s, t), check.cost.at(s + 1, t + 1));
-        const ExactSum<T> crossed(check.cost.at(s, t + 1), check.cost.at(s + 1, t));
-        violations += crossed < straight ? 1 : 0;
-      }
-      if (violations > 0) check.holds->store(false, std::memory_order_relaxed);
-    }
-  }
-};
 
 }  // namespace fastgen::cpu

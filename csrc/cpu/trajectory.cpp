@@ -11,27 +11,13 @@ namespace fastgen::cpu {
 
 namespace {
 
-constexpr int64_t kSerialElements = 1 << 15;  // a matrix that one thread reads sooner than others wake up
+constexpr int64_t kSerialEntries = 1 << 15;  // a matrix that one thread reads sooner than others wake up
 
-// The edge costs of each problem: matrices [B, N+1, N+1], or with `h` the vectors v and h [B, N+1]. Nodes before
-// `first` do not take part, so they are skipped where the data begins.
-template <class T>
-std::vector<MatrixCost<T>> matrices(const Tensor& cost, int64_t first) {
-  std::vector<MatrixCost<T>> problems;
-  const int64_t points = cost.size(1);
-  for (int64_t b = 0; b < cost.size(0); ++b)
-    problems.push_back({static_cast<const T*>(cost.const_data_ptr()) + (b * points + first) * points + first, points});
-  return problems;
-}
-
-template <class T>
-std::vector<FactoredCost<T>> factored(const Tensor& v, const Tensor& h, int64_t first) {
-  std::vector<FactoredCost<T>> problems;
-  const int64_t points = v.size(1);
-  for (int64_t b = 0; b < v.size(0); ++b)
-    problems.push_back({static_cast<const T*>(v.const_data_ptr()) + b * points + first,
-                        static_cast<const T*>(h.const_data_ptr()) + b * points + first});
-  return problems;
+template <class Costs>
+std::vector<typename Costs::Cost> each(const Costs& costs, int64_t problems) {
+  std::vector<typename Costs::Cost> all;
+  for (int64_t b = 0; b < problems; ++b) all.push_back(costs[b]);
+  return all;
 }
 
 // Calls f with the vector of problems.
@@ -39,8 +25,10 @@ template <class F>
 void with_problems(const Tensor& cost, const std::optional<Tensor>& h, int64_t first, const F& f) {
   with_arithmetic(cost.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    if (h) f(factored<T>(cost, *h, first));
-    else f(matrices<T>(cost, first));
+    const T* data = static_cast<const T*>(cost.const_data_ptr());
+    const int64_t problems = cost.size(0), points = cost.size(1);
+    if (h) f(each(FactoredCosts<T>{data, data_or_null<T>(h), points, first}, problems));
+    else f(each(MatrixCosts<T>{data, points, first}, problems));
   });
 }
 
@@ -57,7 +45,15 @@ void copy_totals(const Table& table, int64_t edges, T* totals) {
   for (int64_t k = 0; k <= edges; ++k) totals[k] = k < table.nodes ? table.at(table.nodes - 1, k) : kInfinity<T>;
 }
 
-// Whether rows [begin, end) hold neither NaN nor -inf where s < t.
+// A property of a cost matrix that rows [begin, end) are checked for.
+template <class T>
+struct CostCheck {
+  MatrixCost<T> cost;
+  int64_t nodes;
+  std::atomic<bool>* holds;
+};
+
+// No NaN and no -inf where s < t.
 struct CheckValues {
   template <class T>
   static FASTGEN_HD void run(const CostCheck<T>& check, double*, int64_t begin, int64_t end) {
@@ -70,9 +66,21 @@ struct CheckValues {
   }
 };
 
+// The quadrangle inequality, for valid costs.
+struct CheckMonge {
+  template <class T>
+  static FASTGEN_HD void run(const CostCheck<T>& check, double*, int64_t begin, int64_t end) {
+    for (int64_t s = begin; s < end && check.holds->load(std::memory_order_relaxed); ++s) {
+      int64_t faults = 0;
+      for (int64_t t = s + 1; t < check.nodes; ++t) faults |= entry_faults(check.cost, s, t, check.nodes);
+      if (faults) check.holds->store(false, std::memory_order_relaxed);
+    }
+  }
+};
+
 template <class Check, class Job>
 void in_parallel(const Job& job, int64_t rows) {
-  if (rows * rows < kSerialElements) run<Check>(job, nullptr, 0, rows);
+  if (rows * rows < kSerialEntries) run<Check>(job, nullptr, 0, rows);
   else torch::stable::parallel_for(0, rows, 32, [&](int64_t a, int64_t b) { run<Check>(job, nullptr, a, b); });
 }
 
@@ -81,23 +89,14 @@ int64_t inspect(const MatrixCost<T>& cost, int64_t nodes, bool certify) {
   std::atomic<bool> valid{true}, certified{true};
   in_parallel<CheckValues>(CostCheck<T>{cost, nodes, &valid}, nodes);
   if (certify && valid) in_parallel<CheckMonge>(CostCheck<T>{cost, nodes, &certified}, nodes);
-  return (valid ? 0 : 1) + (certified ? 0 : 2);
+  return (valid ? 0 : kInvalid) + (certified ? 0 : kUncertified);
 }
 
 template <class T>
 int64_t inspect(const FactoredCost<T>& cost, int64_t nodes, bool certify) {
-  if (nodes < 2) return 0;
-  bool valid = true, increasing = true, certified = true;
-  T low = cost.h[1], high = cost.h[1];  // h of the first node takes no part
-  for (int64_t t = 1; t < nodes; ++t) {
-    valid &= cost.v[0] + cost.h[t] > T(0) && cost.v[t] + cost.h[t] < kInfinity<T>;
-    increasing &= cost.v[t - 1] <= cost.v[t];
-    certified &= t == 1 || cost.h[t - 1] <= cost.h[t];
-    low = std::min(low, cost.h[t]);
-    high = std::max(high, cost.h[t]);
-  }
-  const bool in_range = cost.v[0] + low > (cost.v[nodes - 1] + high) / std::numeric_limits<T>::max() * T(0x1p64);
-  return (valid ? 0 : 1) + (certified || !certify || !valid ? 0 : 2) + (increasing ? 0 : 4) + (in_range ? 0 : 8);
+  int64_t faults = 0;
+  for (int64_t t = 1; t < nodes; ++t) faults |= node_faults(cost, t, nodes);
+  return reported(faults, certify);
 }
 
 // Walks back from the last node: the predecessor is the lowest s whose path and edge give the table's value.
@@ -148,11 +147,7 @@ std::tuple<Tensor, Tensor> trajectory_table(const Tensor& cost, const std::optio
   return {totals, table};
 }
 
-// Per problem the sum of what is wrong with the costs that take part:
-//   1  one of them is NaN or -inf (of a factored cost: a v_s + h_t is not positive, or not finite)
-//   2  where asked, and unless 1: the quadrangle inequality is not certified
-//   4  v decreases somewhere
-//   8  the products of a factored cost may leave the range of the arithmetic
+// Per problem the faults of the costs that take part (csrc/formulas/trajectory.h: Fault).
 Tensor trajectory_inspect(const Tensor& cost, const std::optional<Tensor>& h, int64_t first, bool certify) {
   const int64_t nodes = cost.size(1) - first;
   const Tensor status = new_vector(cost, cost.size(0), ScalarType::Long);

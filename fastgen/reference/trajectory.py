@@ -61,7 +61,8 @@ def trajectory_inspect(cost: Tensor, h: Tensor | None, first: int, certify: bool
         if h.shape[1] == 0:
             return torch.zeros(len(v), dtype=torch.long, device=v.device)
         valid = ((v[:, :1] + h > 0) & (v[:, 1:] + h < torch.inf)).all(1)
-        in_range = v[:, 0] + h.amin(1) > (v[:, -1] + h.amax(1)) / torch.finfo(v.dtype).max * 2.0**64
+        largest = 2.0**480 if v.dtype == torch.float64 else 2.0**56
+        in_range = ((v[:, :1] + h > 1 / largest) & (v[:, -1:] + h < largest)).all(1)
         certified, increasing = ((x[:, 1:] >= x[:, :-1]).all(1) for x in (h, v))
         return 1 * ~valid + (2 * (valid & ~certified) if certify else 0) + 4 * ~increasing + 8 * ~in_range
     f = cost[:, first:, first:]
