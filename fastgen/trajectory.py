@@ -6,6 +6,7 @@ on the semirings of ``csrc/formulas/trajectory.h``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -191,20 +192,21 @@ def optimal_trajectory(
         backend, problems, h = "native", problems.cpu(), h.cpu()
     monge = certified and backend == "native" and problems.device.type == "cpu"
     totals, table = _run(backend, "trajectory_table")(problems, h, first, max(counts) - first, monge)
-    totals = (totals if h is None else totals.log())[:, [k - first for k in counts]].to(device)
+    totals = totals[:, slice(counts[0] - first, None) if num_steps == "all" else [k - first for k in counts]]
+    totals = totals if h is None else totals.log()
     if num_steps != "all":
         _require_paths(totals, counts)
 
     def recover(k: int) -> Tensor:
-        total = totals[:, counts.index(k)]
-        _require_paths(total[:, None], [k])
+        if num_steps == "all":
+            _require_paths(totals[:, [counts.index(k)]], [k])
         path = _run(backend, "trajectory_path")(problems, h, table, first, k - first, monge)
         return path.reshape(*batch, path.shape[1]).to(device)
 
     name = "monge" if monge else "exact"
     if isinstance(num_steps, int):
-        return Trajectory(recover(num_steps), totals.reshape(batch), name)
-    return Trajectory(Paths(counts, recover), totals.reshape(*batch, len(counts)), name)
+        return Trajectory(recover(num_steps), totals.reshape(batch).to(device), name)
+    return Trajectory(Paths(counts, recover), totals.reshape(*batch, len(counts)).to(device), name)
 
 
 def _check_floats(name: str, value: object) -> None:
@@ -277,8 +279,7 @@ def _run(backend: str, name: str) -> Callable[..., Any]:
 
 
 def _require_paths(totals: Tensor, counts: Sequence[int]) -> None:
-    missing = ~torch.isfinite(totals)
-    if bool(missing.any()):
-        problem, column = missing.nonzero()[0].tolist()
+    if not all(map(math.isfinite, totals.flatten().tolist())):
+        problem, column = (~torch.isfinite(totals)).nonzero()[0].tolist()
         where = f" in problem {problem} of {len(totals)}" if len(totals) > 1 else ""
         raise ValueError(f"no path of num_steps = {counts[column]} avoids the forbidden (inf) edges{where}")

@@ -135,17 +135,19 @@ FASTGEN_HD void fill_lanes(const Layer<Cost>& layer, int64_t t0, int64_t low, in
       lanes[j] = path < lanes[j] ? path : lanes[j];
     }
   const V none = V{} + kInfinity<T>;
-  V number;
-  for (int l = 0; l < kLanes; ++l) number[l] = static_cast<T>(l);
-  for (; s <= high; ++s)  // predecessors within the leaf, of the nodes after them
+  V number[kVectors];  // of the node in each lane, counted from t0
+  for (int j = 0; j < kVectors; ++j)
+    for (int l = 0; l < kLanes; ++l) number[j][l] = static_cast<T>(j * kLanes + l);
+  for (; s <= high; ++s) {  // predecessors within the leaf, of the nodes after them
+    const T own = static_cast<T>(s - t0);
     for (int j = 0; j < kVectors; ++j) {
       V edge, path;
       edges_from(layer.cost, s, t0 + j * kLanes, edge);
       Cost::extend(edge, layer.from[s], path);
-      const V distance = number + static_cast<T>(t0 + j * kLanes - s);
-      path = distance > V{} ? path : none;
+      path = number[j] > V{} + own ? path : none;
       lanes[j] = path < lanes[j] ? path : lanes[j];
     }
+  }
   for (int j = 0; j < kVectors; ++j) *reinterpret_cast<V*>(least + j * kLanes) = lanes[j];
 }
 
