@@ -78,7 +78,7 @@ def test_factored_50_of_1000(benchmark: Any, device: str) -> None:
 
 @pytest.mark.parametrize("method", ["exact", "monge"])
 def test_methods_on_a_certified_matrix(method: Any, benchmark: Any, device: str) -> None:
-    """Why "auto" takes the exact method for matrices: the certificate and the strided columns cost more."""
+    """Why "auto" takes the exact method for matrices: the certificate costs what Monge saves."""
     s = torch.arange(2001, dtype=torch.float64, device=device)
     cost = -s[:, None] * s
     benchmark.pedantic(lambda: optimal_trajectory(cost, 50, method=method), rounds=5, warmup_rounds=1)

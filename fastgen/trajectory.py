@@ -113,7 +113,8 @@ class Trajectory:
 
     Attributes:
         steps: the path's nodes, int64 [..., K+1] from 0 to N (``"edges"``) or [..., K] from 1 to N (``"nodes"``). For
-            several K a mapping from K to such a tensor: each path is recovered when it is looked up.
+            several K a mapping from K to such a tensor: each path is recovered when it is looked up, from the solver's
+            table and the cost, which must not have been changed in place by then.
         total_cost: [...], or [..., number of Ks] in the order asked for.
         method: ``"exact"`` or ``"monge"``, what ran.
 
@@ -155,9 +156,9 @@ def optimal_trajectory(
         num_steps: K, several of them, or ``"all"``.
         convention: ``"edges"``: K edges from 0 to N, 1 <= K <= N (Watson et al., arXiv 2106.03802; F[0,t] is the last
             denoising step's cost). ``"nodes"``: K nodes from 1 to N, 2 <= K <= N (Analytic-DPM's).
-        method: ``"exact"``, ``"monge"``, or ``"auto"``: Monge for a factored cost that is certified, else exact, which
-            is the faster for a matrix. It runs on CPUs, where factored costs on a GPU are solved too; other
-            implementations take the exact method for a certified cost.
+        method: ``"exact"``, ``"monge"``, or ``"auto"``: Monge for a factored cost that is certified, else exact (for
+            a matrix the certificate costs what Monge saves). Monge runs on CPUs, where a GPU's certified factored
+            costs are solved too; other implementations take the exact method for a certified cost.
 
     Returns:
         A :class:`Trajectory` on the cost's device. With ``"all"`` a K that ``inf`` entries rule out has total ``inf``.
