@@ -16,13 +16,16 @@ from .score_distillation import (
     sds_loss,
     vsd_loss,
 )
+from .trajectory import FactoredCost, Trajectory, optimal_trajectory
 
 __version__ = "0.1.0"
 
 __all__ = [
     "DistillationStats",
+    "FactoredCost",
     "NoiseSchedule",
     "ScorePair",
+    "Trajectory",
     "add_noise",
     "backward_simulation",
     "build_info",
@@ -35,6 +38,7 @@ __all__ = [
     "elbo_error",
     "fake_score_loss",
     "generator_loss",
+    "optimal_trajectory",
     "prediction_to_x0",
     "renoise_times",
     "sds_loss",

@@ -22,9 +22,10 @@ import torch
 
 BACKENDS = ("auto", "native", "triton", "reference")
 
-# Operators whose Triton kernel is the default although a CUDA one is built. Measured per operator on a GPU; until an
-# operator has been, Triton serves, because its kernels run on every GPU that Triton supports.
-CUDA_DEFAULT = "triton"
+# Families whose CUDA kernels serve on GPUs where they are built. Elsewhere it is Triton's, which run on every GPU that
+# Triton supports, until a measurement says otherwise. The solver's are no match by construction: two launches for 32
+# steps of the recurrence against one for each.
+CUDA_FAMILIES = frozenset({"trajectory"})
 
 
 def _load(name: str) -> tuple[ModuleType | None, ImportError | None]:
@@ -165,7 +166,8 @@ def _resolve(name: str, requested: str, device_type: str) -> str:
         return requested
     order: tuple[str, ...] = ("native", "reference")
     if device_type != "cpu":
-        order = ("native", "triton", "reference") if CUDA_DEFAULT == "native" else ("triton", "native", "reference")
+        native_first = operators[name].family in CUDA_FAMILIES
+        order = ("native", "triton", "reference") if native_first else ("triton", "native", "reference")
     return next(backend for backend in order if missing(name, backend, device_type) is None)
 
 
@@ -178,6 +180,11 @@ def backend_for(name: str, device_type: str) -> str:
 
 # What torch.compiler.assume_constant_result does; calling it would import the compiler, and Triton, with fastgen.
 backend_for._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def is_automatic(name: str, backend: str, device_type: str) -> bool:
+    """Whether nobody asked for a backend, and `backend` can run operator `name` on this type of device."""
+    return _state.requested == "auto" and missing(name, backend, device_type) is None
 
 
 def build_info() -> dict[str, Any]:

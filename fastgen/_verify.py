@@ -58,6 +58,16 @@ def _scaled(m: ModuleType, p: Tensor, q: Tensor, y: Tensor) -> Tensor:
     return _gradient.scale_gradient(copy, scale, _backend.backend_for("scale_gradient_", p.device.type))
 
 
+def _trajectory(m: ModuleType, p: Tensor, q: Tensor, y: Tensor) -> Tensor:
+    x, h = (t.detach().flatten()[:90].to(torch.promote_types(t.dtype, torch.float32)) for t in (p, q))
+    cost = (x[:, None] - h).square()
+    if m is reference:
+        steps, totals = m.optimal_trajectory(cost, [7, 40])
+        return torch.cat([totals, cost.diagonal()[steps[40]]])
+    result = m.optimal_trajectory(cost, [7, 40])
+    return torch.cat([result.total_cost, cost.diagonal()[result.steps[40]]])
+
+
 # Operator -> calls that run it, on the public functions or their references.
 CASES: dict[str, list[Callable[[ModuleType, Tensor, Tensor, Tensor], Tensor]]] = {
     "elbo_error": [
@@ -87,6 +97,9 @@ CASES: dict[str, list[Callable[[ModuleType, Tensor, Tensor, Tensor], Tensor]]] =
     "decoupled_dmd": [lambda m, p, q, y: _decoupled(m, p, q, y, "sum")],
     "decoupled_dmd_backward": [lambda m, p, q, y: _decoupled(m, p, q, y, "none")],
     "scale_gradient_": [_scaled],
+    "trajectory_inspect": [_trajectory],
+    "trajectory_table": [_trajectory],
+    "trajectory_path": [_trajectory],
 }
 
 

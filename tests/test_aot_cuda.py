@@ -100,3 +100,12 @@ def test_emulated_kernels_agree_with_the_reference(emulated, gpu):
     environment.pop("FASTGEN_BACKEND", None)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@needs_compiler
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the emulator needs ucontext")
+def test_emulated_trajectories_are_the_references_to_the_bit(emulated):
+    command = [sys.executable, str(EMULATOR / "check_trajectory.py"), str(emulated)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -19,6 +19,9 @@ def samples(device):
     w = torch.rand(4, device=device)
     real = torch.tensor([True, False, True, False], device=device)
     counts = torch.tensor([2.0, 5.0], device=device)
+    cost, v = torch.randn(2, 7, 7, device=device), torch.rand(2, 7, device=device, dtype=torch.float64).cumsum(1)
+    backend = _backend.backend_for("trajectory_table", device)
+    table = _backend.operators["trajectory_table"].on(backend)(cost, None, 0, 3, False)[1]
     return {
         "elbo_error": [(p, q, w, "l2", True), (p.bfloat16(), q, None, "huber", False)],
         "elbo_error_backward": [(w, p, q, w, "l1", True), (w, p.half(), q, None, "l2", False)],
@@ -34,6 +37,9 @@ def samples(device):
         **distillation_samples(p, q, y, w),
         "row_combination": [(p, w, q, w), (p.transpose(1, 2), w, None, None)],
         "scale_gradient_": [(p, torch.tensor(0.5, device=device)), (p, torch.tensor(1.0, device=device))],
+        "trajectory_inspect": [(cost, None, 0, True), (v, v, 1, True)],
+        "trajectory_table": [(cost, None, 0, 3, False), (v, v, 1, 2, False)],
+        "trajectory_path": [(cost, None, table, 0, 3, False)],
     }
 
 

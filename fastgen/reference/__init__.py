@@ -15,6 +15,7 @@ from .score_distillation import (
     sds_loss,
     vsd_loss,
 )
+from .trajectory import optimal_trajectory
 
 __all__ = [
     "DistillationStats",
@@ -27,6 +28,7 @@ __all__ = [
     "elbo_difference",
     "elbo_error",
     "fake_score_loss",
+    "optimal_trajectory",
     "prediction_to_x0",
     "sds_loss",
     "vsd_loss",

@@ -7,6 +7,7 @@
 #include "operators/schedule.h"
 
 #include "cuda/device.cuh"
+#include "cuda/trajectory.cuh"
 
 extern "C" {
 AOTITorchError aoti_torch_create_device_guard(int32_t, DeviceGuardHandle* guard) { return *guard = nullptr, 0; }
@@ -22,4 +23,5 @@ STABLE_TORCH_LIBRARY_IMPL(fastgen, CPU, m) {
   fastgen::register_elbo<fastgen::cuda::Device>(m);
   fastgen::register_gradient<fastgen::cuda::Device>(m);
   fastgen::register_schedule<fastgen::cuda::Device>(m);
+  fastgen::cuda::register_trajectory(m);
 }
