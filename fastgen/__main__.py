@@ -24,8 +24,8 @@ def _version(package: str) -> str:
 
 def _served_by(name: str, device_type: str) -> str:
     chosen = _backend.backend_for(name, device_type)
-    order = ("native", "triton") if device_type == "cpu" else ("triton", "native")
-    passed_over = order[: order.index(chosen)] if chosen in order else order
+    order = _backend.preference(name, device_type)
+    passed_over = order[: order.index(chosen)]
     reasons = [f"no {b}: {_backend.missing(name, b, device_type)}" for b in passed_over]
     return chosen if not reasons else f"{chosen} ({'; '.join(reasons)})"
 

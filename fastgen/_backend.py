@@ -157,6 +157,15 @@ def missing(name: str, backend: str, device_type: str) -> str | None:
     return f"fastgen.{extension} did not load: {error} (python -m fastgen info says more)"
 
 
+def preference(name: str, device_type: str) -> tuple[str, ...]:
+    """The backends that ``"auto"`` tries for operator `name`, in order."""
+    if device_type == "cpu":
+        return ("native", "reference")
+    if operators[name].family in CUDA_FAMILIES:
+        return ("native", "triton", "reference")
+    return ("triton", "native", "reference")
+
+
 @functools.cache
 def _resolve(name: str, requested: str, device_type: str) -> str:
     if requested != "auto":
@@ -164,11 +173,7 @@ def _resolve(name: str, requested: str, device_type: str) -> str:
         if reason:
             raise RuntimeError(f"backend {requested!r} cannot run {name} on {device_type}: {reason}")
         return requested
-    order: tuple[str, ...] = ("native", "reference")
-    if device_type != "cpu":
-        native_first = operators[name].family in CUDA_FAMILIES
-        order = ("native", "triton", "reference") if native_first else ("triton", "native", "reference")
-    return next(backend for backend in order if missing(name, backend, device_type) is None)
+    return next(b for b in preference(name, device_type) if missing(name, b, device_type) is None)
 
 
 def backend_for(name: str, device_type: str) -> str:

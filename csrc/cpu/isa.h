@@ -14,6 +14,13 @@ enum class Isa : int { baseline, avx2, avx512 };
 Isa isa();
 const char* isa_name(Isa);
 
+// A job may say that the baseline will do for it: every instruction set is another copy to compile.
+template <class Job>
+constexpr bool baseline_only() {
+  if constexpr (requires { Job::kBaselineOnly; }) return Job::kBaselineOnly;
+  else return false;
+}
+
 template <class Body, class Job>
 void run_baseline(const Job& job, double* scratch, int64_t begin, int64_t end) {
   Body::run(job, scratch, begin, end);
@@ -36,8 +43,7 @@ run_avx512(const Job& job, double* scratch, int64_t begin, int64_t end) {
 template <class Body, class Job>
 void run(const Job& job, double* scratch, int64_t begin, int64_t end) {
 #if defined(__x86_64__)
-  // float64 is for oracles and gradient checks: not worth a third of the time it takes to build all this.
-  if constexpr (!std::is_same_v<typename Job::Arithmetic, double>) {
+  if constexpr (!baseline_only<Job>()) {
     switch (isa()) {
       case Isa::avx512: return run_avx512<Body>(job, scratch, begin, end);
       case Isa::avx2: return run_avx2<Body>(job, scratch, begin, end);
