@@ -74,7 +74,9 @@ class Launch:
             return Launch(kernel, args[:1], 1, args[0], constants["BLOCK"])
         tile = constants["BLOCK"] * (constants["RANKS"] if name == "_held_groups" else 1)
         out = args[4] if name != "_partial_sums" else None
-        return Launch(kernel, args[1], constants["MAP_STREAMS"] if out is not None else 0, out, tile)
+        streams = [t is not None and t.dtype != torch.bool for t in args[1]]  # masks are narrow, and matter little
+        present = tuple(t for t, counts in zip(args[1], streams, strict=True) if counts)
+        return Launch(kernel, present, sum(streams[: constants["MAP_STREAMS"]]) if out is not None else 0, out, tile)
 
     def wide_sweeps(self, accesses: dict[int, int], itemsize: int) -> int:
         moved = sum(width * n for width, n in accesses.items() if width >= 16)
@@ -156,6 +158,40 @@ def _loss_calls(dtype: torch.dtype, plan: str, shape: tuple[int, ...]) -> Iterat
     yield f"ddo 4 samples {plan} grad", partial(ddo, True, 4)
 
 
+def _distillation_calls(
+    dtype: torch.dtype, plan: str, shape: tuple[int, ...]
+) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """With every optional stream and without; the mask once, as it costs the most where it is one stream more."""
+    from fastgen.triton_kernels import score_distillation as family
+
+    x, w = _images(dtype, *shape), _vector(shape[0])
+    mask = torch.empty(shape, dtype=torch.bool, device="meta")
+    one_pass = (None, True, 0.0, 0.0, 1, "mean", True)
+    masked = (w[0], *one_pass[1:])
+
+    def types(mixed: bool) -> tuple[Any, ...]:
+        return "epsilon", "v_prediction" if mixed else "epsilon", 3.0, dtype
+
+    yield f"sds {plan}", partial(family.score_difference, x, x, None, w, None, 7.5, 1.0, dtype, "mean", True)
+    yield f"vsd masked {plan}", partial(family.score_difference, x, x, x, w, mask, 7.5, 1.0, dtype, "mean", True)
+    plain, full = (x, x, None, None, None, w, w), (x, x, x, w, mask, w, w)
+    yield f"dmd {plan}", partial(family.dmd, x, x, *plain, *types(False), *one_pass)
+    yield f"dmd guided {plan}", partial(family.dmd, x, x, x, x, x, None, None, w, w, *types(False), *one_pass)
+    yield f"dmd masked mixed {plan}", partial(family.dmd, x, x, *full, *types(True), *masked)
+    two: tuple[Any, ...] = (x, x, x, x, None, None, w, w, w, w)
+    yield f"decoupled {plan}", partial(family.decoupled_dmd, x, x, x, *two, *types(False), *one_pass)
+    two = (x, x, x, x, w, mask, w, w, w, w)
+    yield f"decoupled masked mixed {plan}", partial(family.decoupled_dmd, x, x, x, *two, *types(True), *masked)
+    if plan == "held":  # the backward passes know no other plan
+        kept = (x, x, x, w, mask, 7.5, 1.0, dtype)
+        yield "vsd backward", partial(family.score_difference_backward, w, *kept)
+        for mixed in (False, True):
+            yield f"dmd backward{' mixed' * mixed}", partial(family.dmd_backward, w, x, *full, *types(mixed))
+            grads = w.expand(2, -1)
+            call = partial(family.decoupled_dmd_backward, grads, x, *two, *types(mixed))
+            yield f"decoupled backward{' mixed' * mixed}", call
+
+
 def _calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
     from fastgen.triton_kernels import elbo, gradient, schedule
 
@@ -165,6 +201,7 @@ def _calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
             yield f"error {loss} {plan}", partial(elbo.elbo_error, x, x, weight, loss, True)
         yield f"difference {plan}", partial(elbo.elbo_difference, x, x, x, weight, False)
         yield from _loss_calls(dtype, plan, shape)
+        yield from _distillation_calls(dtype, plan, shape)
     x, weight = _images(dtype, *SHAPES["held"]), _vector(SHAPES["held"][0])
     for loss in ("l2", "l1", "huber"):
         yield f"error backward {loss}", partial(elbo.elbo_error_backward, weight, x, x, weight, loss, True)

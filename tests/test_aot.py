@@ -13,12 +13,15 @@ pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs trito
 
 # Of a multiprocessor's 65536: 112 let one program of 512 threads hold its tile; 80 let three of 256 run, 48 five.
 REGISTERS = {"_held_groups": 112, "_looped_groups": 80, "_partial_sums": 64, "_finish": 48, "_scale_in_place": 40}
+# More streams and sums: two programs of 256 threads with those of a field with one term, one with those of two terms.
+MORE_REGISTERS = {"sds": 112, "vsd": 112, "dmd": 128, "decoupled": 192}
 # ptxas for sm_100 trades one 4-byte register of a few looped kernels for occupancy.
 SPILL_BYTES = {80: 0, 90: 0, 100: 8}
 
 TYPICAL = (
     "^(ddo held grad|ddo looped grad|ddo split grad|dpo sigmoid small grad|error huber held"
-    "|error backward l1|combination|scale in place)$"
+    "|error backward l1|combination|scale in place|vsd masked looped|dmd guided small|dmd masked mixed split"
+    "|decoupled looped)$"
 )
 
 
@@ -37,7 +40,8 @@ def check(found):
         what = f"{r['kernel']} ({r['variant']}) for sm_{r['arch']}"
         assert r["spill_bytes"] <= SPILL_BYTES[r["arch"]], f"{what} spills {r['spill_bytes']} bytes"
         assert r["narrow_reads"] == r["narrow_writes"] == 0, f"{what}: loads {r['loads']}, stores {r['stores']}"
-        assert r["registers"] <= REGISTERS[r["kernel"]], f"{what} needs {r['registers']} registers"
+        budget = max(REGISTERS[r["kernel"]], MORE_REGISTERS.get(r["variant"].split()[0], 0))
+        assert r["registers"] <= budget, f"{what} needs {r['registers']} registers"
 
 
 def test_typical_kernels():

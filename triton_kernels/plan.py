@@ -10,13 +10,15 @@ import torch
 import triton
 import triton.language as tl
 
-# Bytes of one stream, in the arithmetic type, that a program may hold in registers: a thread of 512 then has 32 of the
-# 128 it may use for each stream.
-HELD_BYTES = 64 * 1024
+# Bytes of all streams, in the arithmetic type, that a program may hold in registers: a thread of 512 then has 96 of the
+# 128 it may use for them.
+HELD_BYTES = 3 * 64 * 1024
 # Threads that sweep one row together, counted as 32 a warp, and what each reads of a stream at a time: two 16-byte
-# loads of the narrowest one. With three streams that keeps 96 bytes in flight in at most 64 registers, without spills.
+# loads of the narrowest one. With three streams and a sum that keeps 96 bytes in flight in at most 64 registers,
+# without spills; where streams and sums are more than FEW_TILES, one load of each has to do.
 THREADS = 256
 BYTES_PER_THREAD = 32
+FEW_TILES = 4
 # Programs in flight that keep one multiprocessor's memory pipeline busy.
 PROGRAMS_PER_MULTIPROCESSOR = 4
 
@@ -31,24 +33,31 @@ class Plan(NamedTuple):
     segment: int
 
 
-def _num_warps(elements: int, itemsize: int) -> int:
-    return max(1, min(16, elements * itemsize // (32 * BYTES_PER_THREAD)))
+def _thread_bytes(tiles: int) -> int:
+    return BYTES_PER_THREAD if tiles <= FEW_TILES else BYTES_PER_THREAD // 2
 
 
-def _block(size: int, itemsize: int) -> int:
-    return min(triton.next_power_of_2(size), THREADS * BYTES_PER_THREAD // itemsize)
+def _num_warps(elements: int, itemsize: int, tiles: int = FEW_TILES) -> int:
+    return max(1, min(16, elements * itemsize // (32 * _thread_bytes(tiles))))
+
+
+def _block(size: int, itemsize: int, tiles: int = FEW_TILES) -> int:
+    return min(triton.next_power_of_2(size), THREADS * _thread_bytes(tiles) // itemsize)
 
 
 @functools.lru_cache(maxsize=4096)
-def groups_plan(size: int, groups: int, group_rows: int, itemsize: int, width: int, multiprocessors: int) -> Plan:
-    """For a reduction of `groups` groups of `group_rows` rows of `size` elements: `itemsize` bytes in the narrowest
-    stream, `width` in arithmetic."""
+def groups_plan(
+    size: int, groups: int, group_rows: int, itemsize: int, width: int, streams: int, sums: int, multiprocessors: int
+) -> Plan:
+    """For a reduction of `groups` groups of `group_rows` rows of `size` elements to `sums` numbers: `streams` streams,
+    `itemsize` bytes in the narrowest, `width` in arithmetic."""
+    tiles = streams + sums
     block = triton.next_power_of_2(size)
     tile = block * triton.next_power_of_2(group_rows)
-    if tile * width <= HELD_BYTES:
-        return Plan("held", block, _num_warps(tile, itemsize), size)
-    block = _block(size, itemsize)
-    num_warps = _num_warps(block, itemsize)
+    if tile * width * max(streams, 3) <= HELD_BYTES:
+        return Plan("held", block, _num_warps(tile, itemsize, tiles), size)
+    block = _block(size, itemsize, tiles)
+    num_warps = _num_warps(block, itemsize, tiles)
     wanted = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors
     blocks = triton.cdiv(size, block)
     per_row = min(blocks, triton.cdiv(wanted, groups * group_rows))
@@ -59,10 +68,10 @@ def groups_plan(size: int, groups: int, group_rows: int, itemsize: int, width: i
 
 
 @functools.lru_cache(maxsize=4096)
-def map_plan(size: int, itemsize: int) -> Plan:
-    """For a map alone: one block per program."""
-    block = _block(size, itemsize)
-    return Plan("split", block, _num_warps(block, itemsize), block)
+def map_plan(size: int, itemsize: int, streams: int) -> Plan:
+    """For a map of `streams` streams alone: one block per program."""
+    block = _block(size, itemsize, streams)
+    return Plan("split", block, _num_warps(block, itemsize, streams), block)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -12,6 +12,9 @@ The counterpart of ``csrc/formulas/formula.h`` and ``csrc/cpu/rowwise.h``. A fam
 arithmetic type; `row` and `rank` may be scalars or tiles, so functions must be elementwise. Epilogues and coefficients
 may run more than once for the same group or row, then with the same numbers, so all they do is store.
 
+A stream may be a mask (bool, read as 0 and 1) or None: then its place in `v` holds None, which functions may test. What
+an epilogue and a coefficient return may be tuples.
+
 Sums have one fixed tree for a given shape, dtype and device; there are no atomics.
 """
 
@@ -69,19 +72,34 @@ class Groups:
 
 
 class Rows:
-    """Tensors of one shape as rows: read in place where all share one dense row layout, else copied once."""
+    """Tensors of one shape as rows: read in place where all share one dense row layout, else copied once.
 
-    def __init__(self, *tensors: Tensor) -> None:
-        self.tensors = layout.as_rows(*tensors)
-        self.count = tensors[0].shape[0]
-        self.size = layout.row_size(tensors[0])
-        self.dtype = layout.arithmetic_dtype(*tensors)
+    The first is there; others may be None. The arithmetic is float64 as soon as a tensor or `dtype` is.
+    """
+
+    def __init__(self, first: Tensor, *others: Tensor | None, dtype: torch.dtype | None = None) -> None:
+        self.tensors = layout.as_rows(*(t for t in (first, *others) if t is not None))
+        self.first = self.tensors[0]
+        self.count = first.shape[0]
+        self.size = layout.row_size(first)
+        self.dtype = torch.float64 if dtype == torch.float64 else layout.arithmetic_dtype(*self.tensors)
+        present = iter(self.tensors)
+        self.streams = tuple(None if t is None else next(present) for t in (first, *others))
+
+    @property
+    def strides(self) -> list[int]:
+        return [t.stride(0) if t is not None and self.count > 1 else 0 for t in self.streams]
+
+    def itemsize(self, out: Tensor | None) -> int:
+        """Of the narrowest, masks aside: what they need is little beside the rest, and would make tiles large."""
+        of = (self.first if out is None else out, *self.tensors)
+        return min((t.element_size() for t in of if t.dtype != torch.bool), default=1)
 
     def new_output(self, dtype: torch.dtype) -> Tensor:
         return layout.new_output(*self.tensors, dtype=dtype)
 
     def new_vector(self, size: int) -> Tensor:
-        return self.tensors[0].new_empty((size,), dtype=self.dtype)
+        return self.first.new_empty((size,), dtype=self.dtype)
 
     def scalars(self, t: Tensor | None) -> Tensor | None:
         """Per-row numbers in the arithmetic dtype."""
@@ -101,12 +119,10 @@ def run(formula: Formula, groups: Groups, rows: Rows, args: Any, out: Tensor | N
     """Runs `formula` over `rows`; `out` has the layout of :meth:`Rows.new_output`."""
     if groups.count == 0:
         return
-    first = rows.tensors[0]
-    strides = [t.stride(0) if rows.count > 1 else 0 for t in rows.tensors]
-    itemsize = min(t.element_size() for t in (*rows.tensors, first if out is None else out))
+    first, strides, itemsize = rows.first, rows.strides, rows.itemsize(out)
     unit = unit_of((rows.size, *strides), itemsize)
     streams = (
-        formula.functions, tuple(rows.tensors), tuple(s // unit for s in strides), args, out,
+        formula.functions, rows.streams, tuple(s // unit for s in strides), args, out,
         rows.size // unit, groups.rows, groups.stride, groups.row_stride,
     )  # fmt: skip
     constants = {
@@ -117,10 +133,13 @@ def run(formula: Formula, groups: Groups, rows: Rows, args: Any, out: Tensor | N
         "MAP_STREAMS": formula.map_streams,
     }
     if formula.sums == 0:
-        _launch_finish(map_plan(rows.size, itemsize), first, groups, streams, None, constants)
+        _launch_finish(map_plan(rows.size, itemsize, len(rows.tensors)), first, groups, streams, None, constants)
         return
     width = 8 if rows.dtype == torch.float64 else 4
-    plan = groups_plan(rows.size, groups.count, groups.rows, itemsize, width, multiprocessors(first.device))
+    plan = groups_plan(
+        rows.size, groups.count, groups.rows, itemsize, width, len(rows.tensors), formula.sums,
+        multiprocessors(first.device),
+    )  # fmt: skip
     constants |= {"BLOCK": plan.block, "num_warps": plan.num_warps}
     if plan.kind == "held":
         launch(_held_groups, groups.count, first, *streams, RANKS=triton.next_power_of_2(groups.rows), **constants)
@@ -157,13 +176,18 @@ _PLAIN = ["strides", "units", "group_rows", "group_stride", "row_stride", "segme
 
 
 @triton.jit
+def _load_stream(stream, stride, row, start, cols, mask, UNIT: tl.constexpr, T: tl.constexpr):
+    if stream is None:
+        return stream
+    else:
+        return tl.load(stream + row * stride * UNIT + start + cols, mask=mask, other=0).to(T)
+
+
+@triton.jit
 def _load(streams, strides, row, start, cols, mask, N: tl.constexpr, UNIT: tl.constexpr, T: tl.constexpr):
-    """Elements start + cols of `row` of the first N streams, in T; 0 outside the mask."""
-    values = ()
-    for s in tl.static_range(N):
-        pointers = streams[s] + row * strides[s] * UNIT + start + cols
-        values = values + (tl.load(pointers, mask=mask, other=0.0).to(T),)
-    return values
+    """Elements start + cols of `row` of the first N streams, in T; 0 outside the mask, None where no stream is."""
+    # A comprehension over numbers that are written out: `+` of tuples and loops over ranges do not take None.
+    return [_load_stream(streams[s], strides[s], row, start, cols, mask, UNIT, T) for s in (0, 1, 2, 3, 4, 5, 6, 7)[:N]]
 
 
 @triton.jit

@@ -73,3 +73,8 @@ def softplus(x):
 def sigmoid(x):
     e = exp_negative(-tl.abs(x))
     return divide(tl.where(x < 0.0, e, 1.0), 1.0 + e)
+
+
+@triton.jit
+def is_finite(x):
+    return tl.abs(x) < float("inf")  # false for NaN
