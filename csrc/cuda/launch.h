@@ -24,7 +24,7 @@ struct Launch {
   explicit Launch(const torch::stable::Tensor& on) : guard(on.device().index()) {
     STD_CUDA_CHECK(cudaGetDevice(&device));
     void* current = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &current));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &current));
     stream = static_cast<cudaStream_t>(current);
   }
 
