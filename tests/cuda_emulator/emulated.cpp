@@ -5,6 +5,7 @@
 #include "operators/elbo.h"
 #include "operators/gradient.h"
 #include "operators/schedule.h"
+#include "operators/score_distillation.h"
 
 #include "cuda/device.cuh"
 
@@ -22,4 +23,5 @@ STABLE_TORCH_LIBRARY_IMPL(fastgen, CPU, m) {
   fastgen::register_elbo<fastgen::cuda::Device>(m);
   fastgen::register_gradient<fastgen::cuda::Device>(m);
   fastgen::register_schedule<fastgen::cuda::Device>(m);
+  fastgen::register_score_distillation<fastgen::cuda::Device>(m);
 }
