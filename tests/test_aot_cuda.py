@@ -27,15 +27,24 @@ def report():
     return aot_cuda.cuda_report()
 
 
+def registers(kernel):
+    """64 let a multiprocessor hold 1024 threads, 128 half of them, 224 a quarter: that is for seven streams with seven
+    sums. The doubles' kernels are for correctness."""
+    if "Decoupled" in kernel:
+        return 224
+    if "ScoreField" in kernel or "DmdField" in kernel:
+        return 128 if "float" in kernel else 160
+    return 64 if "float" in kernel else 80
+
+
 @needs_nvcc
 def test_kernels_spill_nothing_and_stay_within_their_registers(report):
     assert {row["arch"] for row in report} == {"sm_80", "sm_90a"}
     for row in report:
-        # 64 registers let a multiprocessor hold 1024 threads; the doubles' kernels are for correctness.
-        budget = 64 if "float" in row["kernel"] else 80
+        budget = registers(row["kernel"])
         assert row["spill_bytes"] == row["stack_bytes"] == 0, row
         assert row["registers"] <= budget, row
-        assert row["static_shared_bytes"] <= 1024, row
+        assert row["static_shared_bytes"] <= (1280 if "Decoupled" not in row["kernel"] else 2816), row
 
 
 @needs_nvcc

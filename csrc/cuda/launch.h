@@ -66,7 +66,7 @@ inline int multiprocessors_of(int device) {
 
 // Lets `kernel` use all the shared memory and the largest clusters that the current device grants it, and says what
 // those are. Asks once per kernel and device (a race writes the same answer twice).
-template <auto kernel>
+template <auto kernel, int threads>
 Limits limits_of(int device) {
   struct Granted {
     std::atomic<int> shared_bytes{-1}, cluster{1};
@@ -87,7 +87,7 @@ Limits limits_of(int device) {
       STD_CUDA_CHECK(cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
       cudaLaunchConfig_t config{};
       config.gridDim = dim3(kMaxCluster);
-      config.blockDim = dim3(kMaxThreads);
+      config.blockDim = dim3(threads);
       config.dynamicSmemBytes = static_cast<size_t>(most);
       const bool knows = cudaOccupancyMaxPotentialClusterSize(&cluster, kernel, &config) == cudaSuccess;
       cluster = knows ? std::clamp(cluster, 1, kMaxCluster) : 1;
@@ -96,7 +96,7 @@ Limits limits_of(int device) {
     known.cluster = cluster;
     known.shared_bytes = most;
   }
-  return {multiprocessors_of(device), known.shared_bytes, known.cluster};
+  return {multiprocessors_of(device), known.shared_bytes, known.cluster, threads};
 }
 
 }  // namespace fastgen::cuda

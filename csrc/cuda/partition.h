@@ -45,6 +45,7 @@ struct Limits {
   int multiprocessors;
   int64_t shared_bytes;  // dynamic shared memory of a block
   int cluster;           // blocks in a cluster; 1 before sm_90
+  int threads = kMaxThreads;  // of a block
 };
 
 // How groups of rows run on chip. A team of `threads`, within one warp or a whole block, takes a group's vectors, or
@@ -63,10 +64,10 @@ inline int power_of_two_from(int64_t n) {
 }
 
 // Four vectors a thread: enough loads in flight, and whole groups finish soon.
-inline int team_threads(int64_t vectors) {
+inline int team_threads(int64_t vectors, int most) {
   if (vectors <= 32) return power_of_two_from(vectors);
   const int64_t threads = ceil_div<int64_t>(ceil_div<int64_t>(vectors, 4), 32) * 32;
-  return threads < kMaxThreads ? static_cast<int>(threads) : kMaxThreads;
+  return threads < most ? static_cast<int>(threads) : most;
 }
 
 // `vectors`: of one group; `held_bytes`: of one vector's map streams, kept in shared memory (0: nothing is mapped).
@@ -77,7 +78,7 @@ inline Plan plan_groups(int64_t groups, int64_t vectors, int held_bytes, const L
   for (int cluster = 1;; cluster *= 2) {
     plan.cluster = cluster;
     plan.share = static_cast<int>(ceil_div<int64_t>(vectors, cluster));
-    plan.threads = team_threads(plan.share);
+    plan.threads = team_threads(plan.share, limits.threads);
     plan.teams = plan.threads <= 32 ? 128 / plan.threads : 1;
     plan.slots = ceil_div(plan.share, plan.threads);
     plan.shared_bytes = int64_t{1} * held_bytes * plan.slots * plan.threads * plan.teams;

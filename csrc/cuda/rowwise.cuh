@@ -6,8 +6,10 @@
 
 namespace fastgen::cuda {
 
-inline bool starts_at_16_bytes(const void* data, int64_t rows, int64_t row_bytes) {
-  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && (rows <= 1 || row_bytes % 16 == 0);
+// Whether every row starts where a vector of `width` elements may: at its own size, or at 16 bytes where it has more.
+inline bool is_aligned(const void* data, int64_t rows, int64_t row_elements, int bytes, int width) {
+  const int alignment = std::min(16, bytes * width);
+  return reinterpret_cast<uintptr_t>(data) % alignment == 0 && (rows <= 1 || row_elements * bytes % alignment == 0);
 }
 
 template <class T, class F, int N>
@@ -20,8 +22,8 @@ Job<T, F, N> make_job(const F& formula, const Groups& groups, const Rows<N>& row
 template <class T, class F, int N>
 bool is_wide(const Job<T, F, N>& job, int64_t rows) {
   bool wide = job.size % kWidth<T> == 0;
-  for (const Stream& s : job.in) wide &= starts_at_16_bytes(s.data, rows, s.row_stride * bytes_of(s.dtype));
-  return wide && (!job.out.data || starts_at_16_bytes(job.out.data, rows, job.size * bytes_of(job.out.dtype)));
+  for (const Stream& s : job.in) wide &= is_aligned(s.data, rows, s.row_stride, bytes_of(s.dtype), kWidth<T>);
+  return wide && (!job.out.data || is_aligned(job.out.data, rows, job.size, bytes_of(job.out.dtype), kWidth<T>));
 }
 
 template <Access access, class T, class F, int N>
@@ -54,7 +56,7 @@ void launch_groups(const Launch& launch, const Job<T, F, N>& job, const Tensor& 
   if (kMaps<F> && job.out.data)
     for (int s = 0; s < F::kMapStreams; ++s) held_bytes += bytes_of(job.in[s].dtype) * kWidth<T>;
   const auto kernel = &on_chip<access, T, F, N>;
-  const Limits limits = limits_of<&on_chip<access, T, F, N>>(launch.device);
+  const Limits limits = limits_of<&on_chip<access, T, F, N>, kGroupThreads<T, F>>(launch.device);
   const Plan plan = plan_groups(job.groups.count, job.groups.rows * job.vectors, held_bytes, limits);
   if (!plan.on_chip) return launch_parts<access>(launch, job, like);
   launch(kernel, plan.blocks, dim3(plan.threads, plan.teams), plan.shared_bytes, plan.cluster, job, plan);

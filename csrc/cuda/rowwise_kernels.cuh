@@ -29,6 +29,9 @@ struct Job {
 };
 
 template <class F>
+constexpr bool kMasks = requires { requires F::kMasks; };
+
+template <class F>
 constexpr bool kMaps = F::kMapStreams > 0;
 
 // How a kernel reaches elements. Wide: 16 bytes at a time, where every row of every stream and of the output starts at
@@ -40,9 +43,20 @@ enum class Access { wide, single };
 template <Access access, int kStreams>
 constexpr int kBatch = access == Access::wide && kStreams == 1 ? 2 : 1;
 
-// Blocks of 256 threads that a multiprocessor holds at least: a bound on registers, 64 in float and 128 in double.
-template <class T>
-constexpr int kResident = sizeof(T) == 8 ? 2 : 4;
+// How many registers a formula needs, from the vectors and the sums that a thread has at once: 0, 1 or 2.
+template <class T, class F>
+constexpr int kDemand = F::kStreams <= 3 && F::kStreams + F::kSums <= (sizeof(T) == 4 ? 5 : 4) ? 0
+                        : F::kStreams <= 6                                                     ? 1
+                                                                                               : 2;
+
+// Blocks of 256 threads that a multiprocessor holds at least: a bound on registers, 64 in float and 128 in double where
+// formulas demand little, twice that and all of them where they would spill.
+template <class T, class F>
+constexpr int kResident = kDemand<T, F> == 2 ? 1 : (sizeof(T) == 8 ? 2 : 4) >> kDemand<T, F>;
+
+// Threads of a block that holds a group on chip at most, for the same reason.
+template <class T, class F>
+constexpr int kGroupThreads = kDemand<T, F> == 0 ? kMaxThreads : kDemand<T, F> == 1 && sizeof(T) == 4 ? 512 : 256;
 
 // Vector v of streams kFirst … kLast - 1 of a row.
 template <Access access, Use use, int kFirst, int kLast, class T, class F, int N, int M>
@@ -50,8 +64,8 @@ __device__ __forceinline__ void load(const Job<T, F, N>& job, int64_t row, int64
 #pragma unroll
   for (int s = kFirst; s < kLast; ++s) {
     const int64_t start = row * job.in[s].row_stride;
-    if constexpr (access == Access::wide) load_wide<T, use>(job.in[s], start + v * kWidth<T>, raw[s]);
-    else load_single<T, use>(job.in[s], start, job.span(v), raw[s]);
+    if constexpr (access == Access::wide) load_wide<T, use, kMasks<F>>(job.in[s], start + v * kWidth<T>, raw[s]);
+    else load_single<T, use, kMasks<F>>(job.in[s], start, job.span(v), raw[s]);
   }
 }
 
@@ -62,7 +76,7 @@ __device__ __forceinline__ void accumulate(const Job<T, F, N>& job, const typena
   const int count = access == Access::wide ? kWidth<T> : job.span(vector).count;
   T x[N][kWidth<T>], add[F::kSums] = {};
 #pragma unroll
-  for (int s = 0; s < N; ++s) unpack<T>(raw[s], job.in[s].dtype, x[s]);
+  for (int s = 0; s < N; ++s) unpack<T, kMasks<F>>(raw[s], job.in[s].dtype, x[s]);
 #pragma unroll
   for (int j = 0; j < kWidth<T>; ++j)
     if (j < count) {
@@ -80,7 +94,7 @@ __device__ __forceinline__ void map_vector(const Job<T, F, N>& job, int64_t row,
                                            T coefficient, int64_t vector, const Raw (&raw)[M]) {
   T x[F::kMapStreams][kWidth<T>], y[kWidth<T>];
 #pragma unroll
-  for (int s = 0; s < F::kMapStreams; ++s) unpack<T>(raw[s], job.in[s].dtype, x[s]);
+  for (int s = 0; s < F::kMapStreams; ++s) unpack<T, kMasks<F>>(raw[s], job.in[s].dtype, x[s]);
 #pragma unroll
   for (int j = 0; j < kWidth<T>; ++j) {
     T v[F::kMapStreams];
@@ -115,12 +129,12 @@ struct Team {
   char* held;
   bool maps;
 
-  __device__ __forceinline__ Held<T> holder(int stream) const {
+  __device__ __forceinline__ Held<T, kMasks<F>> holder(int stream) const {
     const int block = blockDim.x * blockDim.y;
     char* base = held;
 #pragma unroll
     for (int s = 0; s < F::kMapStreams; ++s)
-      if (s < stream) base += slots * block * bytes_of(job.in[s].dtype) * kWidth<T>;
+      if (s < stream) base += slots * block * bytes_of<kMasks<F>>(job.in[s].dtype) * kWidth<T>;
     return {base, block, static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x)};
   }
 
@@ -181,10 +195,12 @@ __device__ __forceinline__ T run_epilogue(const F& formula, int64_t group, const
 }
 
 // Barriers, besides those of block_sum and Cluster: one before a block's threads read the slope. No memory is reused
-// between barriers, and a block serves one group (several teams share a block only within warps, with no barrier).
+// between barriers, and a block serves one group (several teams share a block only within warps, with no barrier). That
+// barrier also orders what the epilogue stored in global memory before row() reads it for the map: __syncwarp,
+// __syncthreads, and the release and acquire of the cluster's barrier.
 template <Access access, class T, class F, int N>
-__global__ void __launch_bounds__(kMaxThreads) on_chip(const __grid_constant__ Job<T, F, N> job,
-                                                       const __grid_constant__ Plan plan) {
+__global__ void __launch_bounds__(kGroupThreads<T, F>, 1) on_chip(const __grid_constant__ Job<T, F, N> job,
+                                                                  const __grid_constant__ Plan plan) {
   extern __shared__ uint4 held[];
   __shared__ Exchange<double, F::kSums> exchange;
   int share = 0;
@@ -215,6 +231,7 @@ __global__ void __launch_bounds__(kMaxThreads) on_chip(const __grid_constant__ J
 #pragma unroll
     for (int k = 0; k < F::kSums; ++k) totals[k] = warp_sum(totals[k], plan.threads);
     if (present && threadIdx.x == 0) slope = run_epilogue<T>(job.formula, group, totals);
+    __syncwarp();  // what the epilogue stored, row() may read on any lane
     slope = __shfl_sync(~0u, slope, 0, plan.threads);
   } else {
     block_sum(totals, exchange);
@@ -239,7 +256,7 @@ __global__ void __launch_bounds__(kMaxThreads) on_chip(const __grid_constant__ J
 
 // Block i sums part i of all rows' parts of kPartVectors vectors, numbered group by group and row by row.
 template <Access access, class T, class F, int N>
-__global__ void __launch_bounds__(kPartThreads, kResident<T>) part_sums(const __grid_constant__ Job<T, F, N> job,
+__global__ void __launch_bounds__(kPartThreads, kResident<T, F>) part_sums(const __grid_constant__ Job<T, F, N> job,
                                                                                 double* parts) {
   __shared__ Exchange<double, F::kSums> exchange;
   const int64_t row_parts = ceil_div<int64_t>(job.vectors, kPartVectors), index = blockIdx.x / row_parts;
@@ -281,7 +298,7 @@ __global__ void __launch_bounds__(kPartThreads) finish(const __grid_constant__ F
 // Teams map segments of rows; `slopes` [groups] is what the epilogues returned, null where there were none. Starts with
 // the last segments: after part_sums those are still in the cache.
 template <Access access, class T, class F, int N>
-__global__ void __launch_bounds__(kMapThreads, kResident<T>) map(const __grid_constant__ Job<T, F, N> job,
+__global__ void __launch_bounds__(kMapThreads, kResident<T, F>) map(const __grid_constant__ Job<T, F, N> job,
                                                                         const T* slopes, int64_t segments) {
   constexpr int batch = kBatch<access, F::kMapStreams>;
   if constexpr (MayBeIdle<F>)

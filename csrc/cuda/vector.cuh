@@ -18,8 +18,13 @@ struct Raw {
   uint32_t word[8];
 };
 
+// Kernels know of bool where `masks`: the branches cost registers.
+template <bool masks = true>
 __host__ __device__ __forceinline__ int bytes_of(ScalarType dtype) {
-  return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
+  return dtype == ScalarType::Double          ? 8
+         : dtype == ScalarType::Float         ? 4
+         : masks && dtype == ScalarType::Bool ? 1
+                                              : 2;
 }
 
 // Whether a load is the last of its data in this operator. The last leaves the cache first (ld.cs), and is never
@@ -39,11 +44,15 @@ __device__ __forceinline__ uint4 get(const Raw& raw, int word) {
   return {raw.word[word], raw.word[word + 1], raw.word[word + 2], raw.word[word + 3]};
 }
 
-template <class T, Use use>
+template <class T, Use use, bool masks>
 __device__ __forceinline__ void load_wide(const Stream& in, int64_t element, Raw& raw) {
-  const int bytes = bytes_of(in.dtype);
+  const int bytes = bytes_of<masks>(in.dtype);
   const char* p = static_cast<const char*>(in.data) + element * bytes;
-  if (kWidth<T> == 4 && bytes == 2) {
+  if (masks && kWidth<T> == 4 && bytes == 1) {
+    raw.word[0] = load_global<use, uint32_t>(p);
+    return;
+  }
+  if ((masks || kWidth<T> == 4) && bytes * kWidth<T> == 8) {
     const uint2 v = load_global<use, uint2>(p);
     raw.word[0] = v.x, raw.word[1] = v.y;
     return;
@@ -52,7 +61,7 @@ __device__ __forceinline__ void load_wide(const Stream& in, int64_t element, Raw
   if (bytes == static_cast<int>(sizeof(T))) put(raw, 4, load_global<use, uint4>(p + 16));
 }
 
-template <class T, Use use>
+template <class T, Use use, bool masks>
 __device__ __forceinline__ void load_single(const Stream& in, int64_t row_start, const Span& span, Raw& raw) {
   const int64_t element = row_start + span.start;
 #pragma unroll
@@ -70,6 +79,12 @@ __device__ __forceinline__ void load_single(const Stream& in, int64_t row_start,
 #pragma unroll
     for (int j = 0; j < kWidth<T>; ++j)
       if (j < span.count) raw.word[j] = load_global<use, uint32_t>(p + j * span.stride);
+  } else if (masks && in.dtype == ScalarType::Bool) {
+    const uint8_t* p = static_cast<const uint8_t*>(in.data) + element;
+#pragma unroll
+    for (int j = 0; j < kWidth<T>; ++j)
+      if (j < span.count)
+        raw.word[j / 4] |= static_cast<uint32_t>(load_global<use, uint8_t>(p + j * span.stride)) << (8 * (j % 4));
   } else {
     const uint16_t* p = static_cast<const uint16_t*>(in.data) + element;
 #pragma unroll
@@ -80,7 +95,7 @@ __device__ __forceinline__ void load_single(const Stream& in, int64_t row_start,
 }
 
 // One branch on the dtype per vector, not per element.
-template <class T>
+template <class T, bool masks>
 __device__ __forceinline__ void unpack(const Raw& raw, ScalarType dtype, T (&x)[kWidth<T>]) {
   if (sizeof(T) == 8 && dtype == ScalarType::Double) {
 #pragma unroll
@@ -88,6 +103,9 @@ __device__ __forceinline__ void unpack(const Raw& raw, ScalarType dtype, T (&x)[
   } else if (dtype == ScalarType::Float) {
 #pragma unroll
     for (int j = 0; j < kWidth<T>; ++j) x[j] = __uint_as_float(raw.word[j]);
+  } else if (masks && dtype == ScalarType::Bool) {
+#pragma unroll
+    for (int j = 0; j < kWidth<T>; ++j) x[j] = static_cast<T>((raw.word[j / 4] >> (8 * (j % 4))) & 0xffu);
   } else if (dtype == ScalarType::BFloat16) {
 #pragma unroll
     for (int j = 0; j < kWidth<T>; ++j)
@@ -126,7 +144,7 @@ __device__ __forceinline__ Raw pack(const T (&x)[kWidth<T>], ScalarType dtype) {
 
 template <class T>
 __device__ __forceinline__ void store_wide(const Output& out, int64_t element, const Raw& raw) {
-  const int bytes = bytes_of(out.dtype);
+  const int bytes = bytes_of<false>(out.dtype);
   char* p = static_cast<char*>(out.data) + element * bytes;
   if (kWidth<T> == 4 && bytes == 2) {
     __stcs(reinterpret_cast<uint2*>(p), make_uint2(raw.word[0], raw.word[1]));
@@ -145,7 +163,7 @@ __device__ __forceinline__ void store_single(const Output& out, int64_t row_star
     if (j < span.count) {
       const int64_t at = element + j * span.stride;
       if (out.dtype == ScalarType::Float) static_cast<uint32_t*>(out.data)[at] = raw.word[j];
-      else if (bytes_of(out.dtype) == 2)
+      else if (bytes_of<false>(out.dtype) == 2)
         static_cast<uint16_t*>(out.data)[at] = static_cast<uint16_t>(raw.word[j / 2] >> (16 * (j % 2)));
       else if constexpr (sizeof(T) == 8)
         static_cast<uint2*>(out.data)[at] = make_uint2(raw.word[2 * j], raw.word[2 * j + 1]);
@@ -154,7 +172,7 @@ __device__ __forceinline__ void store_single(const Output& out, int64_t row_star
 
 // A block's shared memory for the map streams of its vectors. Every thread reads only what it wrote itself, so no
 // barrier orders the two; a warp's 16-byte pieces are neighbours, so there are no bank conflicts.
-template <class T>
+template <class T, bool masks>
 struct Held {
   char* base;   // of one stream
   int threads;  // in the block
@@ -164,16 +182,18 @@ struct Held {
     return reinterpret_cast<uint4*>(base) + (slot * pieces + k) * threads + thread;
   }
   __device__ __forceinline__ void store(int slot, ScalarType dtype, const Raw& raw) const {
-    const int bytes = bytes_of(dtype) * kWidth<T>;
-    if (bytes == 8) reinterpret_cast<uint2*>(base)[slot * threads + thread] = make_uint2(raw.word[0], raw.word[1]);
+    const int bytes = bytes_of<masks>(dtype) * kWidth<T>;
+    if (masks && bytes == 4) reinterpret_cast<uint32_t*>(base)[slot * threads + thread] = raw.word[0];
+    else if (bytes == 8) reinterpret_cast<uint2*>(base)[slot * threads + thread] = make_uint2(raw.word[0], raw.word[1]);
     else {
       *piece(slot, bytes / 16, 0) = get(raw, 0);
       if (bytes == 32) *piece(slot, 2, 1) = get(raw, 4);
     }
   }
   __device__ __forceinline__ void load(int slot, ScalarType dtype, Raw& raw) const {
-    const int bytes = bytes_of(dtype) * kWidth<T>;
-    if (bytes == 8) {
+    const int bytes = bytes_of<masks>(dtype) * kWidth<T>;
+    if (masks && bytes == 4) raw.word[0] = reinterpret_cast<const uint32_t*>(base)[slot * threads + thread];
+    else if (bytes == 8) {
       const uint2 v = reinterpret_cast<const uint2*>(base)[slot * threads + thread];
       raw.word[0] = v.x, raw.word[1] = v.y;
     } else {

@@ -12,6 +12,7 @@
 //     T epilogue(int64_t group, const T* sums) const;                     // runs once a group; stores its results
 //     T coefficient(int64_t row, int64_t rank, const Row&, T slope) const;  // of a row, from the epilogue's value
 //     T map(const Row&, T coefficient, const T* v) const;                 // one output element
+//     static constexpr bool kMasks;              // optional: true where a stream may be bool
 //     bool idle() const;                         // optional: true where numbers on the device leave nothing to do
 //   };
 //

@@ -67,6 +67,7 @@ FASTGEN_HD T scaled(T coefficient, T value) {
 template <class T, bool kUncond, bool kGate>
 struct ScoreField {
   static constexpr int kStreams = 2 + kUncond + kGate, kMapStreams = kStreams;
+  static constexpr bool kMasks = kGate;
   struct Row {
     T scale, weight;
   };
@@ -93,6 +94,7 @@ template <class T, bool kUncond, bool kGate, bool kSame>
 struct DmdField {
   static constexpr int kStreams = 4 + kUncond + kGate, kMapStreams = kStreams - (kSame ? 2 : 1);
   static constexpr int kNoisy = kStreams - 2, kSample = kStreams - 1;
+  static constexpr bool kMasks = kGate;
   struct Row {
     T scale, weight;
     X0<T> real, fake;
@@ -123,6 +125,7 @@ struct DmdField {
 template <class T, class Field>
 struct FieldLoss {
   static constexpr int kStreams = Field::kStreams, kSums = 3, kMapStreams = Field::kMapStreams;
+  static constexpr bool kMasks = Field::kMasks;
   static constexpr int kStats = 3;  // rows of `stats`: sum of |G|, normaliser, 1 if skipped
   using Row = typename Field::Row;
   Field field;
@@ -163,6 +166,7 @@ struct FieldLoss {
 template <class T, class Field>
 struct FieldBackward {
   static constexpr int kStreams = Field::kMapStreams, kSums = 0, kMapStreams = Field::kMapStreams;
+  static constexpr bool kMasks = Field::kMasks;
   using Row = typename Field::Row;
   Field field;
   const T* grad;
@@ -180,6 +184,7 @@ template <class T, bool kGate, bool kSame>
 struct DecoupledField {
   static constexpr int kStreams = 7 + kGate, kMapStreams = kStreams - (kSame ? 3 : 2);
   static constexpr int kDmNoisy = kStreams - 3, kCaNoisy = kStreams - 2, kSample = kStreams - 1;
+  static constexpr bool kMasks = kGate;
   struct Row {
     T scale, weight, guidance, ca_coefficient;
     X0<T> real, fake, ca;
@@ -212,6 +217,7 @@ struct DecoupledField {
 template <class T, class Field>
 struct DecoupledLoss {
   static constexpr int kStreams = Field::kStreams, kSums = 7, kMapStreams = Field::kMapStreams;
+  static constexpr bool kMasks = Field::kMasks;
   static constexpr int kStats = 5;  // rows of `stats`: sum of |G| of DM and of CA, both normalisers, 1 if skipped
   using Row = typename Field::Row;
   Field field;
@@ -260,6 +266,7 @@ struct DecoupledLoss {
 template <class T, class Field>
 struct DecoupledBackward {
   static constexpr int kStreams = Field::kMapStreams, kSums = 0, kMapStreams = Field::kMapStreams;
+  static constexpr bool kMasks = Field::kMasks;
   using Row = typename Field::Row;
   Field field;  // its ca_coefficients are the second row of the gradient
   const T* grad;

@@ -80,9 +80,62 @@ def check(case: str) -> None:
         assert torch.equal(*again), f"{case}: two runs differ"
 
 
+def check_distillation(case: str) -> None:
+    """The losses of score distillation; dtypes of x (and most streams), of the fake prediction and of a weight map."""
+    rows, size, dtypes, _ = case.split(",")
+    shape, dtype = (int(rows), int(size)), DTYPES[dtypes[0]]
+    arithmetic = DTYPES["d" if "d" in dtypes else "f"]
+    x, x_t, real, uncond, y = (torch.randn(shape, dtype=torch.float64).to(dtype) for _ in range(5))
+    fake = torch.randn(shape, dtype=torch.float64).to(DTYPES[dtypes[1]])
+    weight_map = torch.rand(shape, dtype=torch.float64).to(DTYPES[dtypes[2]])
+    weight, alpha, sigma = ((torch.rand(shape[0], dtype=torch.float64) + 0.5).to(arithmetic) for _ in range(3))
+    dm = fastgen.ScorePair(x_t, alpha, sigma, real, fake)
+    ca = fastgen.ScorePair(y, sigma, alpha, real, uncond)
+    mask = torch.rand(shape) < 0.7
+    times = {"alpha_t": alpha, "sigma_t": sigma}
+
+    def widen(value):
+        if isinstance(value, fastgen.ScorePair):
+            return fastgen.ScorePair(*map(widen, value))
+        return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+    def value_and_grad(run, x, *args, **options):
+        x = x.detach().requires_grad_()
+        value, stats = run(x, *args, return_stats=True, **options)
+        return value.detach(), torch.autograd.grad(value.sum(), x)[0], stats.normalizer
+
+    def both(name, *args, **options):
+        got = value_and_grad(getattr(fastgen, name), x, *args, **options)
+        wide = [widen(a) for a in args], {k: widen(v) for k, v in options.items()}
+        want = value_and_grad(getattr(reference, name), x.double(), *wide[0], **wide[1])
+        own = "d" if "d" in (dtypes if options["weight"] is weight_map else dtypes[:2]) else "f"
+        kinds = (("value", own), ("gradient", dtypes[0]), ("normalizer", own))
+        for (part, kind), g, v in zip(kinds, got, want, strict=True):
+            compare(f"{case} {name} {part}", g, v, kind)
+
+    for reduction in ("sum", "none"):  # the gradient from the loss's own pass, and made again
+        options = {"reduction": reduction, "weight": weight}
+        both("sds_loss", real, fake, grad_clip=1.0, **options)
+        both("vsd_loss", real, fake, real_uncond=uncond, guidance_scale=3.0, **options)
+        both("dmd_loss", x_t, real, fake, **times, **options)
+        both("dmd_loss", x_t, real, fake, real_uncond=uncond, guidance_scale=3.0, **times, **options)
+        both("decoupled_dmd_loss", dm, ca, guidance_scale=3.0, **options)
+        both("decoupled_dmd_loss", dm, ca, guidance_scale=3.0, mask=mask, **options)
+        mixed = {"prediction_type": "epsilon", "fake_prediction_type": "v_prediction"}
+        both("dmd_loss", x_t, real, fake, mask=mask, **times, **mixed, reduction=reduction, weight=weight_map)
+    if shape[0] == 0:
+        return
+    skipped = real.clone()
+    skipped[-1, -1] = float("inf")
+    grad = value_and_grad(fastgen.decoupled_dmd_loss, x, dm._replace(real=skipped), ca, guidance_scale=3.0)[1]
+    assert not grad[-1].any(), f"{case}: a row that is not finite has a gradient"
+
+
 if __name__ == "__main__":
     torch.ops.load_library(sys.argv[1])
     torch.manual_seed(0)
     for case in sys.argv[2:]:
         check(case)
+    for case in sys.argv[2:]:
+        check_distillation(case)
     print(f"{len(sys.argv) - 2} cases agree")

@@ -5,6 +5,7 @@
 #include "operators/elbo.h"
 #include "operators/gradient.h"
 #include "operators/schedule.h"
+#include "operators/score_distillation.h"
 
 #include "cuda/device.cuh"
 #include "cuda/trajectory.cuh"
@@ -24,4 +25,5 @@ STABLE_TORCH_LIBRARY_IMPL(fastgen, CPU, m) {
   fastgen::register_gradient<fastgen::cuda::Device>(m);
   fastgen::register_schedule<fastgen::cuda::Device>(m);
   fastgen::cuda::register_trajectory(m);
+  fastgen::register_score_distillation<fastgen::cuda::Device>(m);
 }
