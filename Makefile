@@ -12,7 +12,7 @@ export CUDA_HOME ?= $(shell for d in /usr/local/cuda /usr/local/cuda-*; do [ -x 
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo      fine-tune a small diffusion model on real digits with ddo_loss (4 minutes on 4 cores)"
+	@echo "make demo      fine-tune a small diffusion model on real digits with ddo_loss (a minute or two)"
 	@echo "make test      build and run the tests"
 	@echo "make lint      ruff and mypy"
 	@echo "make bench     benchmarks on this machine's CPU, a table and plots in benchmarks/results"

@@ -16,7 +16,8 @@ The data are scikit-learn's digits (1797 real 8x8 images). The script
 
 The row "floor" is about what fresh real digits would score: the distance between two random halves of the data,
 scaled to the sizes of the samples compared in the other rows. The distances are to the training images, as is usual
-for FID, so a model that fits just these images can go below the floor.
+for FID, so a model that fits just these images can go below the floor. (The gain is not only that: with a quarter of
+the digits held out from all training, DDO came nearer to those too, while the control hardly moved.)
 
 Needs torch, numpy, scikit-learn, matplotlib and tqdm besides fastgen. Results repeat exactly for one seed, one
 thread count and one machine; other thread counts add up in another order and drift apart.
@@ -53,11 +54,11 @@ class Config:
     base_steps: int = 10000
     base_lr: float = 4e-3
     rounds: int = 2
-    tune_steps: int = 400  # a round; the control gets rounds * tune_steps
+    tune_steps: int = 500  # a round; the control gets rounds * tune_steps
     tune_lr: float = 1e-4
     alpha: float = 2.0  # weight of the fake rows
-    beta: float = 1.0  # the paper's 0.05 suits sums over thousands of pixels; there are 64 here
-    fakes: int = 5000
+    beta: float = 0.7  # the paper's 0.05 suits sums over thousands of pixels; there are 64 here
+    fakes: int = 8000
     classifier_steps: int = 600
     eval_samples: int = 5000
     sampler_steps: int = 18
@@ -72,7 +73,7 @@ SMOKE = Config(batch=64, base_steps=20, tune_steps=3, fakes=64, classifier_steps
 class Denoiser(nn.Module):
     """Class-conditional residual MLP under EDM preconditioning: (noisy x, sigma, class) -> estimate of the clean x."""
 
-    def __init__(self, sigma_data: float, width: int = 128, blocks: int = 2) -> None:
+    def __init__(self, sigma_data: float, width: int = 128, blocks: int = 3) -> None:
         super().__init__()
         self.sigma_data = sigma_data
         self.embed_class = nn.Embedding(CLASSES, width)
@@ -316,7 +317,9 @@ def main(argv: list[str] | None = None) -> Table:
     """Run the demo; return the table as {row: {column: distance}}."""
     parser = argparse.ArgumentParser(description="Fine-tune a diffusion model of the digits with DDO.")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=4, help="pinned, because it decides the order of sums")
+    # Pinned, since it decides the order of sums. More threads hardly help networks this small, and on a busy machine
+    # they spend their time waiting for one another.
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "output", help="folder for the picture")
     parser.add_argument("--smoke", action="store_true", help="a few steps of everything, in seconds")
     args = parser.parse_args(argv)
@@ -328,7 +331,7 @@ def main(argv: list[str] | None = None) -> Table:
     picture = args.out / "ddo_digits.png"
     draw(models, images, labels, args.seed, cfg, picture)
     print_table(table)
-    print(f"\nPicture: {picture}. Took {time.perf_counter() - began:.0f} s on {args.threads} threads.")
+    print(f"\nPicture: {picture}. Took {time.perf_counter() - began:.0f} s on {args.threads} thread(s).")
     print("Smoke run: the numbers mean nothing." if args.smoke else verdict(table))
     return table
 
