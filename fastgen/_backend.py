@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import library as torch_library
 
 BACKENDS = ("auto", "native", "triton", "reference")
 
@@ -38,7 +39,7 @@ def _load(name: str) -> tuple[ModuleType | None, ImportError | None]:
 _extensions: dict[str, tuple[ModuleType | None, ImportError | None]] = {
     name: _load(f"fastgen.{name}") for name in ("_C", "_C_cuda")
 }
-_libraries = {name: torch.library.Library(name, "DEF") for name in ("fastgen", "fastgen_triton")}
+_libraries = {name: torch_library.Library(name, "DEF") for name in ("fastgen", "fastgen_triton")}
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def operator(schema: str) -> Callable[[Callable[..., Any]], Operator]:
 
         for namespace, library in _libraries.items():
             library.define(schema)
-            torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
+            torch_library.register_fake(f"{namespace}::{name}", fake, lib=library)
         # On CPU tensors too: that is how the kernels are tested under Triton's interpreter.
         _libraries["fastgen_triton"].impl(name, lambda *args: launcher()(*args), "CompositeExplicitAutograd")
         overloads = [getattr(getattr(torch.ops, namespace), name).default for namespace in _libraries]

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch import library as torch_library
 
 from . import _backend, _checks
 from .reference import trajectory as _reference
@@ -26,7 +27,7 @@ METHODS = ("auto", "exact", "monge")
 )
 def _trajectory_table(cost: Tensor, h: Tensor | None, first: int, edges: int, monge: bool) -> tuple[Tensor, Tensor]:
     # The table's layout is the implementation's own; only trajectory_path of the same one reads it.
-    return cost.new_empty((cost.shape[0], edges + 1)), cost.new_empty((torch.library.get_ctx().new_dynamic_size(),))
+    return cost.new_empty((cost.shape[0], edges + 1)), cost.new_empty((torch_library.get_ctx().new_dynamic_size(),))
 
 
 @_backend.operator("trajectory_path(Tensor cost, Tensor? h, Tensor table, int first, int edges, bool monge) -> Tensor")

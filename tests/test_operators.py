@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import DEVICE
 from oracle import value_and_grad
+from torch import library as torch_library
 
 import fastgen
 from fastgen import _backend
@@ -73,7 +74,7 @@ def test_opcheck(name, kernel_backend, device):
     if reason := _backend.missing(name, kernel_backend, torch.device(device).type):
         pytest.skip(reason)
     for args in samples(device)[name]:
-        torch.library.opcheck(_backend.operators[name].on(kernel_backend), args, test_utils=utilities)
+        torch_library.opcheck(_backend.operators[name].on(kernel_backend), args, test_utils=utilities)
 
 
 def losses(device):
