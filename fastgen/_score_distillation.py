@@ -204,7 +204,7 @@ class _FieldLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, name: str, backend: str, group_rows: int, keep_grad: bool, x: Tensor, *args: Any
+        ctx: Any, name: str, backend: str, group_rows: int, keep_grad: bool, x: Tensor, args: tuple[Any, ...]
     ) -> tuple[Tensor, Tensor]:
         loss, coefficients, stats, grad = _backend.operators[name].on(backend)(*args, keep_grad)
         kept = list(args[slice(*_KEPT[name])])
@@ -217,7 +217,6 @@ class _FieldLoss(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.name, ctx.backend, ctx.group_rows = name, backend, group_rows
         ctx.grad = grad if keep_grad else None
-        ctx.unused = (None,) * len(args)
         return loss, stats
 
     @staticmethod
@@ -230,7 +229,7 @@ class _FieldLoss(torch.autograd.Function):
             scale_gradient(grad, grad_loss, ctx.backend)
         else:
             grad = _FieldLoss.recompute(ctx, grad_loss)
-        return (None,) * 4 + (grad, *ctx.unused)
+        return None, None, None, None, grad, None
 
     @staticmethod
     def recompute(ctx: Any, grad_loss: Tensor) -> Tensor:
@@ -258,7 +257,7 @@ def field_loss(op: _backend.Operator, backend: str, x: Tensor, group_rows: int, 
         and type(x) in (Tensor, torch.nn.Parameter)
         and not torch.compiler.is_compiling()
     )
-    return _FieldLoss.apply(op.name, backend, group_rows, keep_grad, x, *args)
+    return _FieldLoss.apply(op.name, backend, group_rows, keep_grad, x, args)
 
 
 class Rows(NamedTuple):

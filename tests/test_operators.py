@@ -241,5 +241,5 @@ def test_every_instruction_set_agrees(dtype):
         results[name] = torch.tensor([float(n) for n in numbers], dtype=torch.float64)
     first, *others = results.values()
     eps = torch.finfo(getattr(torch, dtype)).eps
-    for other in others:
-        torch.testing.assert_close(other, first, rtol=2 * eps, atol=1e-9)
+    for other in others:  # which fuse multiplications and additions
+        torch.testing.assert_close(other, first, rtol=4 * eps, atol=1e-9)

@@ -58,31 +58,52 @@ constexpr ScalarType dtype_of() {
   return std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
 }
 
-// n elements from `data` + offset as T: in place where the dtype is T's own, else converted into `buffer`.
-template <class T>
+// A stream of bfloat16 that reads as float.
+struct Brain {
+  const uint16_t* data;
+
+  FASTGEN_HD float operator[](int64_t i) const { return bfloat16_to_float(data[i]); }
+};
+
+// Asks for n elements from i on. Nothing to do for float: whole pages of a stream pass at a time.
+template <int n, class T>
+FASTGEN_HD void prefetch(const T*, int64_t) {}
+template <int n>
+FASTGEN_HD void prefetch(const Brain& in, int64_t i) {
+  for (int l = 0; l < n; l += 32) __builtin_prefetch(in.data + i + l);
+}
+
+// Converts n elements. Asks for the lines that come a chunk later meanwhile: streams take turns, which the hardware's
+// prefetchers do not see through.
+template <int64_t kAhead, class T, class From, class Convert>
+FASTGEN_HD void convert(const From* from, int64_t n, T* to, const Convert& element) {
+  constexpr int64_t kLine = 64 / sizeof(From);
+  int64_t i = 0;
+  for (; i + kLine <= n; i += kLine) {
+    __builtin_prefetch(from + i + kAhead);
+    for (int64_t j = i; j < i + kLine; ++j) to[j] = static_cast<T>(element(from[j]));
+  }
+  for (; i < n; ++i) to[i] = static_cast<T>(element(from[i]));
+}
+
+// n elements from `data` + offset as T: in place where the dtype is T's own, else converted into `buffer`. kAhead: how
+// many elements on the next call goes.
+template <int64_t kAhead, class T>
 FASTGEN_HD const T* load(const void* data, ScalarType dtype, int64_t offset, int64_t n, T* buffer) {
   if (dtype == dtype_of<T>()) return static_cast<const T*>(data) + offset;
   switch (dtype) {
-    case ScalarType::Float: {
-      const float* p = static_cast<const float*>(data) + offset;
-      for (int64_t i = 0; i < n; ++i) buffer[i] = static_cast<T>(p[i]);
+    case ScalarType::Float:
+      convert<kAhead>(static_cast<const float*>(data) + offset, n, buffer, [](float v) { return v; });
       break;
-    }
-    case ScalarType::BFloat16: {
-      const uint16_t* p = static_cast<const uint16_t*>(data) + offset;
-      for (int64_t i = 0; i < n; ++i) buffer[i] = static_cast<T>(bfloat16_to_float(p[i]));
+    case ScalarType::BFloat16:
+      convert<kAhead>(static_cast<const uint16_t*>(data) + offset, n, buffer, bfloat16_to_float);
       break;
-    }
-    case ScalarType::Half: {
-      const uint16_t* p = static_cast<const uint16_t*>(data) + offset;
-      for (int64_t i = 0; i < n; ++i) buffer[i] = static_cast<T>(float16_to_float(p[i]));
+    case ScalarType::Half:
+      convert<kAhead>(static_cast<const uint16_t*>(data) + offset, n, buffer, float16_to_float);
       break;
-    }
-    case ScalarType::Bool: {
-      const uint8_t* p = static_cast<const uint8_t*>(data) + offset;
-      for (int64_t i = 0; i < n; ++i) buffer[i] = static_cast<T>(p[i]);
+    case ScalarType::Bool:
+      convert<kAhead>(static_cast<const uint8_t*>(data) + offset, n, buffer, [](uint8_t v) { return v; });
       break;
-    }
     default:  // float64 into float does not occur: one float64 input makes the arithmetic float64
       break;
   }
@@ -116,23 +137,26 @@ FASTGEN_HD void stream_fence() {
 // n elements of T to `data` + offset in `dtype`.
 template <class T>
 FASTGEN_HD void store(void* data, ScalarType dtype, int64_t offset, int64_t n, const T* values, bool streaming) {
-  uint16_t narrow[1024];
-  float single[1024];
-  const void* from = values;
-  int64_t width = sizeof(T);
-  if (dtype == ScalarType::BFloat16) {
-    for (int64_t i = 0; i < n; ++i) narrow[i] = float_to_bfloat16(static_cast<float>(values[i]));
-    from = narrow, width = 2;
-  } else if (dtype == ScalarType::Half) {
-    for (int64_t i = 0; i < n; ++i) narrow[i] = float_to_float16(static_cast<float>(values[i]));
-    from = narrow, width = 2;
-  } else if (dtype != dtype_of<T>()) {
-    for (int64_t i = 0; i < n; ++i) single[i] = static_cast<float>(values[i]);
-    from = single, width = 4;
-  }
+  const int64_t width = dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
   char* to = static_cast<char*>(data) + offset * width;
-  if (streaming) stream_bytes(to, from, n * width);
-  else std::memcpy(to, from, n * width);
+  alignas(64) char buffer[4096];
+  void* converted = streaming ? buffer : to;
+  if (dtype == ScalarType::BFloat16) {
+    uint16_t* out = static_cast<uint16_t*>(converted);
+    for (int64_t i = 0; i < n; ++i) out[i] = float_to_bfloat16(static_cast<float>(values[i]));
+  } else if (dtype == ScalarType::Half) {
+    uint16_t* out = static_cast<uint16_t*>(converted);
+    for (int64_t i = 0; i < n; ++i) out[i] = float_to_float16(static_cast<float>(values[i]));
+  } else if (dtype != dtype_of<T>()) {
+    float* out = static_cast<float*>(converted);
+    for (int64_t i = 0; i < n; ++i) out[i] = static_cast<float>(values[i]);
+  } else if (streaming) {
+    return stream_bytes(to, values, n * width);
+  } else {
+    std::memcpy(to, values, n * width);
+    return;
+  }
+  if (streaming) stream_bytes(to, buffer, n * width);
 }
 
 }  // namespace fastgen::cpu

@@ -4,6 +4,8 @@
 // in float64 in order within a segment, segments in order within a row, rows in order within a group.
 #pragma once
 
+#include <algorithm>
+
 #include "../formulas/formula.h"
 #include "../rows.h"
 #include "convert.h"
@@ -21,39 +23,61 @@ template <class F, class T, int N>
 struct Job {
   // float64 is for oracles and gradient checks: not worth a third of the time that it takes to build all this.
   static constexpr bool kBaselineOnly = std::is_same_v<T, double>;
+  static constexpr bool kBrain = std::is_same_v<T, float> && !kMasks<F>;
   F formula;
   Groups groups;
   int64_t size;
   std::array<Stream, N> in;
   Output out;
   bool streaming;
+  bool brain;  // all streams are bfloat16, which takes no buffer to convert
 
   int64_t segments() const { return (size + kSegment - 1) / kSegment; }
   int64_t end_of(int64_t segment) const { return std::min(size, (segment + 1) * kSegment); }
 };
 
-template <class F, class T>
-FASTGEN_HD void accumulate_chunk(const F& formula, const typename F::Row& row, const T* const* in, int64_t n, double* sums) {
+// Adds element i of the streams to the partial sums of lane l. In: what gives a stream's elements as T.
+template <class F, class T, class In>
+FASTGEN_HD void accumulate_element(const F& formula, const typename F::Row& row, const In* in, int64_t i, int l,
+                                   T (*lanes)[kLanes]) {
+  T v[F::kStreams], sums[F::kSums];
+  for (int s = 0; s < F::kStreams; ++s) v[s] = in[s][i];
+  for (int k = 0; k < F::kSums; ++k) sums[k] = lanes[k][l];
+  formula.accumulate(row, v, sums);
+  for (int k = 0; k < F::kSums; ++k) lanes[k][l] = sums[k];
+}
+
+template <class F, class T, class In>
+FASTGEN_HD void accumulate_chunk(const F& formula, const typename F::Row& row, const In* in, int64_t n, double* sums) {
   T lanes[F::kSums][kLanes] = {};
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes)
-    for (int l = 0; l < kLanes; ++l) {
-      T v[F::kStreams], add[F::kSums] = {};
-      for (int s = 0; s < F::kStreams; ++s) v[s] = in[s][i + l];
-      formula.accumulate(row, v, add);
-      for (int k = 0; k < F::kSums; ++k) lanes[k][l] += add[k];
-    }
-  for (int l = 0; i + l < n; ++l) {
-    T v[F::kStreams], add[F::kSums] = {};
-    for (int s = 0; s < F::kStreams; ++s) v[s] = in[s][i + l];
-    formula.accumulate(row, v, add);
-    for (int k = 0; k < F::kSums; ++k) lanes[k][l] += add[k];
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int s = 0; s < F::kStreams; ++s) prefetch<kLanes>(in[s], i + kChunk);
+    for (int l = 0; l < kLanes; ++l) accumulate_element(formula, row, in, i + l, l, lanes);
   }
+  for (int l = 0; i + l < n; ++l) accumulate_element(formula, row, in, i + l, l, lanes);
   for (int k = 0; k < F::kSums; ++k) {
     for (int width = kLanes / 2; width > 0; width /= 2)
       for (int l = 0; l < width; ++l) lanes[k][l] += lanes[k][l + width];
     sums[k] += static_cast<double>(lanes[k][0]);
   }
+}
+
+// Calls use(in) with n elements from i on of a row's first kCount streams, in[s][j] being element j of stream s.
+template <int kCount, class F, class T, int N, class Use>
+FASTGEN_HD void with_chunk(const Job<F, T, N>& job, int64_t row, int64_t i, int64_t n, T (*buffers)[kChunk],
+                           const Use& use) {
+  if constexpr (Job<F, T, N>::kBrain)
+    if (job.brain) {
+      Brain in[kCount];
+      for (int s = 0; s < kCount; ++s)
+        in[s] = {static_cast<const uint16_t*>(job.in[s].data) + row * job.in[s].row_stride + i};
+      return use(in);
+    }
+  const T* in[kCount];
+  for (int s = 0; s < kCount; ++s)
+    in[s] = load<kChunk>(job.in[s].data, job.in[s].dtype, row * job.in[s].row_stride + i, n, buffers[s]);
+  use(in);
 }
 
 template <class F, class T, int N>
@@ -63,10 +87,9 @@ FASTGEN_HD void reduce_segment(const Job<F, T, N>& job, int64_t row, const typen
   const int64_t end = job.end_of(segment);
   for (int64_t i = segment * kSegment; i < end; i += kChunk) {
     const int64_t n = std::min(kChunk, end - i);
-    const T* in[N];
-    for (int s = 0; s < N; ++s)
-      in[s] = load<T>(job.in[s].data, job.in[s].dtype, row * job.in[s].row_stride + i, n, buffers[s]);
-    accumulate_chunk<F, T>(job.formula, constants, in, n, sums);
+    with_chunk<N>(job, row, i, n, buffers, [&](const auto* in) __attribute__((always_inline)) {
+      accumulate_chunk<F, T>(job.formula, constants, in, n, sums);
+    });
   }
 }
 
@@ -78,14 +101,13 @@ FASTGEN_HD void map_segment(const Job<F, T, N>& job, int64_t row, const typename
   const int64_t end = job.end_of(segment);
   for (int64_t i = segment * kSegment; i < end; i += kChunk) {
     const int64_t n = std::min(kChunk, end - i);
-    const T* in[F::kMapStreams];
-    for (int s = 0; s < F::kMapStreams; ++s)
-      in[s] = load<T>(job.in[s].data, job.in[s].dtype, row * job.in[s].row_stride + i, n, buffers[s]);
-    for (int64_t j = 0; j < n; ++j) {
-      T v[F::kMapStreams];
-      for (int s = 0; s < F::kMapStreams; ++s) v[s] = in[s][j];
-      result[j] = job.formula.map(constants, coefficient, v);
-    }
+    with_chunk<F::kMapStreams>(job, row, i, n, buffers, [&](const auto* in) __attribute__((always_inline)) {
+      for (int64_t j = 0; j < n; ++j) {
+        T v[F::kMapStreams];
+        for (int s = 0; s < F::kMapStreams; ++s) v[s] = in[s][j];
+        result[j] = job.formula.map(constants, coefficient, v);
+      }
+    });
     store<T>(job.out.data, job.out.dtype, row * job.size + i, n, result, job.streaming);
   }
 }
@@ -161,7 +183,7 @@ template <class F, class T, int N>
 struct MapSegments {
   static FASTGEN_HD void run(const Job<F, T, N>& job, double* scratch, int64_t begin, int64_t end) {
     if constexpr (F::kMapStreams > 0)
-      for (int64_t i = begin; i < end; ++i) {
+      for (int64_t i = end; i-- > begin;) {  // backwards: what the reduction read last is still in the cache
         const int64_t index = i / job.segments(), rank = index % job.groups.rows;
         const int64_t row = job.groups.row(index / job.groups.rows, rank);
         map_segment(job, row, job.formula.row(row, rank), static_cast<T>(scratch[index]), i % job.segments());
@@ -204,7 +226,10 @@ void rowwise(const F& formula, const Groups& groups, const Rows<N>& rows, Output
   static_assert(F::kStreams == N && F::kMapStreams <= N);
   const int64_t elements = groups.count * groups.rows * rows.size;
   const bool streaming = out.data && elements * static_cast<int64_t>(element_bytes(out.dtype)) >= kStreamingBytes;
-  const Job<F, T, N> job{formula, groups, rows.size, rows.stream, out, streaming};
+  const bool brain = std::all_of(rows.stream.begin(), rows.stream.end(), [](const Stream& s) {
+    return s.dtype == ScalarType::BFloat16;
+  });
+  const Job<F, T, N> job{formula, groups, rows.size, rows.stream, out, streaming, brain};
   const int64_t threads = torch::stable::get_num_threads();
   const bool few = groups.count < 4 * threads && groups.rows * job.segments() > 1;
   if (elements <= kSerialElements || threads == 1) serial<WholeGroups<F, T, N>>(job, groups.count);

@@ -29,9 +29,6 @@ struct Job {
 };
 
 template <class F>
-constexpr bool kMasks = requires { requires F::kMasks; };
-
-template <class F>
 constexpr bool kMaps = F::kMapStreams > 0;
 
 // How a kernel reaches elements. Wide: 16 bytes at a time, where every row of every stream and of the output starts at

@@ -49,6 +49,9 @@ struct Groups {
   static Groups halves(int64_t rows) { return {rows / 2, 2, 1, rows / 2}; }                  // i and i + B/2
 };
 
+template <class F>
+constexpr bool kMasks = requires { requires F::kMasks; };
+
 // out = scale * v, with one scale for all rows: what a backward pass does to a gradient that the forward has written.
 template <class T>
 struct Scaled {
