@@ -5,6 +5,16 @@
 
 from ._backend import build_info, use_backend
 from .adversarial import discriminator_loss, generator_loss
+from .analytic_dpm import (
+    ScoreMoments,
+    VariationalBound,
+    analytic_trajectory,
+    pixel_reverse_variance,
+    regularize_moments,
+    reverse_variance,
+    trajectory_cost,
+    variational_bound,
+)
 from .distillation_training import backward_simulation, fake_score_loss, renoise_times
 from .elbo import ddo_loss, diffusion_dpo_loss, elbo_difference, elbo_error
 from .schedule import NoiseSchedule, add_noise, prediction_to_x0
@@ -24,9 +34,12 @@ __all__ = [
     "DistillationStats",
     "FactoredCost",
     "NoiseSchedule",
+    "ScoreMoments",
     "ScorePair",
     "Trajectory",
+    "VariationalBound",
     "add_noise",
+    "analytic_trajectory",
     "backward_simulation",
     "build_info",
     "ddo_loss",
@@ -39,9 +52,14 @@ __all__ = [
     "fake_score_loss",
     "generator_loss",
     "optimal_trajectory",
+    "pixel_reverse_variance",
     "prediction_to_x0",
+    "regularize_moments",
     "renoise_times",
+    "reverse_variance",
     "sds_loss",
+    "trajectory_cost",
     "use_backend",
+    "variational_bound",
     "vsd_loss",
 ]

@@ -4,6 +4,7 @@ They read like the papers' formulas, take any device and dtype, and are differen
 the oracle of the tests; on a machine without compiled kernels they serve as the CPU implementation.
 """
 
+from .analytic_dpm import mean_square
 from .elbo import ddo_loss, diffusion_dpo_loss, elbo_difference, elbo_error
 from .schedule import add_noise, prediction_to_x0
 from .score_distillation import (
@@ -28,6 +29,7 @@ __all__ = [
     "elbo_difference",
     "elbo_error",
     "fake_score_loss",
+    "mean_square",
     "optimal_trajectory",
     "prediction_to_x0",
     "sds_loss",
