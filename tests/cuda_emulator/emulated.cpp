@@ -22,6 +22,7 @@ void torch_c10_cuda_free_error_msg(char*) {}
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastgen, CPU, m) {
+  fastgen::register_analytic_dpm<fastgen::cuda::Device>(m);
   fastgen::register_elbo<fastgen::cuda::Device>(m);
   fastgen::register_gradient<fastgen::cuda::Device>(m);
   fastgen::register_schedule<fastgen::cuda::Device>(m);
