@@ -4,8 +4,8 @@
 
 The data are Gaussian with a power-law spectrum, whose exact moments are known. A trajectory is chosen from moments of
 M samples a timestep and then charged its cost under the exact ones; its regret is what exceeds the true optimum, in
-units of ``F`` (one is half a nat per dimension of the bound). Compared: moments clamped to 1, which is what it takes for all
-costs to be finite; :func:`fastgen.regularize_moments`; and evenly spaced steps, which need no moments.
+units of ``F`` (one is half a nat per dimension of the bound). Compared: moments clamped to 1, which is what it takes
+for all costs to be finite; :func:`fastgen.regularize_moments`; and evenly spaced steps, which need no moments.
 """
 
 from __future__ import annotations

@@ -361,7 +361,7 @@ class VariationalBound(NamedTuple):
         total: the bound on ``-log p(x0) / D``, 0-dimensional.
         prior: ``KL(q(x_N | x0) ‖ N(0, I))``, from above.
         steps: the KL of each step from node τ_k to τ_{k-1}, k = 2 … K, [K-1].
-        reconstruction: ``-log p(x0 | x_{τ_1})``.
+        reconstruction: ``-log p(x0 | x_{τ_1}) / D``, of the step into node 0.
 
     Example::
 
@@ -393,11 +393,14 @@ def variational_bound(
     A step's KL, in nats per dimension, is ``½ (log(σ²/β̃) + (β̃ + g² v_t mse_eps_t)/σ² - 1)``, where g is what the step's
     mean is multiplied with of x0, and σ² is
 
-    ================ =======================================================================================
+    ================ =======================================================================
     ``"analytic"``   :func:`reverse_variance`, the minimiser where ``mse_eps = 1 - ms_eps``
     ``"beta"``       ``β_{t|s}``
-    ``"beta_tilde"`` ``β̃``; for the last step, into node 0, where that is 0, the one of the step before
-    ================ =======================================================================================
+    ``"beta_tilde"`` ``β̃``
+    ================ =======================================================================
+
+    The last step, into node 0, is ``-log p(x0 | x_{τ_1})``, Gaussian about x̂0 with the best variance, whatever
+    `variance` is: neither β nor β̃ suits it, and it would hide what the other steps differ by.
 
     Args:
         schedule: a discrete one.
@@ -405,7 +408,8 @@ def variational_bound(
         steps: nodes τ_1 < … < τ_K, int64 [K], as :func:`analytic_trajectory` gives them; a leading 0 is left out.
         variance: one of the three.
         mse_eps: [N+1], the mean square ``E‖ε - ε̂‖²/D`` of the network's errors: :class:`ScoreMoments` gathers it from
-            ``update(t, noise - pred)``. If None, ``1 - ms_eps``, which is an exact score's.
+            ``update(t, noise - pred)``. If None, ``1 - ms_eps``, which is an exact score's; where `steps` were
+            chosen by noisy `ms_eps` this flatters them, and is ``-inf`` where they leave x0 no variance.
         data_range: (a, b) that the data lie in; the prior term takes the largest square in it.
         levels: if given, of quantised data, evenly spaced from a to b: the bound is then on minus the logarithm of
             their probability (from uniform dequantisation), else of their density.
@@ -429,37 +433,36 @@ def variational_bound(
     """
     alpha_bar = node_alphas(schedule)
     ms = checked_moments("ms_eps", ms_eps, alpha_bar)
-    mse = 1 - ms if mse_eps is None else checked_moments("mse_eps", mse_eps, alpha_bar)
+    mse = (1 - ms).clamp(min=0) if mse_eps is None else checked_moments("mse_eps", mse_eps, alpha_bar)
     nodes = trajectory_nodes(steps, len(alpha_bar) - 1)
     _checks.choice("variance", variance, VARIANCES)
+    if data_range is None:
+        raise TypeError("data_range must be a pair (a, b), got None: the bound is on data with a range")
     radius = radius_of(data_range)
+    v = (1 - alpha_bar) / alpha_bar
+    residual = v * mse  # E‖x0 - x̂0‖²/D
     s, t = nodes[:-1], nodes[1:]
     step = Step.of(alpha_bar, s, t, 1.0)
-    residual = step.ratio * mse[t]  # E‖x0 - x̂0‖²/D
-    first = nodes[0]
-    first_residual = (1 - alpha_bar[first]) / alpha_bar[first] * mse[first]
+    error = step.floor + step.gain.square() * residual[t]
     if variance == "analytic":
-        cov = ((1 - alpha_bar) / alpha_bar * (1 - ms)).clamp(0, radius**2)
-        sigma2, last_sigma2 = step.floor + step.gain.square() * cov[t], cov[first]
-    elif variance == "beta":
-        sigma2, last_sigma2 = 1 - alpha_bar[t] / alpha_bar[s], 1 - alpha_bar[first]
+        sigma2 = step.floor + step.gain.square() * (v * (1 - ms)).clamp(0, radius**2)[t]
     else:
-        if len(nodes) == 1:
-            raise ValueError("variance='beta_tilde' needs at least 2 nodes in steps: of one step it is 0")
-        sigma2, last_sigma2 = step.floor, step.floor[0]
-    width = None
-    if levels is not None:
-        _checks.positive_int("levels", levels)
-        if levels < 2:
-            raise ValueError(f"levels must be at least 2, got {levels}")
-        width = 2 * radius / (levels - 1)
-        first_residual = first_residual + width**2 / 12
-        last_sigma2 = last_sigma2 + width**2 / 12 if variance == "analytic" else last_sigma2
-    kl = 0.5 * ((sigma2 / step.floor).log() + (step.floor + step.gain.square() * residual) / sigma2 - 1)
-    reconstruction = 0.5 * ((2 * math.pi * last_sigma2).log() + first_residual / last_sigma2) - (
-        math.log(width) if width else 0
-    )
+        sigma2 = 1 - alpha_bar[t] / alpha_bar[s] if variance == "beta" else step.floor
+    kl = 0.5 * ((sigma2 / step.floor).log() + error / sigma2 - 1)
+    reconstruction = _best_gaussian(residual[nodes[0]], 2 * radius, levels)
     signal, noise = alpha_bar[nodes[-1]], 1 - alpha_bar[nodes[-1]]
     prior = 0.5 * (signal * max(map(abs, data_range)) ** 2 + noise - 1 - noise.log())
     total = prior + kl.sum() + reconstruction
     return VariationalBound(*(x.to(ms_eps.device) for x in (total, prior, kl, reconstruction)))
+
+
+def _best_gaussian(mse: Tensor, extent: float, levels: int | None) -> Tensor:
+    """``-E log N(x0; x̂0, σ²)`` at its best σ²; of quantised data ``-E log`` of its integral over a level's cell, from
+    above by Jensen's inequality: the mean over the cell adds the cell's variance, width²/12, to the error."""
+    if levels is None:
+        return 0.5 * (1 + (2 * math.pi * mse).log())
+    _checks.positive_int("levels", levels)
+    if levels < 2:
+        raise ValueError(f"levels must be at least 2, got {levels}")
+    width = extent / (levels - 1)
+    return 0.5 * (1 + (2 * math.pi * (mse + width**2 / 12)).log()) - math.log(width)
