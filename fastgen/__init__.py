@@ -7,6 +7,7 @@ from ._backend import build_info, use_backend
 from .adversarial import discriminator_loss, generator_loss
 from .distillation_training import backward_simulation, fake_score_loss, renoise_times
 from .elbo import ddo_loss, diffusion_dpo_loss, elbo_difference, elbo_error
+from .sampling import langevin_step, posterior_sample
 from .schedule import NoiseSchedule, add_noise, prediction_to_x0
 from .score_distillation import (
     DistillationStats,
@@ -38,7 +39,9 @@ __all__ = [
     "elbo_error",
     "fake_score_loss",
     "generator_loss",
+    "langevin_step",
     "optimal_trajectory",
+    "posterior_sample",
     "prediction_to_x0",
     "renoise_times",
     "sds_loss",
