@@ -5,6 +5,16 @@
 
 from ._backend import build_info, use_backend
 from .adversarial import discriminator_loss, generator_loss
+from .analytic_dpm import (
+    ScoreMoments,
+    VariationalBound,
+    analytic_trajectory,
+    pixel_reverse_variance,
+    regularize_moments,
+    reverse_variance,
+    trajectory_cost,
+    variational_bound,
+)
 from .distillation_training import backward_simulation, fake_score_loss, renoise_times
 from .elbo import ddo_loss, diffusion_dpo_loss, elbo_difference, elbo_error
 from .sampling import langevin_step, posterior_sample
@@ -25,9 +35,12 @@ __all__ = [
     "DistillationStats",
     "FactoredCost",
     "NoiseSchedule",
+    "ScoreMoments",
     "ScorePair",
     "Trajectory",
+    "VariationalBound",
     "add_noise",
+    "analytic_trajectory",
     "backward_simulation",
     "build_info",
     "ddo_loss",
@@ -41,10 +54,15 @@ __all__ = [
     "generator_loss",
     "langevin_step",
     "optimal_trajectory",
+    "pixel_reverse_variance",
     "posterior_sample",
     "prediction_to_x0",
+    "regularize_moments",
     "renoise_times",
+    "reverse_variance",
     "sds_loss",
+    "trajectory_cost",
     "use_backend",
+    "variational_bound",
     "vsd_loss",
 ]

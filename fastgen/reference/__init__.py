@@ -4,6 +4,7 @@ They read like the papers' formulas, take any device and dtype, and are differen
 the oracle of the tests; on a machine without compiled kernels they serve as the CPU implementation.
 """
 
+from .analytic_dpm import mean_square
 from .elbo import ddo_loss, diffusion_dpo_loss, elbo_difference, elbo_error
 from .sampling import (
     StepCoefficients,
@@ -39,6 +40,7 @@ __all__ = [
     "fake_score_loss",
     "guidance",
     "langevin_step",
+    "mean_square",
     "optimal_trajectory",
     "posterior_sample",
     "prediction_to_x0",

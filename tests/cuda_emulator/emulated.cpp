@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "cuda_runtime.h"
+#include "operators/analytic_dpm.h"
 #include "operators/elbo.h"
 #include "operators/gradient.h"
 #include "operators/schedule.h"
