@@ -32,7 +32,7 @@ def step_coefficients(
     *,
     method: str = "ddpm",
     eta: float = 0.0,
-    variance: str | Tensor = "fixed_small",
+    variance: str | Tensor = "beta_tilde",
     use_clipped_model_output: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> StepCoefficients:
@@ -45,16 +45,16 @@ def step_coefficients(
     share = torch.where(noise_t > 0, beta / noise_t, 1.0)
     small = ratio * beta  # β̃
     alpha_t, sigma_t, zero = bar_t.sqrt(), noise_t.sqrt(), torch.zeros_like(bar_t)
-    if method == "ddpm":
+    if method == "ddpm":  # the mean of q(x_s | x_t, x0)
         x0, x_t, eps = bar_s.sqrt() * share, (bar_t / bar_s).sqrt() * ratio, zero
-        own = small if isinstance(variance, Tensor) or variance == "fixed_small" else torch.where(s < 0, 0.0, beta)
+        own = torch.where(s < 0, 0.0, beta) if variance == "beta" else small
     else:
         own = eta**2 * small
         x0, x_t, eps = bar_s.sqrt(), zero, (noise_s - own).clamp(min=0).sqrt()
         if use_clipped_model_output:  # ε̂ = (x_t - alpha_t x̂0) / sigma_t of the clamped x̂0
             x_t = eps / sigma_t
             x0, eps = x0 - alpha_t * x_t, zero
-    noise = (variance if isinstance(variance, Tensor) else own).to(bar_t).sqrt()
+    noise = (own if isinstance(variance, str) else variance.to(bar_t)).sqrt()
     return StepCoefficients(*(k.to(dtype) for k in (alpha_t, sigma_t, x0, x_t, eps, noise)))
 
 
