@@ -17,6 +17,16 @@ from .analytic_dpm import (
 )
 from .distillation_training import backward_simulation, fake_score_loss, renoise_times
 from .elbo import ddo_loss, diffusion_dpo_loss, elbo_difference, elbo_error
+from .sampling import (
+    StepCoefficients,
+    guidance,
+    langevin_step,
+    langevin_step_,
+    posterior_sample,
+    reverse_step,
+    reverse_step_,
+    step_coefficients,
+)
 from .schedule import NoiseSchedule, add_noise, prediction_to_x0
 from .score_distillation import (
     DistillationStats,
@@ -36,6 +46,7 @@ __all__ = [
     "NoiseSchedule",
     "ScoreMoments",
     "ScorePair",
+    "StepCoefficients",
     "Trajectory",
     "VariationalBound",
     "add_noise",
@@ -51,13 +62,20 @@ __all__ = [
     "elbo_error",
     "fake_score_loss",
     "generator_loss",
+    "guidance",
+    "langevin_step",
+    "langevin_step_",
     "optimal_trajectory",
     "pixel_reverse_variance",
+    "posterior_sample",
     "prediction_to_x0",
     "regularize_moments",
     "renoise_times",
+    "reverse_step",
+    "reverse_step_",
     "reverse_variance",
     "sds_loss",
+    "step_coefficients",
     "trajectory_cost",
     "use_backend",
     "variational_bound",
