@@ -117,8 +117,9 @@ def test_single_steps():
     assert steps.timesteps.tolist() == [N - 1]
     x = torch.randn(2, 1, 8, 8)
     x0 = steps.step(x, N - 1, x, return_dict=False)[0]
-    bar = steps.alphas_cumprod[-1]
-    torch.testing.assert_close(x0, ((x - (1 - bar).sqrt() * x) / bar.sqrt()).clamp(-1, 1), rtol=1e-4, atol=1e-5)
+    bar = steps.alphas_cumprod[-1].double()
+    expected = ((x - (1 - bar).sqrt() * x) / bar.sqrt()).clamp(-1, 1)
+    torch.testing.assert_close(x0, expected.float(), rtol=1e-4, atol=1e-4)  # dividing by alpha amplifies rounding
     assert steps.scale_model_input(x, 3) is x
     assert len(steps) == N
     base = DDPMScheduler(num_train_timesteps=N, beta_end=0.3)
