@@ -12,12 +12,13 @@ What to look for; it held for seeds 0 and 1:
   β, then β̃, which is far off where steps are few; and the optimal trajectory beats even spacing.
 - *Frechet distances* of the exact score follow at K = 10, on even steps and with the noise as it comes ("no cap"):
   Analytic-DDPM is at half the better DDPM's, Analytic-DDIM at 0.6 of DDIM's.
-- *With the network* they do not: there β̃ and DDIM are nearer to the digits. The optimal variance is what theory leaves
-  uncertain of the data given x_t, and that is right for likelihood; as noise it has to be undone by the calls that
-  follow, and on the last steps few or none do.
-- *The last noise* of all, into the least noisy timestep, is therefore capped, as in the paper, at a grey level ("no cap"
-  leaves that out). Then Analytic-DDIM is nearer than DDIM with the network too, but for K = 50. Where the score is exact
-  that noise belonged there, and analytic variances lose by the cap; β, whose last noise is far too large, gains most.
+- *With the network* that is gone: Analytic-DDIM is farther than DDIM, and Analytic-DDPM level with the better DDPM. The
+  optimal variance is what theory leaves uncertain of the data given x_t, which is right for likelihood; as noise, with
+  the network's errors on top, it has to be undone by the calls that follow, and after the last steps there are few.
+- *The last noise* of all, into the least noisy timestep, is therefore capped, as in the paper, at a grey level; but for
+  "no cap" all rows do so. Then Analytic-DDIM is nearer than DDIM with the network too, except at K = 50. Where
+  the score is exact that noise belonged there, and analytic variances lose by the cap at small K. Most is gained by β,
+  whose last noise is far too large: with a cap it is the best DDPM here.
 - *Optimal trajectories win the bound*, by spending steps at low noise, where likelihood is made. Distances go either
   way, and with the exact score's DDIM always the wrong one.
 """
