@@ -2,8 +2,9 @@
 
 Nodes are the paper's timesteps, 0 … N: node 0 is the data, and node n > 0 is time n - 1 of a discrete
 :class:`fastgen.NoiseSchedule`, whose ``alphas_cumprod`` has no entry for the data. ᾱ is of nodes here, so ᾱ_0 = 1;
-β̄ = 1 - ᾱ and v = β̄/ᾱ. All of this is float64 and runs once, before sampling: these functions check values, and so
-synchronise with a GPU that moments are on; :meth:`ScoreMoments.update`, which runs in the loop, does not.
+β̄ = 1 - ᾱ and v = β̄/ᾱ. Moments and what comes of them are float64, and worked out once, before sampling: these functions
+check values, and so synchronise with a GPU that moments, s or t are on. What runs in loops does not:
+:meth:`ScoreMoments.update`, and :func:`pixel_reverse_variance` of s and t that are ints.
 """
 
 from __future__ import annotations
