@@ -193,12 +193,13 @@ def _distillation_calls(
 
 
 def _calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
-    from fastgen.triton_kernels import elbo, gradient, schedule
+    from fastgen.triton_kernels import analytic_dpm, elbo, gradient, schedule
 
     for plan, shape in SHAPES.items():
         x, weight = _images(dtype, *shape), _vector(shape[0])
         for loss in ("l2", "l1", "huber"):
             yield f"error {loss} {plan}", partial(elbo.elbo_error, x, x, weight, loss, True)
+        yield f"mean square {plan}", partial(analytic_dpm.mean_square, x)
         yield f"difference {plan}", partial(elbo.elbo_difference, x, x, x, weight, False)
         yield from _loss_calls(dtype, plan, shape)
         yield from _distillation_calls(dtype, plan, shape)

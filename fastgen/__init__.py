@@ -5,8 +5,28 @@
 
 from ._backend import build_info, use_backend
 from .adversarial import discriminator_loss, generator_loss
+from .analytic_dpm import (
+    ScoreMoments,
+    VariationalBound,
+    analytic_trajectory,
+    pixel_reverse_variance,
+    regularize_moments,
+    reverse_variance,
+    trajectory_cost,
+    variational_bound,
+)
 from .distillation_training import backward_simulation, fake_score_loss, renoise_times
 from .elbo import ddo_loss, diffusion_dpo_loss, elbo_difference, elbo_error
+from .sampling import (
+    StepCoefficients,
+    guidance,
+    langevin_step,
+    langevin_step_,
+    posterior_sample,
+    reverse_step,
+    reverse_step_,
+    step_coefficients,
+)
 from .schedule import NoiseSchedule, add_noise, prediction_to_x0
 from .score_distillation import (
     DistillationStats,
@@ -24,9 +44,13 @@ __all__ = [
     "DistillationStats",
     "FactoredCost",
     "NoiseSchedule",
+    "ScoreMoments",
     "ScorePair",
+    "StepCoefficients",
     "Trajectory",
+    "VariationalBound",
     "add_noise",
+    "analytic_trajectory",
     "backward_simulation",
     "build_info",
     "ddo_loss",
@@ -38,10 +62,22 @@ __all__ = [
     "elbo_error",
     "fake_score_loss",
     "generator_loss",
+    "guidance",
+    "langevin_step",
+    "langevin_step_",
     "optimal_trajectory",
+    "pixel_reverse_variance",
+    "posterior_sample",
     "prediction_to_x0",
+    "regularize_moments",
     "renoise_times",
+    "reverse_step",
+    "reverse_step_",
+    "reverse_variance",
     "sds_loss",
+    "step_coefficients",
+    "trajectory_cost",
     "use_backend",
+    "variational_bound",
     "vsd_loss",
 ]

@@ -78,6 +78,20 @@ def flags(name: str, value: Tensor, length: int, like: Tensor) -> None:
     _vector(name, value, length, like)
 
 
+def integers(name: str, value: object) -> None:
+    """A tensor of integers."""
+    tensor(name, value)
+    assert isinstance(value, Tensor)
+    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"{name} must hold integers, got {value.dtype}")
+
+
+def indices(name: str, value: Tensor, like: Tensor) -> None:
+    """One integer per row; their range is not looked at."""
+    integers(name, value)
+    _vector(name, value, like.shape[0], like)
+
+
 def _vector(name: str, value: Tensor, length: int, like: Tensor) -> None:
     if value.dim() != 1 or value.shape[0] != length:
         raise ValueError(f"{name} must have shape [{length}], got {list(value.shape)}")

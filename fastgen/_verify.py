@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 import fastgen
 
-from . import _backend, _gradient, reference
+from . import _analytic_dpm, _backend, _gradient, reference
 from ._accuracy import accurate, errors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -58,6 +58,11 @@ def _scaled(m: ModuleType, p: Tensor, q: Tensor, y: Tensor) -> Tensor:
     return _gradient.scale_gradient(copy, scale, _backend.backend_for("scale_gradient_", p.device.type))
 
 
+def _mean_square(m: ModuleType, p: Tensor, q: Tensor, y: Tensor) -> Tensor:
+    # The public way to it adds up rows in float64.
+    return reference.mean_square(p) if m is reference else _analytic_dpm.mean_square(p)
+
+
 def _trajectory(m: ModuleType, p: Tensor, q: Tensor, y: Tensor) -> Tensor:
     x, h = (t.detach().flatten()[:90].to(torch.promote_types(t.dtype, torch.float32)) for t in (p, q))
     cost = (x[:, None] - h).square()
@@ -81,6 +86,7 @@ CASES: dict[str, list[Callable[[ModuleType, Tensor, Tensor, Tensor], Tensor]]] =
         lambda m, p, q, y: m.diffusion_dpo_loss(p, q, y, beta=50.0),
         lambda m, p, q, y: m.diffusion_dpo_loss(p, q, y, beta=50.0, kind="ipo", reduction="none"),
     ],
+    "mean_square": [_mean_square],
     "row_combination": [
         lambda m, p, q, y: m.add_noise(p, y, _row_scalars(p), _row_scalars(p)),
         lambda m, p, q, y: m.prediction_to_x0(p, y, _row_scalars(p), _row_scalars(p), "v_prediction"),

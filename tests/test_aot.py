@@ -19,7 +19,7 @@ MORE_REGISTERS = {"sds": 112, "vsd": 112, "dmd": 128, "decoupled": 192}
 SPILL_BYTES = {80: 0, 90: 0, 100: 8}
 
 TYPICAL = (
-    "^(ddo held grad|ddo looped grad|ddo split grad|dpo sigmoid small grad|error huber held"
+    "^(mean square held|ddo held grad|ddo looped grad|ddo split grad|dpo sigmoid small grad|error huber held"
     "|error backward l1|combination|scale in place|vsd masked looped|dmd guided small|dmd masked mixed split"
     "|decoupled looped)$"
 )

@@ -35,6 +35,7 @@ def samples(device):
             (p, q, y, w, True, "mean", True, 5.0, "sigmoid"),
             (p, q, y, None, False, "none", False, 5.0, "ipo"),
         ],
+        "mean_square": [(p,), (p.half().transpose(1, 2),)],
         **distillation_samples(p, q, y, w),
         "row_combination": [(p, w, q, w), (p.transpose(1, 2), w, None, None)],
         "scale_gradient_": [(p, torch.tensor(0.5, device=device)), (p, torch.tensor(1.0, device=device))],

@@ -4,7 +4,16 @@ They read like the papers' formulas, take any device and dtype, and are differen
 the oracle of the tests; on a machine without compiled kernels they serve as the CPU implementation.
 """
 
+from .analytic_dpm import mean_square
 from .elbo import ddo_loss, diffusion_dpo_loss, elbo_difference, elbo_error
+from .sampling import (
+    StepCoefficients,
+    guidance,
+    langevin_step,
+    posterior_sample,
+    reverse_step,
+    step_coefficients,
+)
 from .schedule import add_noise, prediction_to_x0
 from .score_distillation import (
     DistillationStats,
@@ -20,6 +29,7 @@ from .trajectory import optimal_trajectory
 __all__ = [
     "DistillationStats",
     "ScorePair",
+    "StepCoefficients",
     "add_noise",
     "ddo_loss",
     "decoupled_dmd_loss",
@@ -28,8 +38,14 @@ __all__ = [
     "elbo_difference",
     "elbo_error",
     "fake_score_loss",
+    "guidance",
+    "langevin_step",
+    "mean_square",
     "optimal_trajectory",
+    "posterior_sample",
     "prediction_to_x0",
+    "reverse_step",
     "sds_loss",
+    "step_coefficients",
     "vsd_loss",
 ]

@@ -71,6 +71,8 @@ def check(case: str) -> None:
             both("ddo_loss", p, q, y, tensors=(is_real,), alpha=2.0, beta=0.7, mc_samples=m, **options)
             if shape[0] % 2 == 0:
                 both("diffusion_dpo_loss", p, q, y, beta=3.0, **options)
+        square = torch.ops.fastgen.mean_square(p)
+        compare(f"{case} mean_square", square, reference.mean_square(p64), "d" if dtypes[0] == "d" else "f")
         combine = torch.ops.fastgen.row_combination
         compare(f"{case} a x", combine(p, w, None, None), w64[:, None] * p64, dtypes[0])
         mixed = dtypes[0] if dtypes[0] == dtypes[1] else "d" if "d" in dtypes[:2] else "f"

@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "cuda_runtime.h"
+#include "operators/analytic_dpm.h"
 #include "operators/elbo.h"
 #include "operators/gradient.h"
 #include "operators/schedule.h"
@@ -21,6 +22,7 @@ void torch_c10_cuda_free_error_msg(char*) {}
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastgen, CPU, m) {
+  fastgen::register_analytic_dpm<fastgen::cuda::Device>(m);
   fastgen::register_elbo<fastgen::cuda::Device>(m);
   fastgen::register_gradient<fastgen::cuda::Device>(m);
   fastgen::register_schedule<fastgen::cuda::Device>(m);

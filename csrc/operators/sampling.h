@@ -1,0 +1,108 @@
+// The operators of the family sampling, for any device (csrc/operators/device.h says what that is).
+#pragma once
+
+#include <string>
+
+#include "../formulas/sampling.h"
+#include "score_distillation.h"  // names of prediction types, optional streams
+
+namespace fastgen {
+
+namespace sampling {
+
+// Keeps a vector of numbers in the arithmetic type; of one element it is for all rows.
+struct Scalars {
+  std::optional<Tensor> vector;
+
+  Scalars(const std::optional<Tensor>& t, ScalarType dtype) : vector(row_scalars(t, dtype)) {}
+
+  template <class T>
+  PerRow<T> view() const {
+    return {data_or_null<T>(vector), !vector || vector->numel() == 1 ? 0 : 1};
+  }
+};
+
+struct Step {
+  const Tensor &x_t, &cond;
+  const std::optional<Tensor>&uncond, &noise;
+  const Tensor &alpha_t, &sigma_t, &k_x0, &k_x_t;
+  const std::optional<Tensor>&k_eps, &k_noise, &guidance;
+  const std::string& type;
+  double low, high;
+
+  // Writes to `in_place`, or to an output of x_t's dtype that it returns.
+  template <class Device>
+  Tensor run(const Tensor* in_place) const {
+    using distillation::arithmetic_of;
+    const auto arithmetic = arithmetic_of({cond, uncond, noise}, x_t.scalar_type());
+    const Scalars alpha(alpha_t, arithmetic), sigma(sigma_t, arithmetic), x0(k_x0, arithmetic), x(k_x_t, arithmetic),
+        eps(k_eps, arithmetic), z(k_noise, arithmetic), s(guidance, arithmetic);
+    Tensor out;
+    with_arithmetic(arithmetic, [&](auto zero) {
+      distillation::with_flag(uncond.has_value(), [&](auto has_uncond) {
+        distillation::with_flag(noise.has_value(), [&](auto has_noise) {
+          using T = decltype(zero);
+          using Formula = ReverseStep<T, has_uncond, has_noise>;
+          const Rows<Formula::kStreams> rows(distillation::present<Formula::kStreams>({x_t, cond, uncond, noise}));
+          if (in_place) {
+            STD_TORCH_CHECK(rows.stream[0].data == x_t.const_data_ptr() &&
+                                (rows.count <= 1 || rows.stream[0].row_stride == rows.size),
+                            "reverse_step_: x_t must be packed, and the other tensors laid out like it");
+          }
+          out = in_place ? *in_place : Device::new_output(rows, x_t.scalar_type());
+          const Formula formula{alpha.view<T>(), sigma.view<T>(), x0.view<T>(), x.view<T>(),
+                                eps.view<T>(),   z.view<T>(),     s.view<T>(),  distillation::prediction(type),
+                                T(low),          T(high)};
+          Device::template rowwise<T>(formula, Groups::single(rows.count), rows,
+                                      {out.mutable_data_ptr(), out.scalar_type()});
+        });
+      });
+    });
+    return out;
+  }
+};
+
+}  // namespace sampling
+
+template <class Device>
+Tensor reverse_step(const Tensor& x_t, const Tensor& cond, const std::optional<Tensor>& uncond,
+                    const std::optional<Tensor>& noise, const Tensor& alpha_t, const Tensor& sigma_t,
+                    const Tensor& k_x0, const Tensor& k_x_t, const std::optional<Tensor>& k_eps,
+                    const std::optional<Tensor>& k_noise, const std::optional<Tensor>& guidance, const std::string& type, double low, double high) {
+  return sampling::Step{x_t,   cond,  uncond,  noise,    alpha_t, sigma_t, k_x0,
+                        k_x_t, k_eps, k_noise, guidance, type,    low,     high}
+      .template run<Device>(nullptr);
+}
+
+template <class Device>
+void reverse_step_(const Tensor& x_t, const Tensor& cond, const std::optional<Tensor>& uncond,
+                   const std::optional<Tensor>& noise, const Tensor& alpha_t, const Tensor& sigma_t,
+                   const Tensor& k_x0, const Tensor& k_x_t, const std::optional<Tensor>& k_eps,
+                   const std::optional<Tensor>& k_noise, const std::optional<Tensor>& guidance, const std::string& type, double low, double high) {
+  sampling::Step{x_t,   cond,  uncond,  noise,    alpha_t, sigma_t, k_x0,
+                 k_x_t, k_eps, k_noise, guidance, type,    low,     high}
+      .template run<Device>(&x_t);
+}
+
+template <class Device>
+Tensor guidance(const Tensor& cond, const Tensor& uncond, const Tensor& scale) {
+  const Rows<2> rows({cond, uncond});
+  const auto arithmetic = rows.arithmetic(), dtype = rows.promoted();
+  const sampling::Scalars s(scale, arithmetic);
+  const Tensor out = Device::new_output(rows, dtype);
+  with_arithmetic(arithmetic, [&](auto zero) {
+    using T = decltype(zero);
+    Device::template rowwise<T>(Guidance<T>{s.view<T>()}, Groups::single(rows.count), rows,
+                                {out.mutable_data_ptr(), dtype});
+  });
+  return out;
+}
+
+template <class Device>
+void register_sampling(torch::stable::detail::StableLibrary& m) {
+  m.impl("guidance", TORCH_BOX(&guidance<Device>));
+  m.impl("reverse_step", TORCH_BOX(&reverse_step<Device>));
+  m.impl("reverse_step_", TORCH_BOX(&reverse_step_<Device>));
+}
+
+}  // namespace fastgen
