@@ -36,7 +36,7 @@ def chunks(rows: int, row_bytes: int, max_bytes: int) -> Iterator[slice]:
     """As many rows at a time as fit, and as evenly as can be: the last chunk is no splinter."""
     count = max(1, -(-rows * row_bytes // max_bytes))
     size = max(1, -(-rows // count))
-    return (slice(start, start + size) for start in range(0, rows, size))
+    return (slice(start, start + size) for start in range(0, max(rows, 1), size))  # one empty chunk of no rows
 
 
 class HeadGradients:
@@ -83,7 +83,7 @@ class LinearGeneralizedJsd(torch.autograd.Function):
         teacher_weight: Tensor,
         teacher_bias: Tensor | None,
         labels: Tensor | None,
-        scale: Tensor,
+        scale: Tensor | None,
         beta: float,
         temperature: float,
         ignore_index: int,
@@ -99,13 +99,13 @@ class LinearGeneralizedJsd(torch.autograd.Function):
         kept = gradients if ctx.compiled else (None,) * 3
         ctx.gradients = None if ctx.compiled else gradients
         ctx.save_for_backward(*student, *teacher, labels, scale, *kept)
-        return total * scale
+        return total if scale is None else total * scale
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         s, w, b, *teacher, labels, scale, kept_s, kept_w, kept_b = ctx.saved_tensors
-        factor = grad_loss * scale
+        factor = grad_loss if scale is None else grad_loss * scale
         if ctx.compiled:
             scaled = [None if g is None else g * factor for g in (kept_s, kept_w, kept_b)]
         else:
@@ -146,12 +146,7 @@ def linear_jsd(
         if with_grad:
             gradients.add(rows, grad_logits)
         del student_logits, teacher_logits, grad_logits  # before the next chunk's are made
-    total = (
-        torch.cat(losses).sum()
-        if losses
-        else hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
-    )
-    return total, gradients.all()
+    return torch.cat(losses).sum(), gradients.all()
 
 
 class LinearTokenLogprob(torch.autograd.Function):

@@ -26,7 +26,7 @@ IGNORE_INDEX = -100
     "token_logprob(Tensor logits, Tensor tokens, float temperature, int ignore_index) -> (Tensor logprob, Tensor stats)"
 )
 def token_logprob(logits: Tensor, tokens: Tensor, temperature: float, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """``logprob = (logit_token - m) / temperature - log_sum``; NaN for a token outside the vocabulary. stats: [2, ...]."""
+    """``logprob = (logit_token - m) / temperature - log_sum``; NaN outside the vocabulary. stats: [2, ...]."""
     dtype, rows = _layout.arithmetic_dtype(logits), logits.shape[:-1]
     return logits.new_empty(rows, dtype=dtype), logits.new_empty((2, *rows), dtype=dtype)
 
@@ -38,7 +38,10 @@ def token_logprob(logits: Tensor, tokens: Tensor, temperature: float, ignore_ind
 def token_logprob_backward(
     grad: Tensor, logits: Tensor, tokens: Tensor, stats: Tensor, temperature: float, ignore_index: int
 ) -> Tensor:
-    """``grad (onehot - softmax) / temperature`` per row; 0 for a token outside the vocabulary. `grad` may be expanded."""
+    """``grad (onehot - softmax) / temperature`` per row; 0 for a token outside the vocabulary.
+
+    `grad` may be expanded.
+    """
     return logits.new_empty(logits.shape)
 
 
@@ -81,7 +84,8 @@ def generalized_jsd(
     """The divergence of each row, or with `reduce` their sum, and the gradients, all times the 0-dimensional `scale`.
 
     The vocabularies may differ: columns that one of the two lacks are left out, and have gradient 0. stats [5, ...]:
-    the student's m and log_sum, the teacher's, and the row's center (0, KL(Q‖P) or KL(Q‖M) for beta = 0, 1 and between).
+    the student's m and log_sum, the teacher's, and the row's center: 0, KL(Q‖P) or KL(Q‖M) for
+    beta = 0, 1 and between.
     """
     dtype, rows = _layout.arithmetic_dtype(student, teacher), student.shape[:-1]
     return (
