@@ -16,6 +16,13 @@ from .score_distillation import (
     sds_loss,
     vsd_loss,
 )
+from .sequence import (
+    generalized_jsd_loss,
+    linear_generalized_jsd_loss,
+    linear_token_logprob,
+    sequence_ddo_loss,
+    token_logprob,
+)
 from .trajectory import FactoredCost, Trajectory, optimal_trajectory
 
 __version__ = "0.1.0"
@@ -37,11 +44,16 @@ __all__ = [
     "elbo_difference",
     "elbo_error",
     "fake_score_loss",
+    "generalized_jsd_loss",
     "generator_loss",
+    "linear_generalized_jsd_loss",
+    "linear_token_logprob",
     "optimal_trajectory",
     "prediction_to_x0",
     "renoise_times",
     "sds_loss",
+    "sequence_ddo_loss",
+    "token_logprob",
     "use_backend",
     "vsd_loss",
 ]

@@ -15,6 +15,13 @@ from .score_distillation import (
     sds_loss,
     vsd_loss,
 )
+from .sequence import (
+    generalized_jsd_loss,
+    linear_generalized_jsd_loss,
+    linear_token_logprob,
+    sequence_ddo_loss,
+    token_logprob,
+)
 from .trajectory import optimal_trajectory
 
 __all__ = [
@@ -28,8 +35,13 @@ __all__ = [
     "elbo_difference",
     "elbo_error",
     "fake_score_loss",
+    "generalized_jsd_loss",
+    "linear_generalized_jsd_loss",
+    "linear_token_logprob",
     "optimal_trajectory",
     "prediction_to_x0",
     "sds_loss",
+    "sequence_ddo_loss",
+    "token_logprob",
     "vsd_loss",
 ]
