@@ -18,6 +18,11 @@ def argument(value: float, dtype: torch.dtype) -> float | int:
     return struct.unpack("q", struct.pack("d", value))[0] if dtype == torch.float64 else float(value)
 
 
+def held(value: float, dtype: torch.dtype) -> float:
+    """What of `value` is left in `dtype`, float32 or float64."""
+    return value if dtype == torch.float64 else struct.unpack("f", struct.pack("f", value))[0]
+
+
 @triton.jit
 def number(value, T: tl.constexpr):
     if T == tl.float64:

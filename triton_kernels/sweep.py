@@ -5,22 +5,28 @@ chunks at a time, as TILES tiles [LANES, WIDTH] of which every thread has a row.
 the thread, and a sweep keeps one accumulator a thread and stream whatever it unrolls.
 
 Rows of an odd size start anywhere. Where the rows of all streams start at the same place between two 16-byte
-boundaries, the elements before the first boundary and after the last, up to WIDTH - 1 each, are an *edge* tile of single
-elements, and the rest is chunks. Elsewhere WIDTH is 1.
+boundaries, the elements before the first boundary and after the last, up to WIDTH - 1 each, are an *edge* tile of
+single elements, and the rest is chunks. Elsewhere WIDTH is 1.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import layout
+from . import layout, rowwise
 from .plan import PROGRAMS_PER_MULTIPROCESSOR, multiprocessors, offsets_type
+
+LOG2E = tl.constexpr(1 / math.log(2))
+
+# What no kernel is compiled anew for.
+PLAIN = ["places", "inner", "size", "rows", "ignore", "segment", "segments", "out_size"]
 
 Place = tuple[int, int, int]  # of rows [outer, inner]: the first row's offset, the strides; in elements
 
@@ -62,6 +68,15 @@ def plan_sweep(rows: int, chunks: int, width: int, row_bytes: int, streams: int,
     return Plan(lanes, tiles, lanes // 32, segment, max(1, triton.cdiv(chunks, max(segment, 1))))
 
 
+@functools.lru_cache(maxsize=4096)
+def plan_map(chunks: int, width: int, streams: int) -> Plan:
+    """For a map of `streams` streams: a program's row scalars are worth some blocks."""
+    tiles = max(1, PIECES // streams) if width > 1 else 8
+    lanes = max(32, min(256, triton.next_power_of_2(triton.cdiv(chunks, tiles))))
+    segment = 4 * lanes * tiles
+    return Plan(lanes, tiles, lanes // 32, segment, max(1, triton.cdiv(chunks, segment)))
+
+
 def as_logits(t: Tensor) -> Tensor:
     """`t` as [outer, inner, size] with unit stride over `size`: a view where its strides allow one, else a copy."""
     if t.dim() > 3:
@@ -97,7 +112,7 @@ class LogitRows:
         chunks = self.size // self.width
         return plan_sweep(self.count, chunks, self.width, row_bytes, self.streams, again, self.first.device)
 
-    def constants(self, plan: Plan) -> dict[str, object]:
+    def constants(self, plan: Plan) -> dict[str, Any]:
         return {
             "LANES": plan.lanes,
             "TILES": plan.tiles,
@@ -107,6 +122,10 @@ class LogitRows:
             "T": tl.float64 if self.dtype == torch.float64 else tl.float32,
             "num_warps": plan.num_warps,
         }
+
+    def scalars(self, t: Tensor) -> Tensor:
+        """One number a row, in the arithmetic dtype."""
+        return t.to(self.dtype).contiguous()
 
     def new_vector(self, *shape: int) -> Tensor:
         return self.first.new_empty(shape, dtype=self.dtype)
@@ -120,6 +139,11 @@ def _aligned(t: Tensor) -> tuple[Tensor, Place]:
     if offset == 0 or rest or offset > t.storage_offset():
         return t, (0, *strides)
     return t.as_strided((1,), (1,), t.storage_offset() - offset), (offset, *strides)
+
+
+def launch_sweep(kernel: Any, programs: int, rows: LogitRows, plan: Plan, *args: Any, **constants: Any) -> None:
+    common = (rows.data, rows.places, rows.inner, rows.size)
+    rowwise.launch(kernel, programs, rows.first, *common, *args, plan.segment, plan.segments, **constants)
 
 
 # -- In kernels
@@ -190,7 +214,7 @@ def load_edge(data, start, element, mask, T: tl.constexpr):
 
 @triton.jit
 def normalizer_start(LANES: tl.constexpr, T: tl.constexpr):
-    """An online log-sum-exp, base 2, of logits times a scale > 0: (largest logit, sum of 2^(scale (logit - largest)))."""
+    """An online log-sum-exp: (largest logit, sum of 2^(scale (logit - largest))), with scale > 0."""
     return tl.full((LANES,), float("-inf"), T), tl.zeros((LANES,), T)
 
 
@@ -219,3 +243,24 @@ def normalizer_total(normalizer, scale):
     largest = tl.max(normalizer[0], axis=0)
     total = tl.sum(normalizer[1] * tl.exp2((normalizer[0] - _origin(largest)) * scale), axis=0)
     return largest, total
+
+
+@triton.jit
+def combined_normalizer(
+    partials, row, segments, COUNT: tl.constexpr, FIRST: tl.constexpr, SEGMENTS: tl.constexpr, scale
+):
+    """The normalizer of a row from those of its segments, numbers FIRST and FIRST + 1 of each COUNT."""
+    segment = tl.arange(0, SEGMENTS)
+    part = partials + (row * segments + segment) * COUNT + FIRST
+    mask = segment < segments
+    largest = tl.load(part, mask=mask, other=float("-inf"))
+    return normalizer_total((largest, tl.load(part + 1, mask=mask, other=0.0)), scale)
+
+
+@triton.jit
+def segment_of(segment, index, span, read):
+    """The chunks [begin, end) of a row that its program `index` sweeps, and whether it has the edges: none of a row
+    that is not read."""
+    chunks = tl.where(read, span[1], 0)
+    begin = tl.minimum(index.to(chunks.dtype) * segment, chunks)
+    return begin, tl.minimum(begin + segment, chunks), read & (index == 0)
