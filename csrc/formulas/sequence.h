@@ -153,7 +153,8 @@ struct JsdRow {
 // adds. 0 log 0 = 0.
 template <class T, Divergence D>
 struct JsdElement {
-  T beta, inverse_temperature;
+  T beta, rest;  // rest: 1 - beta, which float would round
+  T inverse_temperature;
 
   FASTGEN_HD JsdRow<T> row(const LogSum<T>& student, const LogSum<T>& teacher, T coefficient, T center) const {
     const T s = base_of(student.max), t = base_of(teacher.max);
@@ -181,17 +182,17 @@ struct JsdElement {
       parts[1] = q == T(0) ? T(0) : -q * d;
       sums[0] += parts[1] - difference, sums[1] += parts[1];
     } else {
-      const T weight = teacher_larger ? beta : T(1) - beta, other = teacher_larger ? T(1) - beta : beta;
+      const T weight = teacher_larger ? beta : rest, other = teacher_larger ? rest : beta;
       const T log_m = log_of(weight + other * ratio.value, other * ratio.minus_one);  // log(M / larger)
       const T of_smaller = gap - log_m;
       const T a = teacher_larger ? of_smaller : -log_m, b = teacher_larger ? -log_m : of_smaller;
       parts[1] = q == T(0) ? T(0) : q * a;
-      sums[0] += beta * (p == T(0) ? T(0) : p * b) + (T(1) - beta) * parts[1], sums[1] += parts[1];
+      sums[0] += beta * (p == T(0) ? T(0) : p * b) + rest * parts[1], sums[1] += parts[1];
     }
   }
 
   FASTGEN_HD T gradient_scale() const {
-    return (D == Divergence::mixed ? T(1) - beta : T(1)) * inverse_temperature;
+    return (D == Divergence::mixed ? rest : T(1)) * inverse_temperature;
   }
 };
 

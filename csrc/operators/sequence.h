@@ -117,7 +117,7 @@ std::tuple<Tensor, Tensor, Tensor> generalized_jsd(const Tensor& student, const 
     with_divergence(beta, [&](auto divergence) {
       constexpr Divergence D = decltype(divergence)::value;
       const T inverse = T(1 / temperature);
-      const GeneralizedJsd<T, D> formula{{T(beta), inverse},        inverse,
+      const GeneralizedJsd<T, D> formula{{T(beta), T(1 - beta), inverse},        inverse,
                                          labels_or_null(labels),    ignore_index,
                                          data_or_null<T>(factor),   mutable_data<T>(loss),
                                          jsd_stats<T>(stats, rows.count)};
@@ -144,7 +144,7 @@ Tensor generalized_jsd_backward(const Tensor& grad, const Tensor& student, const
     with_divergence(beta, [&](auto divergence) {
       constexpr Divergence D = decltype(divergence)::value;
       const T inverse = T(1 / temperature);
-      const GeneralizedJsdBackward<T, D> formula{{T(beta), inverse},         inverse,
+      const GeneralizedJsdBackward<T, D> formula{{T(beta), T(1 - beta), inverse},         inverse,
                                                  labels_or_null(labels),     ignore_index,
                                                  data_or_null<T>(row_grad),  jsd_stats<T>(saved, rows.count)};
       Device::template sweep<T>(formula, rows, Output{grad_student.mutable_data_ptr(), student.scalar_type()},
