@@ -1,5 +1,5 @@
 // The sweep skeleton on a CPU (csrc/formulas/sequence.h says what its formulas are): a thread takes rows one by one and
-// has a row in its cache from the first pass, which finds maximum and log-sum, to the last, which writes the gradient.
+// has a row in its cache from the first pass, which finds maximum and sum, to the last, which writes the gradient.
 //
 // Sums have one fixed tree whatever the number of threads: kLanes interleaved partial sums in a chunk, chunks added in
 // float64 in order. A row's last chunk is padded with -inf, whose probability is 0.
@@ -59,9 +59,9 @@ FASTGEN_HD T lanes_sum(T* lanes) {
   return lanes[0];
 }
 
-// Maximum and log Σ exp in one pass over memory: a chunk stays in L1 from its maximum to its sum.
+// Maximum and Σ exp in one pass over memory: a chunk stays in L1 from its maximum to its sum.
 template <class T>
-FASTGEN_HD LogSum<T> log_sum(const TokenStream& in, int64_t row, int64_t size, T inverse_temperature) {
+FASTGEN_HD Softmax<T> softmax_of(const TokenStream& in, int64_t row, int64_t size, T inverse_temperature) {
   alignas(64) T buffer[kChunk];
   T max = -static_cast<T>(INFINITY);
   double sum = 0;
@@ -85,7 +85,7 @@ FASTGEN_HD LogSum<T> log_sum(const TokenStream& in, int64_t row, int64_t size, T
       for (int l = 0; l < kLanes; ++l) lanes[l] += exp_of((chunk.values[i + l] - base) * inverse_temperature);
     sum += static_cast<double>(lanes_sum(lanes));
   }
-  return {max, static_cast<T>(std::log(sum))};
+  return {max, static_cast<T>(sum)};
 }
 
 template <class T>
@@ -145,10 +145,10 @@ FASTGEN_HD void sweep_row(const SweepJob<F, T>& job, int64_t row, T* scratch) {
     if (job.out.data) write_zeros(job, row, 0);
     return;
   }
-  LogSum<T> normal[F::kStreams];
+  Softmax<T> normal[F::kStreams];
   if constexpr (F::kNormalizes)
     for (int s = 0; s < F::kStreams; ++s)
-      normal[s] = log_sum(job.in[s], row, job.size, job.formula.inverse_temperature);
+      normal[s] = softmax_of(job.in[s], row, job.size, job.formula.inverse_temperature);
   auto constants = job.formula.row(row, normal);
   double sums[F::kSums + 1] = {};
   if constexpr (F::kParts > 0) {

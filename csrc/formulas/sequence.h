@@ -3,14 +3,14 @@
 //
 //   template <class T> struct Formula {
 //     static constexpr int kStreams;        // 1 or 2
-//     static constexpr bool kNormalizes;    // the sweep finds the rows' LogSum; else row() has them from elsewhere
+//     static constexpr bool kNormalizes;    // the sweep finds the rows' Softmax; else row() has them from elsewhere
 //     static constexpr int kSums;           // that the elements of a row add up to
 //     static constexpr int kParts;          // that map() wants of an element; 0: nothing is written
 //     struct Row { ... };                   // constants of a row
 //     T inverse_temperature;
 //     bool ignored(int64_t row) const;      // the row is not read; its output is 0
 //     void ignore(int64_t row) const;       // stores the results of such a row
-//     Row row(int64_t row, const LogSum<T>* streams) const;
+//     Row row(int64_t row, const Softmax<T>* streams) const;
 //     void element(const Row&, const T* v, T* parts, T* sums) const;  // sets parts, adds to sums
 //     void epilogue(int64_t row, Row&, const T* sums) const;          // stores results; completes the row for map()
 //     T map(const Row&, const T* parts) const;                        // one output element
@@ -27,10 +27,11 @@
 
 namespace fastgen {
 
-// Of a row: its maximum, and log Σ exp((v - max) / temperature). Apart, for their sum would round it.
+// What a softmax divides by: the maximum of a row and Σ exp((v - max) / temperature). Apart, and the sum itself rather
+// than its logarithm: a log-sum of 10 in float would put an error of 5e-7 on all probabilities of the row at once.
 template <class T>
-struct LogSum {
-  T max, log_sum;
+struct Softmax {
+  T max, sum;
 };
 
 // The maximum of a row, as something to subtract: a row of -inf must sum to 0, not to NaN.
@@ -48,28 +49,27 @@ struct Tokens {
   FASTGEN_HD bool inside(int64_t row) const { return token[row] >= 0 && token[row] < vocabulary; }
 };
 
-// logprob[row] = (v_token - max) / temperature - log_sum
+// logprob[row] = (v_token - max) / temperature - log sum
 template <class T>
 struct TokenLogprob {
   static constexpr int kStreams = 1, kSums = 0, kParts = 0;
   static constexpr bool kNormalizes = true;
-  using Row = LogSum<T>;
+  using Row = Softmax<T>;
   Tokens<T> tokens;
   T inverse_temperature;
   T* logprob;
-  T* max;
-  T* log_sum;
+  Softmax<T*> saved;
 
   FASTGEN_HD bool ignored(int64_t row) const { return tokens.ignored(row); }
-  FASTGEN_HD void ignore(int64_t row) const { logprob[row] = max[row] = log_sum[row] = T(0); }
-  FASTGEN_HD Row row(int64_t, const LogSum<T>* streams) const { return streams[0]; }
+  FASTGEN_HD void ignore(int64_t row) const { logprob[row] = saved.max[row] = saved.sum[row] = T(0); }
+  FASTGEN_HD Row row(int64_t, const Softmax<T>* streams) const { return streams[0]; }
   FASTGEN_HD void epilogue(int64_t row, Row& constants, const T*) const {
-    max[row] = constants.max, log_sum[row] = constants.log_sum;
+    saved.max[row] = constants.max, saved.sum[row] = constants.sum;
     if (!tokens.inside(row)) logprob[row] = static_cast<T>(NAN);
   }
   FASTGEN_HD int64_t picked(int64_t row) const { return tokens.token[row]; }
   FASTGEN_HD void pick(int64_t row, const Row& constants, T v) const {
-    logprob[row] = (v - base_of(constants.max)) * inverse_temperature - constants.log_sum;
+    logprob[row] = (v - base_of(constants.max)) * inverse_temperature - std::log(constants.sum);
   }
 };
 
@@ -79,27 +79,26 @@ struct TokenLogprobBackward {
   static constexpr int kStreams = 1, kSums = 0, kParts = 1;
   static constexpr bool kNormalizes = false;
   struct Row {
-    LogSum<T> of;
-    T coefficient;
+    T max, coefficient, share, log_sum;
   };
   Tokens<T> tokens;
   T inverse_temperature;
   const T* grad;
-  const T* max;
-  const T* log_sum;
+  Softmax<const T*> saved;
 
   FASTGEN_HD bool ignored(int64_t row) const { return tokens.ignored(row) || !tokens.inside(row); }
   FASTGEN_HD void ignore(int64_t) const {}
-  FASTGEN_HD Row row(int64_t row, const LogSum<T>*) const {
-    return {{base_of(max[row]), log_sum[row]}, grad[row] * inverse_temperature};
+  FASTGEN_HD Row row(int64_t row, const Softmax<T>*) const {
+    const T coefficient = grad[row] * inverse_temperature, sum = saved.sum[row];
+    return {base_of(saved.max[row]), coefficient, -coefficient / sum, std::log(sum)};
   }
-  FASTGEN_HD T log_of_softmax(const Row& row, T v) const { return (v - row.of.max) * inverse_temperature - row.of.log_sum; }
-  FASTGEN_HD void element(const Row& row, const T* v, T* parts, T*) const { parts[0] = exp_of(log_of_softmax(row, v[0])); }
+  FASTGEN_HD T scaled(const Row& row, T v) const { return (v - row.max) * inverse_temperature; }
+  FASTGEN_HD void element(const Row& row, const T* v, T* parts, T*) const { parts[0] = exp_of(scaled(row, v[0])); }
   FASTGEN_HD void epilogue(int64_t, Row&, const T*) const {}
-  FASTGEN_HD T map(const Row& row, const T* parts) const { return -row.coefficient * parts[0]; }
+  FASTGEN_HD T map(const Row& row, const T* parts) const { return row.share * parts[0]; }
   FASTGEN_HD int64_t picked(int64_t row) const { return tokens.token[row]; }
   FASTGEN_HD T map_picked(const Row& row, T v) const {
-    return -row.coefficient * exponential(log_of_softmax(row, v)).minus_one;
+    return -row.coefficient * exponential(scaled(row, v) - row.log_sum).minus_one;
   }
 };
 
@@ -133,9 +132,8 @@ enum class Divergence {
 
 template <class T>
 struct JsdRow {
-  LogSum<T> student, teacher;
-  T shift;      // of the maxima: teacher - student
-  T log_shift;  // of the log sums
+  T student_max, student_share, teacher_max, teacher_share;  // share: 1 / sum
+  T shift, log_shift;  // teacher - student: of the maxima, and of the logarithms of the sums
   T coefficient, center;
 };
 
@@ -149,27 +147,26 @@ struct JsdRow {
 //   mixed    w = Q (x - log M)          center Σ w       loss Σ beta P (y - log M) + (1 - beta) w
 //   reverse  w = Q (x - y)              center Σ w       loss Σ w - (Q - P)
 //
-// In the loss Q - P, which sums to 0, makes every summand non-negative and cancels what the rounding of the log sums
-// adds. 0 log 0 = 0.
+// In the loss Q - P, which sums to 0, makes every summand non-negative and cancels what the rounding of the sums adds.
+// 0 log 0 = 0.
 template <class T, Divergence D>
 struct JsdElement {
   T beta, rest;  // rest: 1 - beta, which float would round
   T inverse_temperature;
 
-  FASTGEN_HD JsdRow<T> row(const LogSum<T>& student, const LogSum<T>& teacher, T coefficient, T center) const {
+  FASTGEN_HD JsdRow<T> row(const Softmax<T>& student, const Softmax<T>& teacher, T coefficient, T center) const {
     const T s = base_of(student.max), t = base_of(teacher.max);
-    return {{s, student.log_sum}, {t, teacher.log_sum}, t - s, teacher.log_sum - student.log_sum, coefficient, center};
+    return {s, T(1) / student.sum, t, T(1) / teacher.sum, t - s, std::log(teacher.sum / student.sum), coefficient, center};
   }
 
   FASTGEN_HD void element(const JsdRow<T>& row, const T* v, T* parts, T* sums) const {
     const T s = v[0], t = v[1];
-    const T x = (s - row.student.max) * inverse_temperature - row.student.log_sum;
-    const T y = (t - row.teacher.max) * inverse_temperature - row.teacher.log_sum;
     // Equal logits may both be -inf.
     const T d = ((s == t ? T(0) : t - s) - row.shift) * inverse_temperature - row.log_shift;
     const bool teacher_larger = d > T(0);
     const T gap = teacher_larger ? -d : d;
-    const T larger = exp_of(teacher_larger ? y : x);
+    const T above = teacher_larger ? t - row.teacher_max : s - row.student_max;
+    const T larger = exp_of(above * inverse_temperature) * (teacher_larger ? row.teacher_share : row.student_share);
     const Exponential<T> ratio = exponential(gap);
     const T smaller = larger * ratio.value;
     const T q = teacher_larger ? smaller : larger, p = teacher_larger ? larger : smaller;
@@ -191,6 +188,10 @@ struct JsdElement {
     }
   }
 
+  FASTGEN_HD T gradient(const JsdRow<T>& row, const T* parts) const {
+    return row.coefficient * (parts[1] - row.center * parts[0]);
+  }
+
   FASTGEN_HD T gradient_scale() const {
     return (D == Divergence::mixed ? rest : T(1)) * inverse_temperature;
   }
@@ -199,7 +200,14 @@ struct JsdElement {
 // Where the row statistics of a divergence lie: five vectors.
 template <class T>
 struct JsdStats {
-  T *student_max, *student_log_sum, *teacher_max, *teacher_log_sum, *center;
+  Softmax<T*> student, teacher;
+  T* center;
+
+  FASTGEN_HD void store(int64_t row, const Softmax<T>& s, const Softmax<T>& t, T c) const {
+    student.max[row] = s.max, student.sum[row] = s.sum;
+    teacher.max[row] = t.max, teacher.sum[row] = t.sum;
+    center[row] = c;
+  }
 };
 
 template <class T>
@@ -211,7 +219,10 @@ template <class T, Divergence D>
 struct GeneralizedJsd {
   static constexpr int kStreams = 2, kSums = 2, kParts = 2;
   static constexpr bool kNormalizes = true;
-  using Row = JsdRow<T>;
+  struct Row {
+    JsdRow<T> of;
+    Softmax<T> student, teacher;
+  };
   JsdElement<T, D> of;
   T inverse_temperature;
   const int64_t* labels;  // may be null
@@ -222,21 +233,20 @@ struct GeneralizedJsd {
 
   FASTGEN_HD bool ignored(int64_t row) const { return label_ignored<T>(labels, ignore_index, row); }
   FASTGEN_HD void ignore(int64_t row) const {
-    loss[row] = stats.student_max[row] = stats.student_log_sum[row] = T(0);
-    stats.teacher_max[row] = stats.teacher_log_sum[row] = stats.center[row] = T(0);
+    loss[row] = T(0);
+    stats.store(row, {}, {}, T(0));
   }
-  FASTGEN_HD Row row(int64_t, const LogSum<T>* streams) const {
-    return of.row(streams[0], streams[1], (scale ? *scale : T(1)) * of.gradient_scale(), T(0));
+  FASTGEN_HD Row row(int64_t, const Softmax<T>* streams) const {
+    const T coefficient = (scale ? *scale : T(1)) * of.gradient_scale();
+    return {of.row(streams[0], streams[1], coefficient, T(0)), streams[0], streams[1]};
   }
-  FASTGEN_HD void element(const Row& row, const T* v, T* parts, T* sums) const { of.element(row, v, parts, sums); }
+  FASTGEN_HD void element(const Row& row, const T* v, T* parts, T* sums) const { of.element(row.of, v, parts, sums); }
   FASTGEN_HD void epilogue(int64_t row, Row& constants, const T* sums) const {
-    constants.center = D == Divergence::forward ? T(0) : sums[1];
+    constants.of.center = D == Divergence::forward ? T(0) : sums[1];
     loss[row] = (scale ? *scale : T(1)) * sums[0];
-    stats.student_max[row] = constants.student.max, stats.student_log_sum[row] = constants.student.log_sum;
-    stats.teacher_max[row] = constants.teacher.max, stats.teacher_log_sum[row] = constants.teacher.log_sum;
-    stats.center[row] = constants.center;
+    stats.store(row, constants.student, constants.teacher, constants.of.center);
   }
-  FASTGEN_HD T map(const Row& row, const T* parts) const { return row.coefficient * (parts[1] - row.center * parts[0]); }
+  FASTGEN_HD T map(const Row& row, const T* parts) const { return of.gradient(row.of, parts); }
 };
 
 template <class T, Divergence D>
@@ -253,17 +263,16 @@ struct GeneralizedJsdBackward {
 
   FASTGEN_HD bool ignored(int64_t row) const { return label_ignored<T>(labels, ignore_index, row); }
   FASTGEN_HD void ignore(int64_t) const {}
-  FASTGEN_HD Row row(int64_t row, const LogSum<T>*) const {
-    return of.row({stats.student_max[row], stats.student_log_sum[row]},
-                  {stats.teacher_max[row], stats.teacher_log_sum[row]}, grad[row] * of.gradient_scale(),
-                  stats.center[row]);
+  FASTGEN_HD Row row(int64_t row, const Softmax<T>*) const {
+    return of.row({stats.student.max[row], stats.student.sum[row]}, {stats.teacher.max[row], stats.teacher.sum[row]},
+                  grad[row] * of.gradient_scale(), stats.center[row]);
   }
   FASTGEN_HD void element(const Row& row, const T* v, T* parts, T*) const {
     T unused[2] = {};
     of.element(row, v, parts, unused);
   }
   FASTGEN_HD void epilogue(int64_t, Row&, const T*) const {}
-  FASTGEN_HD T map(const Row& row, const T* parts) const { return row.coefficient * (parts[1] - row.center * parts[0]); }
+  FASTGEN_HD T map(const Row& row, const T* parts) const { return of.gradient(row, parts); }
 };
 
 }  // namespace fastgen

@@ -33,7 +33,7 @@ std::tuple<Tensor, Tensor> token_logprob(const Tensor& logits, const Tensor& tok
     using T = decltype(zero);
     T* saved = mutable_data<T>(stats);
     const TokenLogprob<T> formula{tokens_of<T>(indices, logits, ignore_index), T(1 / temperature),
-                                  mutable_data<T>(logprob), saved, saved + rows.count};
+                                  mutable_data<T>(logprob), {saved, saved + rows.count}};
     Device::template sweep<T>(formula, rows, Output{}, 0);
   });
   return {logprob, stats};
@@ -51,7 +51,7 @@ Tensor token_logprob_backward(const Tensor& grad, const Tensor& logits, const Te
     using T = decltype(zero);
     const T* s = static_cast<const T*>(saved.const_data_ptr());
     const TokenLogprobBackward<T> formula{tokens_of<T>(indices, logits, ignore_index), T(1 / temperature),
-                                          data_or_null<T>(row_grad), s, s + rows.count};
+                                          data_or_null<T>(row_grad), {s, s + rows.count}};
     Device::template sweep<T>(formula, rows, Output{grad_logits.mutable_data_ptr(), logits.scalar_type()},
                               logits.size(-1));
   });
@@ -94,7 +94,7 @@ void with_divergence(double beta, const F& f) {
 template <class T>
 JsdStats<T> jsd_stats(const Tensor& stats, int64_t rows) {
   T* s = mutable_data<T>(stats);
-  return {s, s + rows, s + 2 * rows, s + 3 * rows, s + 4 * rows};
+  return {{s, s + rows}, {s + 2 * rows, s + 3 * rows}, s + 4 * rows};
 }
 
 inline const int64_t* labels_or_null(const std::optional<Tensor>& labels) {
