@@ -51,21 +51,14 @@ class Numbers(NamedTuple):
 
     slope: Any  # 1 / τ
     scale: Any  # log2(e) / τ: from differences of logits to base-2 logarithms of probabilities
-    log_beta: Any = None  # base 2
-    log_rest: Any = None  # of 1 - β
-    surplus: Any = None  # by how much log(β + (1 - β)) is not 0 where the two are rounded: what the loss lacks
+    temperature: Any
+    beta: Any
+    rest: Any  # 1 - β
 
 
 def _numbers(dtype: torch.dtype, temperature: float, beta: float) -> Numbers:
-    def as_argument(x: float) -> float | int:
-        return scalar.argument(x, dtype)
-
-    slope, scale = as_argument(1 / temperature), as_argument(LOG2E.value / temperature)
-    if not 0 < beta < 1:
-        return Numbers(slope, scale)
-    logs = [scalar.held(x, dtype) for x in (math.log2(beta), math.log1p(-beta) * LOG2E.value)]
-    surplus = math.log(sum(2**x for x in logs))
-    return Numbers(slope, scale, *map(as_argument, (*logs, surplus)))
+    numbers = (1 / temperature, LOG2E.value / temperature, temperature, beta, 1 - beta)
+    return Numbers(*(scalar.argument(x, dtype) for x in numbers))
 
 
 @triton.jit
@@ -83,11 +76,20 @@ def _finite(x):
 
 
 @triton.jit
-def _norms(student, teacher, numbers, T: tl.constexpr):
-    """Of two normalizers, what :func:`_divergence` takes."""
-    # log Zs - log Zt from their ratio: the logarithms, some 10 each, would round it, and it enters every element.
+def _norms(student, teacher, T: tl.constexpr):
+    """Of two normalizers, what :func:`_divergence` takes: the largest logit and 1 / sum, of Q then of P, and
+    log2 of the sums' ratio, which the difference of two logarithms of some 10 would round."""
     shift = tl.log2(divide(student[1], teacher[1]))
-    return student[0], tl.log2(student[1]), teacher[0], tl.log2(teacher[1]), shift
+    one = tl.full((), 1.0, T)
+    return student[0], divide(one, student[1]), teacher[0], divide(one, teacher[1]), shift
+
+
+@triton.jit
+def _read_norms(student, teacher, read, T: tl.constexpr):
+    """The same, with numbers that make zeros of a row that was not read."""
+    student = tl.where(read, student[0], 0.0), tl.where(read, student[1], 1.0)
+    teacher = tl.where(read, teacher[0], 0.0), tl.where(read, teacher[1], 1.0)
+    return _norms(student, teacher, T)
 
 
 @triton.jit
@@ -102,37 +104,37 @@ def _unit(numbers, KIND: tl.constexpr, T: tl.constexpr):
 
 @triton.jit
 def _divergence(s, t, norms, numbers, KIND: tl.constexpr, T: tl.constexpr):
-    """Of elements: (share of the loss, share of the center, weight, height), in :func:`_unit`. The gradient is weight
-    (height - center) / τ, for FORWARD weight / τ. `norms`: the largest logit and log2 of the sum, of Q then of P, and
-    the difference of the two logarithms."""
+    """Of elements: (share of the loss, share of the center, weight, height), the shares and the height in
+    :func:`_unit`. The gradient is weight (height - center) / τ, times 1 - β between, and for FORWARD weight / τ.
+
+    Everything follows from d = log P - log Q, of the logits' own difference: log P and log Q, each some 10 or 20, would
+    round it. In the KL divergences Q - P, which sums to 0, cancels what the rounding of the sums adds.
+    """
     scale = number(numbers.scale, T)
     s, t = s - norms[0], t - norms[2]
     if KIND == BETWEEN:
         s, t = _finite(s), _finite(t)
-    x = s * scale - norms[1]
-    # log P - log Q from the logits' own difference: log P and log Q, each some 10 or 20, would round it.
-    if KIND == BETWEEN:
-        # With b = log (1-β)Q and D = log βP - b: log M = b + max(D, 0) + log(1 + 2^-|D|), which overflows nowhere.
-        log_beta, log_rest = number(numbers.log_beta, T), number(numbers.log_rest, T)
-        d = (t - s) * scale + (norms[4] + (log_beta - log_rest))
+        d = (t - s) * scale + norms[4]
+        above = d > 0.0  # the teacher's probability is the larger; the ratio of the other to it overflows nowhere
         ratio = tl.exp2(-tl.abs(d))
-        above = tl.log2(1.0 + ratio)
-        larger = tl.exp2(x + log_rest + tl.where(d > 0.0, d, 0.0))
-        q = larger * tl.where(d > 0.0, ratio, 1.0)
-        p = larger * tl.where(d > 0.0, 1.0, ratio)
-        from_q = -log_rest - tl.where(d > 0.0, d, 0.0) - above
-        from_p = -log_beta - tl.where(d > 0.0, 0.0, -d) - above
-        return q * from_q + p * from_p, q * from_q, q, from_q
+        larger = tl.exp2(tl.where(above, t, s) * scale) * tl.where(above, norms[3], norms[1])
+        smaller = larger * ratio
+        beta, rest = number(numbers.beta, T), number(numbers.rest, T)
+        mixture = tl.log2(1.0 + tl.where(above, rest, beta) * (ratio - 1.0))  # M / larger, 1 where P = Q
+        from_smaller = -tl.abs(d) - mixture
+        q, from_q = tl.where(above, smaller, larger), tl.where(above, from_smaller, -mixture)
+        p, from_p = tl.where(above, larger, smaller), tl.where(above, -mixture, from_smaller)
+        return beta * (p * from_p) + rest * (q * from_q), q * from_q, q, from_q
     else:
         d = (t - s) + divide(norms[4], scale)
-        q = tl.exp2(x)
+        q = tl.exp2(s * scale) * norms[1]
+        p = tl.exp2(t * scale) * norms[3]
+        balance = (q - p) * number(numbers.temperature, T)
         if KIND == REVERSE:
             height = tl.where(q == 0.0, 0.0, -d)
-            return q * height, q * height, q, height
+            return q * height - balance, q * height, q, height
         else:
-            p = tl.exp2(t * scale - norms[3])
-            share = tl.where(p == 0.0, 0.0, p * d)
-            return share, tl.zeros_like(share), q - p, share
+            return tl.where(p == 0.0, 0.0, p * d) + balance, tl.zeros_like(p), q - p, d
 
 
 @triton.jit
@@ -222,9 +224,11 @@ def _divergence_starts(data, places, row, inner):
 
 
 @triton.jit
-def _factor(grad, scale, row, numbers, T: tl.constexpr):
-    """1 / τ times the row's gradient and the call's scale, where there are any."""
+def _factor(grad, scale, row, numbers, KIND: tl.constexpr, T: tl.constexpr):
+    """What the gradient is times besides weight and height: 1 / τ, (1 - β), the row's gradient, the call's scale."""
     factor = number(numbers.slope, T)
+    if KIND == BETWEEN:
+        factor *= number(numbers.rest, T)
     if grad is not None:
         factor *= tl.load(grad + row)
     if scale is not None:
@@ -239,13 +243,10 @@ def _store_divergence(
     """Returns the center as it is stored."""
     unit = _unit(numbers, KIND, T)
     value, center = sums[0] * unit, sums[1] * unit
-    if KIND == BETWEEN:
-        center = divide(center, tl.exp2(number(numbers.log_rest, T)))
-        value += number(numbers.surplus, T)
     if scale is not None:
         value *= tl.load(scale)
     tl.store(loss + row, tl.where(read, value, 0.0))
-    stored = (student[0], tl.log(student[1]), teacher[0], tl.log(teacher[1]), center)
+    stored = (student[0], student[1], teacher[0], teacher[1], center)
     for i in tl.static_range(5):
         tl.store(stats + i * rows + row, tl.where(read, stored[i], 0.0))
     return center
@@ -279,13 +280,10 @@ def _divergence_rows(
         EDGES,
         T,
     )
-    largest_s, total_s = tl.where(read, student[0], 0.0), tl.where(read, student[1], 1.0)
-    largest_t, total_t = tl.where(read, teacher[0], 0.0), tl.where(read, teacher[1], 1.0)
-    student, teacher = (largest_s, total_s), (largest_t, total_t)
-    norms = _norms(student, teacher, numbers, T)
+    norms = _read_norms(student, teacher, read, T)
     GRAD: tl.constexpr = len(data) == 3
     WITH: tl.constexpr = GRAD and KIND == FORWARD  # that gradient needs no sum of this sweep
-    factor = _factor(None, scale, row, numbers, T)
+    factor = _factor(None, scale, row, numbers, KIND, T)
     sums = _sweep(
         data, starts, begin, end, element, mask, read, norms, numbers, begin.to(T), factor, True, True, WITH,
         GRAD and not WITH, KIND, LANES, TILES, WIDTH, EDGES, T,
@@ -347,7 +345,7 @@ def _divergence_sums(
     element, mask = edge_elements(span, LANES, WIDTH)
     begin, end, edge = segment_of(segment, program % segments, span, _is_read(labels, row, ignore))
     student, teacher = _combined_pair(partials, row, segments, SEGMENTS, numbers, T)
-    norms = _norms(student, teacher, numbers, T)
+    norms = _norms(student, teacher, T)
     own = _sweep(
         data, starts, begin, end, element, mask & edge, True, norms, numbers, norms[1], norms[1], True, True, False,
         True, KIND, LANES, TILES, WIDTH, EDGES, T,
@@ -387,11 +385,11 @@ def _divergence_backward(
     span = row_span(starts[0], size, WIDTH, EDGES, INDEX)
     element, mask = edge_elements(span, LANES, WIDTH)
     begin, end, edge = segment_of(segment, index, span, tl.full((), 1, tl.int1))
-    largest_s, log_s = tl.load(stats + row), tl.load(stats + rows + row)
-    largest_t, log_t = tl.load(stats + 2 * rows + row), tl.load(stats + 3 * rows + row)
-    norms = (largest_s, log_s * LOG2E, largest_t, log_t * LOG2E, (log_s - log_t) * LOG2E)
+    student = tl.load(stats + row), tl.load(stats + rows + row)
+    teacher = tl.load(stats + 2 * rows + row), tl.load(stats + 3 * rows + row)
+    norms = _read_norms(student, teacher, read, T)
     center = tl.load(stats + 4 * rows + row)
-    factor = _factor(grad, scale, row, numbers, T)
+    factor = _factor(grad, scale, row, numbers, KIND, T)
     _sweep(
         data, starts, begin, end, element, mask & edge, read, norms, numbers, center, factor, False, False, True,
         False, KIND, LANES, TILES, WIDTH, EDGES, T,

@@ -18,11 +18,6 @@ def argument(value: float, dtype: torch.dtype) -> float | int:
     return struct.unpack("q", struct.pack("d", value))[0] if dtype == torch.float64 else float(value)
 
 
-def held(value: float, dtype: torch.dtype) -> float:
-    """What of `value` is left in `dtype`, float32 or float64."""
-    return value if dtype == torch.float64 else struct.unpack("f", struct.pack("f", value))[0]
-
-
 @triton.jit
 def number(value, T: tl.constexpr):
     if T == tl.float64:
@@ -67,6 +62,16 @@ def log1p(x):
     u = 1.0 + x
     lost = u == 1.0
     return tl.where(lost, x, tl.log(u) * divide(x, tl.where(lost, 1.0, u - 1.0)))
+
+
+@triton.jit
+def expm1(x):
+    """exp(x) - 1 for x <= 0, also where exp(x) rounds to 1."""
+    u = exp_negative(x)
+    # What x lost in u, log(u) lost too. Below -1 nothing cancels.
+    near = (u < 1.0) & (u > 0.36)
+    exact = divide((u - 1.0) * x, tl.log(tl.where(near, u, 0.5)))
+    return tl.where(u == 1.0, x, tl.where(near, exact, u - 1.0))
 
 
 @triton.jit

@@ -15,7 +15,7 @@ from . import scalar
 from .divergence import generalized_jsd, generalized_jsd_backward
 from .elbo import ddo_link, ddo_term
 from .rowwise import Formula, Functions, Groups, Rows, run
-from .scalar import exp_negative, number, rounded
+from .scalar import divide, expm1, number, rounded
 from .sweep import (
     LOG2E,
     PLAIN,
@@ -64,11 +64,10 @@ def _store_logprob(
 ):
     inside = (token >= 0) & (token < size)
     picked = tl.load(logits + start + token, mask=inside & read, other=float("nan")).to(T)
-    log_sum = tl.log(total)
-    value = (picked - largest) * number(numbers.slope, T) - log_sum
+    value = (picked - largest) * number(numbers.slope, T) - tl.log(tl.where(read, total, 1.0))
     tl.store(logprob + row, tl.where(read, value, 0.0))
     tl.store(stats + row, tl.where(read, largest, 0.0))
-    tl.store(stats + rows + row, tl.where(read, log_sum, 0.0))
+    tl.store(stats + rows + row, tl.where(read, total, 0.0))
 
 
 @triton.jit(do_not_specialize=PLAIN)
@@ -117,13 +116,13 @@ def _token_finish(
 
 
 @triton.jit
-def _token_gradient(tiles, element, token, largest, share, factor, scale, OUT: tl.constexpr):
-    """factor (onehot - softmax), rounded; `element`: the place in the row of each element of the first tile, and how
-    far the next tile's are."""
+def _token_gradient(tiles, element, token, largest, share, picked, scale, OUT: tl.constexpr):
+    """The gradient, rounded: share 2^…, at the token `picked`. `element`: the place in the row of each element of the
+    first tile, and how far the next tile's are."""
     values = ()
     for i in tl.static_range(len(tiles)):
-        onehot = tl.where(element[0] + i * element[1] == token, factor, 0.0)
-        values = values + (rounded(onehot - tl.exp2((tiles[i] - largest) * scale) * (share * factor), OUT),)
+        value = tl.exp2((tiles[i] - largest) * scale) * share
+        values = values + (rounded(tl.where(element[0] + i * element[1] == token, picked, value), OUT),)
     return values
 
 
@@ -142,19 +141,23 @@ def _token_backward(
     begin, end, edge = segment_of(segment, program % segments, span, tl.full((), 1, tl.int1))
     scale = number(numbers.scale, T)
     largest = tl.load(stats + row)
-    share = exp_negative(-tl.load(stats + rows + row))
-    factor = tl.where(read, tl.load(grad + row) * number(numbers.slope, T), 0.0)
+    total = tl.where(read, tl.load(stats + rows + row), 1.0)
+    slope = number(numbers.slope, T)
+    factor = tl.where(read, tl.load(grad + row) * slope, 0.0)
+    share = divide(-factor, total)
+    logit = tl.load(data[0] + start + token, mask=read, other=0.0).to(T)
+    picked = -factor * expm1((logit - largest) * slope - tl.log(total))  # 1 - softmax, which may be near 0
     OUT: tl.constexpr = data[1].dtype.element_ty
     lane = tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     for chunk in range(begin, end, LANES * TILES):
         tiles = load_tiles(data[0], start, chunk, tl.where(read, end, 0), False, LANES, TILES, WIDTH, T)
         places_here = (span[0] + chunk * WIDTH + lane, LANES * WIDTH)
-        values = _token_gradient(tiles, places_here, token, largest, share, factor, scale, OUT)
+        values = _token_gradient(tiles, places_here, token, largest, share, picked, scale, OUT)
         store_tiles(data[1], out, chunk, end, values, LANES, TILES, WIDTH)
     if EDGES:
         element, mask = edge_elements(span, LANES, WIDTH)
         tiles = load_edge(data[0], start, element, mask & edge & read, T)
-        values = _token_gradient(tiles, (element, 0), token, largest, share, factor, scale, OUT)
+        values = _token_gradient(tiles, (element, 0), token, largest, share, picked, scale, OUT)
         tl.store(data[1] + out + element, values[0], mask=mask & edge)
 
 
