@@ -50,7 +50,7 @@ class Report:
     instructions: int
     loads: dict[int, int]  # width in bytes -> global load instructions
     stores: dict[int, int]
-    narrow_reads: int  # sweeps over a tile of a stream that are not made of 16-byte loads; 0 is what we want
+    narrow_reads: int  # bytes per element, of all sweeps in the code, that 16-byte loads do not move; 0 is what we want
     narrow_writes: int
     moved_bytes: int  # per element of a row, that the kernel asks of the caches or the memory
     floor_bytes: int  # the same where each input is read and each output written once; 0 where rows are not the matter
@@ -62,6 +62,22 @@ SWEEPS: dict[str, Callable[[Streams, Streams], Streams]] = {
     "_looped_groups": lambda streams, mapped: streams + mapped,
     "_partial_sums": lambda streams, mapped: streams,
     "_finish": lambda streams, mapped: mapped,
+}
+
+
+def _divergence_sweeps(args: tuple[Any, ...], constants: dict[str, Any]) -> tuple[int, int, bool, int]:
+    sweeps = 3 if len(args[0]) == 3 and constants["KIND"] != 0 else 2
+    return sweeps, sweeps, len(args[0]) == 3, 2
+
+
+# Of the kernels over logits: sweeps over the inputs when they run, and in their code, whether they write, the inputs.
+LOGIT_SWEEPS: dict[str, Callable[[tuple[Any, ...], dict[str, Any]], tuple[int, int, bool, int]]] = {
+    "_token_rows": lambda args, constants: (1, 1, False, 1),
+    "_token_backward": lambda args, constants: (1, 1, True, 1),
+    "_divergence_rows": _divergence_sweeps,
+    "_divergence_normalizers": lambda args, constants: (1, 1, False, 2),
+    "_divergence_sums": lambda args, constants: (1, 1, False, 2),
+    "_divergence_backward": lambda args, constants: (1, 1, True, 2),
 }
 
 
@@ -85,7 +101,19 @@ class Launch:
         name = kernel.metadata.name
         if name == "_scale_in_place":
             return Launch(kernel, constants["BLOCK"], args[:1], args[0], *(2 * [2 * args[0].element_size()]))
+        if name in LOGIT_SWEEPS:
+            return Launch._logits(kernel, name, args, constants)
         return Launch._rowwise(kernel, name, args, constants) if name in SWEEPS else Launch(kernel)
+
+    @staticmethod
+    def _logits(kernel: Any, name: str, args: tuple[Any, ...], constants: dict[str, Any]) -> Launch:
+        sweeps, reads, writes, streams = LOGIT_SWEEPS[name](args, constants)
+        inputs, outs = args[0][:streams], args[0][streams:]
+        out = outs[0] if outs and writes else None
+        tile = constants["LANES"] * constants["TILES"] * constants["WIDTH"]
+        return Launch(
+            kernel, tile, inputs * reads, out, _bytes(inputs) * sweeps + _bytes([out]), _bytes((*inputs, *outs))
+        )
 
     @staticmethod
     def _rowwise(kernel: Any, name: str, args: tuple[Any, ...], constants: dict[str, Any]) -> Launch:
@@ -98,12 +126,11 @@ class Launch:
         return Launch(kernel, tile, wide, out, _bytes((*reads, out)), _bytes((*streams, args[4])))
 
     def narrow(self, accesses: dict[int, int], tensors: Streams) -> int:
-        """Of the sweeps over `tensors`, those that are not made of 16-byte accesses."""
-        if not self.tile or not tensors:
+        """Of the bytes per element of one sweep over each of `tensors`, those that 16-byte accesses do not move."""
+        if not self.tile:
             return 0
         moved = sum(width * n for width, n in accesses.items() if width >= 16)
-        wide = moved * 32 * self.kernel.metadata.num_warps // (self.tile * tensors[0].element_size())
-        return len(tensors) - wide
+        return _bytes(tensors) - moved * 32 * self.kernel.metadata.num_warps // self.tile
 
 
 # -- Compiling what a launcher launches
@@ -231,8 +258,43 @@ def _calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "combination", partial(schedule.row_combination, x, weight, x, weight)
     yield "combination of one", partial(schedule.row_combination, x, weight)
     yield "scale in place", partial(gradient.scale_gradient_, x, weight[0])
+    yield from _sequence_calls(dtype)
     if dtype == torch.float32:
         yield from _trajectory_calls()
+
+
+def _sequence_calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Vocabularies of image tokens and of language models, odd ones, few rows, and the teacher in another dtype."""
+    from fastgen.triton_kernels import sequence
+
+    shapes = {
+        "var": (4096, 4096),
+        "llm": (2048, 128256),
+        "odd": (2048, 50257),
+        "few": (3, 32000),
+        "narrow": (4, 7, 999),
+    }
+    for name, shape in shapes.items():
+        x = _images(dtype, *shape)
+        if name == "narrow":  # rows that start at other places than the gradient's
+            x = x[:, :-1]
+        count = x.shape[:-1].numel()
+        tokens = _vector(count, torch.int64).view(x.shape[:-1])
+        grad, stats = _vector(count), torch.empty(5, count, device="meta")
+        yield f"token {name}", partial(sequence.token_logprob, x, tokens, 1.0, -100)
+        yield f"token backward {name}", partial(sequence.token_logprob_backward, grad, x, tokens, stats, 1.0, -100)
+        for kind, beta in (("forward", 0.0), ("mixed", 0.5), ("reverse", 1.0)):
+            for with_grad in (False, True):
+                what = f"jsd {kind} {name}{' grad' * with_grad}"
+                yield what, partial(
+                    sequence.generalized_jsd, x, x, tokens, grad[0], beta, 1.0, -100, True, with_grad
+                )  # fmt: skip
+            yield f"jsd backward {kind} {name}", partial(
+                sequence.generalized_jsd_backward, grad, x, x, tokens, stats, beta, 1.0, -100
+            )  # fmt: skip
+    x = _images(dtype, *shapes["llm"])
+    teacher = x.to(torch.bfloat16 if dtype == torch.float32 else torch.float32)
+    yield "jsd two dtypes grad", partial(sequence.generalized_jsd, x, teacher, None, None, 0.5, 1.0, -100, True, True)
 
 
 def _trajectory_calls() -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -319,13 +381,13 @@ def _columns(accesses: dict[int, int]) -> str:
 
 def table(reports: list[Report]) -> str:
     """The reports as text."""
-    title = f"{'kernel':17} {'variant':36} sm_ warps regs spill shared  instr  bytes/floor"
+    title = f"{'kernel':23} {'variant':36} sm_ warps regs spill shared  instr  bytes/floor"
     lines = [f"{title}  {'loads (count x bytes)':24}  stores"]
     for r in reports:
         moved = f"{r.moved_bytes}/{r.floor_bytes}" if r.floor_bytes else "-"
         narrow = "  NARROW" if r.narrow_reads or r.narrow_writes else ""
         lines.append(
-            f"{r.kernel:17} {r.variant:36} {r.arch:3} {r.num_warps:5} {r.registers:4} {r.spill_bytes:5} "
+            f"{r.kernel:23} {r.variant:36} {r.arch:3} {r.num_warps:5} {r.registers:4} {r.spill_bytes:5} "
             f"{r.shared_bytes:6} {r.instructions:6} {moved:>12}  {_columns(r.loads):24}  {_columns(r.stores)}{narrow}"
         )
     return "\n".join(lines)

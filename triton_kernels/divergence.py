@@ -205,7 +205,8 @@ def _sweep(
         if GRAD:
             values = _divergence_gradient(s, t, norms, numbers, center, factor, KIND, data[2].dtype.element_ty, T)
             tl.store(data[2] + starts[2] + element, values[0], mask=mask)
-    return tl.sum(sums[0], axis=0), tl.sum(sums[1], axis=0)
+    center = tl.zeros((), T) if KIND == FORWARD else tl.sum(sums[1], axis=0)
+    return tl.sum(sums[0], axis=0), center
 
 
 @triton.jit

@@ -30,8 +30,11 @@ PLAIN = ["places", "inner", "size", "rows", "ignore", "segment", "segments", "ou
 
 Place = tuple[int, int, int]  # of rows [outer, inner]: the first row's offset, the strides; in elements
 
-# 16-byte pieces of all streams that a thread of a sweep has in flight: 64 bytes, in at most 64 registers with the rest.
+# 16-byte pieces of all streams that a thread of a sweep has in flight.
 PIECES = 4
+# Of a thread, by the warps of a program: one of 1024 threads a multiprocessor, or three of 256. Told so, ptxas does not
+# spill for the sake of more.
+REGISTERS = {32: 64, 8: 80}
 # Programs of a split row at most: their partial results are one tile for who adds them up.
 MOST_SEGMENTS = 128
 
@@ -57,8 +60,6 @@ def plan_sweep(rows: int, chunks: int, width: int, row_bytes: int, streams: int,
     # one of 1024 threads a multiprocessor where four of 256 would have four times as many rows in flight.
     threads = 256 if not again or row_bytes < 64 << 10 else 512 if row_bytes < 160 << 10 else 1024
     lanes = max(32, min(threads, triton.next_power_of_2(triton.cdiv(chunks, tiles))))
-    if threads == 1024 and width > 1:
-        tiles = 1
     blocks = triton.cdiv(chunks, lanes * tiles)
     wanted = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(on)
     segments = min(MOST_SEGMENTS, blocks, triton.cdiv(wanted, max(rows, 1)))
@@ -121,6 +122,7 @@ class LogitRows:
             "INDEX": offsets_type(self.size),
             "T": tl.float64 if self.dtype == torch.float64 else tl.float32,
             "num_warps": plan.num_warps,
+            "maxnreg": REGISTERS.get(plan.num_warps),
         }
 
     def scalars(self, t: Tensor) -> Tensor:
