@@ -30,11 +30,11 @@ PLAIN = ["places", "inner", "size", "rows", "ignore", "segment", "segments", "ou
 
 Place = tuple[int, int, int]  # of rows [outer, inner]: the first row's offset, the strides; in elements
 
-# 16-byte pieces of all streams that a thread of a sweep has in flight.
-PIECES = 4
-# Of a thread, by the warps of a program: one of 1024 threads a multiprocessor, or three of 256. Told so, ptxas does not
-# spill for the sake of more.
-REGISTERS = {32: 64, 8: 80}
+# Tiles that a program takes at a time, by the streams: two 16-byte loads a thread and more in flight, in registers for
+# four programs of 256 threads.
+TILES = {1: 4, 2: 1}
+# Of a thread where a program has 1024: with fewer ptxas would spill, for the sake of a second program.
+WIDE_REGISTERS = 64
 # Programs of a split row at most: their partial results are one tile for who adds them up.
 MOST_SEGMENTS = 128
 
@@ -55,7 +55,7 @@ def plan_sweep(rows: int, chunks: int, width: int, row_bytes: int, streams: int,
 
     Not yet measured on a GPU; the reasons are bounds.
     """
-    tiles = max(1, PIECES // streams) if width > 1 else 8
+    tiles = TILES[streams] if width > 1 else 8
     # A row swept again should still be in a cache. All programs in flight share the L2, so long rows get wide programs:
     # one of 1024 threads a multiprocessor where four of 256 would have four times as many rows in flight.
     threads = 256 if not again or row_bytes < 64 << 10 else 512 if row_bytes < 160 << 10 else 1024
@@ -72,7 +72,7 @@ def plan_sweep(rows: int, chunks: int, width: int, row_bytes: int, streams: int,
 @functools.lru_cache(maxsize=4096)
 def plan_map(chunks: int, width: int, streams: int) -> Plan:
     """For a map of `streams` streams: a program's row scalars are worth some blocks."""
-    tiles = max(1, PIECES // streams) if width > 1 else 8
+    tiles = min(2, TILES[streams]) if width > 1 else 8
     lanes = max(32, min(256, triton.next_power_of_2(triton.cdiv(chunks, tiles))))
     segment = 4 * lanes * tiles
     return Plan(lanes, tiles, lanes // 32, segment, max(1, triton.cdiv(chunks, segment)))
@@ -122,7 +122,7 @@ class LogitRows:
             "INDEX": offsets_type(self.size),
             "T": tl.float64 if self.dtype == torch.float64 else tl.float32,
             "num_warps": plan.num_warps,
-            "maxnreg": REGISTERS.get(plan.num_warps),
+            "maxnreg": WIDE_REGISTERS if plan.num_warps == 32 else None,
         }
 
     def scalars(self, t: Tensor) -> Tensor:
