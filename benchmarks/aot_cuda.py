@@ -61,6 +61,7 @@ def _readable(symbols: Sequence[str]) -> dict[str, str]:
     for symbol, name in zip(symbols, output.splitlines(), strict=True):
         name = re.sub(r"\((?:fastgen::cuda::)?Access\)", "access=", name.removeprefix("void "))
         name = name.replace("access=0", "wide").replace("access=1", "single")
+        name = re.sub(r"\((?:fastgen::)?Divergence\)(\d)", lambda m: ("forward", "mixed", "reverse")[int(m[1])], name)
         names[symbol] = re.sub(r"fastgen::(?:cuda::)?", "", name.partition("(")[0]).replace(" >", ">")
     return names
 
@@ -131,6 +132,7 @@ TRAFFIC = {
     "on_chip": "floor",
     "part_sums": "all streams",
     "map": "mapped streams, output",
+    "sweep_rows": "floor where a row fits",
 }
 
 
