@@ -1,4 +1,4 @@
-"""The sequence family: a training step, forward and backward, against eager PyTorch and torch.compile of the reference."""
+"""The sequence family: steps of training, forward and backward, against eager PyTorch and torch.compile."""
 
 from __future__ import annotations
 
