@@ -122,6 +122,8 @@ def logits(**tensors: Tensor) -> None:
     first_name, first = next(iter(tensors.items()))
     for name, value in tensors.items():
         _floating(name, value)
+        if _is_dtensor(value):
+            raise TypeError(f"{name} is a DTensor: pass each rank's rows, {name}.to_local()")
         if value.dim() == 0 or value.shape[-1] == 0:
             raise ValueError(f"{name} must have shape [..., V] with V > 0, got {list(value.shape)}")
         if value.shape[:-1] != first.shape[:-1]:

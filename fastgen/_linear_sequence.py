@@ -17,8 +17,7 @@ from . import _sequence
 from ._autograd import once_differentiable
 from ._gradient import scale_gradient
 
-MAX_CHUNK_BYTES = 128 << 20
-
+MAX_CHUNK_BYTES = 96 << 20
 
 Head = tuple[Tensor, Tensor, Tensor | None]
 
@@ -34,8 +33,8 @@ def autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Head:
 
 def chunks(rows: int, row_bytes: int, max_bytes: int) -> Iterator[slice]:
     """As many rows at a time as fit, and as evenly as can be: the last chunk is no splinter."""
-    count = max(1, -(-rows * row_bytes // max_bytes))
-    size = max(1, -(-rows // count))
+    count = -(-rows // max(1, max_bytes // row_bytes))
+    size = -(-rows // max(1, count)) or 1
     return (slice(start, start + size) for start in range(0, max(rows, 1), size))  # one empty chunk of no rows
 
 

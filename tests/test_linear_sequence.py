@@ -74,7 +74,7 @@ def test_options(options, vocabularies, backend, device):  # noqa: F811
 
 
 @pytest.mark.parametrize("rows", [0, 1, 7, 64, 1000])
-@pytest.mark.parametrize("budget", [1, 100, 6400, 1 << 30])
+@pytest.mark.parametrize("budget", [1, 100, 350, 6400, 1 << 30])
 def test_chunks_cover_the_rows_within_the_budget(rows, budget):
     covered = []
     for chunk in _linear_sequence.chunks(rows, 100, budget):
@@ -149,6 +149,17 @@ def test_only_what_needs_a_gradient_gets_one(kernel_backend, device):  # noqa: F
         assert all(t.grad is None for t in leaves[3:])
         with torch.no_grad():
             assert not f(fastgen, leaves, labels).requires_grad
+
+
+def test_one_row(backend, device):  # noqa: F811
+    tensors, _ = heads((1,), device=device)
+    tensors[0], tensors[3] = tensors[0][0], tensors[3][0]
+    for f in (jsd, logprob):
+        for label in (3, -100):
+            y = torch.tensor(label, device=device)
+            torch.testing.assert_close(
+                gradients(f, fastgen, tensors, y), gradients(f, reference, tensors, y), rtol=1e-4, atol=1e-6
+            )
 
 
 def test_no_rows(backend, device):  # noqa: F811

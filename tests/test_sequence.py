@@ -577,9 +577,19 @@ def test_peak_memory_is_the_gradient():
 S = torch.zeros(2, 3, 5)
 Y = torch.zeros(2, 3, dtype=torch.int64)
 R = torch.ones(2, dtype=torch.bool)
+
+
+class DTensor(torch.Tensor):
+    """Goes by its name."""
+
+
 jsd, ddo, logprob = fastgen.generalized_jsd_loss, fastgen.sequence_ddo_loss, fastgen.token_logprob
 BAD_CALLS = {
     "logits must be a torch.Tensor": (TypeError, lambda: logprob([1.0], Y)),
+    r"logits is a DTensor: pass each rank's rows, logits.to_local\(\)": (
+        TypeError,
+        lambda: logprob(S.as_subclass(DTensor), Y),
+    ),
     "logits must be float32": (TypeError, lambda: logprob(S.int(), Y)),
     r"logits must have shape \[..., V\]": (ValueError, lambda: logprob(S[..., :0], Y)),
     "tokens must be int64": (TypeError, lambda: logprob(S, Y.int())),

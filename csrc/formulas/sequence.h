@@ -166,28 +166,30 @@ struct JsdElement {
     // Equal logits may both be -inf.
     const T d = ((s == t ? T(0) : t - s) - row.shift) * inverse_temperature - row.log_shift;
     const bool teacher_larger = d > T(0);
-    const T gap = teacher_larger ? -d : d;
+    // Finite, so that what has probability 0 adds 0 without a mask; the ends of beta can be infinite and need d itself.
+    const T gap = -std::abs(d) < T(-1e30) ? T(-1e30) : -std::abs(d);
     const T above = teacher_larger ? t - row.teacher_max : s - row.student_max;
     const T larger = exp_of(above * inverse_temperature) * (teacher_larger ? row.teacher_share : row.student_share);
     const Exponential<T> ratio = exponential(gap);
     const T smaller = larger * ratio.value;
-    const T q = teacher_larger ? smaller : larger, p = teacher_larger ? larger : smaller;
-    const T difference = larger * (teacher_larger ? ratio.minus_one : -ratio.minus_one);  // Q - P
-    if constexpr (D == Divergence::forward) {
-      parts[0] = difference;
-      sums[0] += (p == T(0) ? T(0) : p * d) + difference;
-    } else if constexpr (D == Divergence::reverse) {
-      const T a = q == T(0) ? T(0) : -d;
-      parts[0] = q, parts[1] = a;
-      sums[0] += q * a - difference, sums[1] += q * a;
+    if constexpr (D == Divergence::mixed) {
+      const T of_larger = teacher_larger ? beta : rest, of_smaller = teacher_larger ? rest : beta;
+      const T log_m = log_of(of_larger + of_smaller * ratio.value, of_smaller * ratio.minus_one);  // log(M / larger)
+      const T log_smaller = gap - log_m;  // log(smaller / M)
+      const T a = larger * -log_m, b = smaller * log_smaller;
+      parts[0] = teacher_larger ? smaller : larger, parts[1] = teacher_larger ? log_smaller : -log_m;
+      sums[0] += of_larger * a + of_smaller * b, sums[1] += teacher_larger ? b : a;
     } else {
-      const T weight = teacher_larger ? beta : rest, other = teacher_larger ? rest : beta;
-      const T log_m = log_of(weight + other * ratio.value, other * ratio.minus_one);  // log(M / larger)
-      const T of_smaller = gap - log_m;
-      const T a = q == T(0) ? T(0) : teacher_larger ? of_smaller : -log_m;
-      const T b = p == T(0) ? T(0) : teacher_larger ? -log_m : of_smaller;
-      parts[0] = q, parts[1] = a;
-      sums[0] += beta * (p * b) + rest * (q * a), sums[1] += q * a;
+      const T difference = larger * (teacher_larger ? ratio.minus_one : -ratio.minus_one);  // Q - P
+      if constexpr (D == Divergence::forward) {
+        const T p = teacher_larger ? larger : smaller;
+        parts[0] = difference;
+        sums[0] += (p == T(0) ? T(0) : p * d) + difference;
+      } else {
+        const T q = teacher_larger ? smaller : larger, a = q == T(0) ? T(0) : -d;
+        parts[0] = q, parts[1] = a;
+        sums[0] += q * a - difference, sums[1] += q * a;
+      }
     }
   }
 
