@@ -1,10 +1,12 @@
-"""What the compilers make of the kernels, without a GPU: registers, spills, shared memory, width of memory accesses.
+"""What the compilers make of the kernels, without a GPU: registers, spills, shared memory, width of memory accesses,
+bytes moved per element against the floor.
 
-    python -m benchmarks.aot [--arch 90]
+    python -m benchmarks.aot [--part triton] [--arch 90] [--dtype bf16] [--only PATTERN]
 
 Triton kernels are compiled as their launchers would launch them: the launchers run on meta tensors under a driver that
 names a target instead of a device, and every launch is compiled and not run. So a variant cannot be forgotten or
-differ from the real one. It takes a process of its own, without TRITON_INTERPRET.
+differ from the real one. It takes a process of its own, without TRITON_INTERPRET. The CUDA sources are compiled by
+nvcc (``aot_cuda``). All of both takes a quarter of an hour on four cores; the options leave out what is not wanted.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import itertools
 import json
 import re
 import subprocess
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -24,9 +27,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
+
+from . import aot_cuda
 
 ARCHITECTURES = (80, 90, 100)
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+Streams = tuple[torch.Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -43,44 +50,87 @@ class Report:
     instructions: int
     loads: dict[int, int]  # width in bytes -> global load instructions
     stores: dict[int, int]
-    narrow_reads: int  # sweeps over a tile of a stream that are not made of 16-byte loads; 0 is what we want
+    narrow_reads: int  # bytes per element, of all sweeps in the code, that 16-byte loads do not move; 0 is what we want
     narrow_writes: int
+    moved_bytes: int  # per element of a row, that the kernel asks of the caches or the memory
+    floor_bytes: int  # the same where each input is read and each output written once; 0 where rows are not the matter
 
 
-# How often a kernel's code sweeps over a tile: of (streams, mapped streams).
-SWEEPS = {
+# The streams that a kernel of the row-wise skeleton reads, of (all, mapped).
+SWEEPS: dict[str, Callable[[Streams, Streams], Streams]] = {
     "_held_groups": lambda streams, mapped: streams,
     "_looped_groups": lambda streams, mapped: streams + mapped,
     "_partial_sums": lambda streams, mapped: streams,
     "_finish": lambda streams, mapped: mapped,
-    "_scale_in_place": lambda streams, mapped: 1,
 }
+
+
+def _divergence_sweeps(args: tuple[Any, ...], constants: dict[str, Any]) -> tuple[int, int, bool, int]:
+    sweeps = 3 if len(args[0]) == 3 and constants["KIND"] != 0 else 2
+    return sweeps, sweeps, len(args[0]) == 3, 2
+
+
+# Of the kernels over logits: sweeps over the inputs when they run, and in their code, whether they write, the inputs.
+LOGIT_SWEEPS: dict[str, Callable[[tuple[Any, ...], dict[str, Any]], tuple[int, int, bool, int]]] = {
+    "_token_rows": lambda args, constants: (1, 1, False, 1),
+    "_token_backward": lambda args, constants: (1, 1, True, 1),
+    "_divergence_rows": _divergence_sweeps,
+    "_divergence_normalizers": lambda args, constants: (1, 1, False, 2),
+    "_divergence_sums": lambda args, constants: (1, 1, False, 2),
+    "_divergence_backward": lambda args, constants: (1, 1, True, 2),
+}
+
+
+def _bytes(tensors: Iterable[torch.Tensor | None]) -> int:
+    return sum(t.element_size() for t in tensors if t is not None)
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A compiled kernel and the tile that its launch would have swept."""
+    """A compiled kernel and what its launch would have swept; see :class:`Report`."""
 
     kernel: Any
-    streams: tuple[torch.Tensor, ...]
-    map_streams: int
-    out: torch.Tensor | None
-    tile: int
+    tile: int = 0  # elements of a row that a program takes at a time; 0: not a sweep over rows
+    reads: Streams = ()  # one for each sweep over a tile in the code
+    out: torch.Tensor | None = None
+    moved_bytes: int = 0
+    floor_bytes: int = 0
 
     @staticmethod
     def of(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> Launch:
         name = kernel.metadata.name
         if name == "_scale_in_place":
-            return Launch(kernel, args[:1], 1, args[0], constants["BLOCK"])
-        tile = constants["BLOCK"] * (constants["RANKS"] if name == "_held_groups" else 1)
-        out = args[4] if name != "_partial_sums" else None
-        streams = [t is not None and t.dtype != torch.bool for t in args[1]]  # masks are narrow, and matter little
-        present = tuple(t for t, counts in zip(args[1], streams, strict=True) if counts)
-        return Launch(kernel, present, sum(streams[: constants["MAP_STREAMS"]]) if out is not None else 0, out, tile)
+            return Launch(kernel, constants["BLOCK"], args[:1], args[0], *(2 * [2 * args[0].element_size()]))
+        if name in LOGIT_SWEEPS:
+            return Launch._logits(kernel, name, args, constants)
+        return Launch._rowwise(kernel, name, args, constants) if name in SWEEPS else Launch(kernel)
 
-    def wide_sweeps(self, accesses: dict[int, int], itemsize: int) -> int:
+    @staticmethod
+    def _logits(kernel: Any, name: str, args: tuple[Any, ...], constants: dict[str, Any]) -> Launch:
+        sweeps, reads, writes, streams = LOGIT_SWEEPS[name](args, constants)
+        inputs, outs = args[0][:streams], args[0][streams:]
+        out = outs[0] if outs and writes else None
+        tile = constants["LANES"] * constants["TILES"] * constants["WIDTH"]
+        return Launch(
+            kernel, tile, inputs * reads, out, _bytes(inputs) * sweeps + _bytes([out]), _bytes((*inputs, *outs))
+        )
+
+    @staticmethod
+    def _rowwise(kernel: Any, name: str, args: tuple[Any, ...], constants: dict[str, Any]) -> Launch:
+        streams = tuple(t for t in args[1] if t is not None)
+        mapped = tuple(t for t in args[1][: constants["MAP_STREAMS"]] if t is not None)
+        reads = SWEEPS[name](streams, mapped if args[4] is not None else ())
+        out = args[4] if name != "_partial_sums" else None
+        wide = tuple(t for t in reads if t.dtype != torch.bool)  # masks are narrow, and matter little
+        tile = constants["BLOCK"] * (constants["RANKS"] if name == "_held_groups" else 1)
+        return Launch(kernel, tile, wide, out, _bytes((*reads, out)), _bytes((*streams, args[4])))
+
+    def narrow(self, accesses: dict[int, int], tensors: Streams) -> int:
+        """Of the bytes per element of one sweep over each of `tensors`, those that 16-byte accesses do not move."""
+        if not self.tile:
+            return 0
         moved = sum(width * n for width, n in accesses.items() if width >= 16)
-        return moved * 32 * self.kernel.metadata.num_warps // (self.tile * itemsize)
+        return _bytes(tensors) - moved * 32 * self.kernel.metadata.num_warps // self.tile
 
 
 # -- Compiling what a launcher launches
@@ -209,6 +259,57 @@ def _calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "combination", partial(schedule.row_combination, x, weight, x, weight)
     yield "combination of one", partial(schedule.row_combination, x, weight)
     yield "scale in place", partial(gradient.scale_gradient_, x, weight[0])
+    yield from _sequence_calls(dtype)
+    if dtype == torch.float32:
+        yield from _trajectory_calls()
+
+
+def _sequence_calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Vocabularies of image tokens and of language models, odd ones, few rows, and the teacher in another dtype."""
+    from fastgen.triton_kernels import sequence
+
+    shapes = {
+        "var": (4096, 4096),
+        "llm": (2048, 128256),
+        "odd": (2048, 50257),
+        "few": (3, 32000),
+        "narrow": (4, 7, 999),
+    }
+    for name, shape in shapes.items():
+        x = _images(dtype, *shape)
+        if name == "narrow":  # rows that start at other places than the gradient's
+            x = x[:, :-1]
+        count = x.shape[:-1].numel()
+        tokens = _vector(count, torch.int64).view(x.shape[:-1])
+        grad, stats = _vector(count), torch.empty(5, count, device="meta")
+        yield f"token {name}", partial(sequence.token_logprob, x, tokens, 1.0, -100)
+        yield f"token backward {name}", partial(sequence.token_logprob_backward, grad, x, tokens, stats, 1.0, -100)
+        for kind, beta in (("forward", 0.0), ("mixed", 0.5), ("reverse", 1.0)):
+            for with_grad in (False, True):
+                what = f"jsd {kind} {name}{' grad' * with_grad}"
+                yield what, partial(
+                    sequence.generalized_jsd, x, x, tokens, grad[0], beta, 1.0, -100, True, with_grad
+                )  # fmt: skip
+            yield f"jsd backward {kind} {name}", partial(
+                sequence.generalized_jsd_backward, grad, x, x, tokens, stats, beta, 1.0, -100
+            )  # fmt: skip
+    x = _images(dtype, *shapes["llm"])
+    teacher = x.to(torch.bfloat16 if dtype == torch.float32 else torch.float32)
+    yield "jsd two dtypes grad", partial(sequence.generalized_jsd, x, teacher, None, None, 0.5, 1.0, -100, True, True)
+
+
+def _trajectory_calls() -> Iterator[tuple[str, Callable[[], Any]]]:
+    from fastgen.triton_kernels import trajectory
+
+    factors = _images(torch.float64, 2, 101)
+    problems = {f"{d}": (_images(d, 2, 101, 101), None) for d in (torch.float64, torch.float32)}
+    for name, (cost, h) in (problems | {"factored": (factors, factors)}).items():
+        table = cost.new_empty(2 * 4 * 101)
+        what = f"trajectory {name.removeprefix('torch.')}"
+        yield f"{what} table", partial(trajectory.trajectory_table, cost, h, 0, 3, False)
+        yield f"{what} path", partial(trajectory.trajectory_path, cost, h, table, 0, 3, False)
+        if h is None:
+            yield f"{what} inspect", partial(trajectory.trajectory_inspect, cost, h, 0, True)
 
 
 def triton_report(
@@ -219,15 +320,15 @@ def triton_report(
     `only`: a pattern that a call's name must match.
     """
     reports: dict[str, Report] = {}
-    for arch, dtype in itertools.product(architectures, dtypes):
-        for variant, call in _calls(DTYPES[dtype]):
-            compiled: list[Launch] = []
-            if re.search(only, variant):
-                with _compiling(arch, compiled):
-                    call()
-            for launched in compiled:
-                if launched.kernel.hash not in reports:
-                    reports[launched.kernel.hash] = _report(launched, f"{variant} {dtype}", arch)
+    calls = {d: [(name, call) for name, call in _calls(DTYPES[d]) if re.search(only, name)] for d in dtypes}
+    work = [(a, d, name, call) for a, d in itertools.product(architectures, calls) for name, call in calls[d]]
+    for arch, dtype, variant, call in tqdm(work, "Triton", unit="call", leave=False, disable=None):
+        compiled: list[Launch] = []
+        with _compiling(arch, compiled):
+            call()
+        for launched in compiled:
+            if launched.kernel.hash not in reports:
+                reports[launched.kernel.hash] = _report(launched, f"{variant} {dtype}", arch)
     return list(reports.values())
 
 
@@ -257,8 +358,6 @@ def _report(launch: Launch, variant: str, arch: int) -> Report:
         dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     usage = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", dump)}
     loads, stores = _widths(kernel.asm["ptx"], "ld"), _widths(kernel.asm["ptx"], "st")
-    sweeps = SWEEPS[kernel.metadata.name](len(launch.streams), launch.map_streams)
-    out = launch.out
     return Report(
         kernel=kernel.metadata.name,
         variant=variant,
@@ -270,8 +369,10 @@ def _report(launch: Launch, variant: str, arch: int) -> Report:
         instructions=len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+\S", dump, re.MULTILINE)),
         loads=loads,
         stores=stores,
-        narrow_reads=sweeps - launch.wide_sweeps(loads, launch.streams[0].element_size()),
-        narrow_writes=0 if out is None else 1 - launch.wide_sweeps(stores, out.element_size()),
+        narrow_reads=launch.narrow(loads, launch.reads),
+        narrow_writes=0 if launch.out is None else launch.narrow(stores, (launch.out,)),
+        moved_bytes=launch.moved_bytes,
+        floor_bytes=launch.floor_bytes,
     )
 
 
@@ -279,24 +380,48 @@ def _columns(accesses: dict[int, int]) -> str:
     return " ".join(f"{n}x{width}" for width, n in accesses.items())
 
 
+def table(reports: list[Report]) -> str:
+    """The reports as text."""
+    title = f"{'kernel':23} {'variant':36} sm_ warps regs spill shared  instr  bytes/floor"
+    lines = [f"{title}  {'loads (count x bytes)':24}  stores"]
+    for r in reports:
+        moved = f"{r.moved_bytes}/{r.floor_bytes}" if r.floor_bytes else "-"
+        narrow = "  NARROW" if r.narrow_reads or r.narrow_writes else ""
+        lines.append(
+            f"{r.kernel:23} {r.variant:36} {r.arch:3} {r.num_warps:5} {r.registers:4} {r.spill_bytes:5} "
+            f"{r.shared_bytes:6} {r.instructions:6} {moved:>12}  {_columns(r.loads):24}  {_columns(r.stores)}{narrow}"
+        )
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--arch", type=int, action="append", help="80, 90 or 100; all if not given")
-    parser.add_argument("--dtype", choices=DTYPES, action="append", help="all if not given")
-    parser.add_argument("--only", default="", help="a pattern that a call's name must match")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument(
+        "--part", choices=("triton", "cuda"), help="the Triton kernels or the CUDA sources; both if not given"
+    )
+    parser.add_argument("--arch", type=int, action="append", help="80, 90 or 100 (Triton alone); all if not given")
+    parser.add_argument("--dtype", choices=DTYPES, action="append", help="of Triton kernels; all if not given")
+    parser.add_argument("--only", default="", help="a pattern that a Triton call's name, or a CUDA file's, must match")
+    parser.add_argument("--json", action="store_true", help="the Triton reports and the CUDA rows, as one list each")
     options = parser.parse_args()
-    reports = triton_report(options.arch or ARCHITECTURES, options.dtype or tuple(DTYPES), options.only)
+    found: dict[str, Any] = {}
+    if options.part != "cuda":
+        reports = triton_report(options.arch or ARCHITECTURES, options.dtype or tuple(DTYPES), options.only)
+        found["triton"] = [asdict(r) for r in reports]
+        if not options.json:
+            print(table(reports))
+            print("\nbytes/floor: asked for each element of a row, and the least, each input and output once\n")
+    if options.part != "triton":
+        try:
+            rows = aot_cuda.cuda_report(aot_cuda.architectures(options.arch), options.only)
+            found["cuda"] = rows
+        except FileNotFoundError as error:
+            print(f"CUDA sources not compiled: {error}", file=sys.stderr)
+        else:
+            if not options.json:
+                print(aot_cuda.table(rows))
     if options.json:
-        print(json.dumps([asdict(r) for r in reports]))
-        return
-    print(f"{'kernel':16} {'variant':32} sm_ warps regs spill shared  instr  loads (count x bytes)     stores")
-    for r in reports:
-        narrow = "  NARROW" if r.narrow_reads or r.narrow_writes else ""
-        print(
-            f"{r.kernel:16} {r.variant:32} {r.arch:3} {r.num_warps:5} {r.registers:4} {r.spill_bytes:5} "
-            f"{r.shared_bytes:6} {r.instructions:6}  {_columns(r.loads):24}  {_columns(r.stores)}{narrow}"
-        )
+        print(json.dumps(found))
 
 
 if __name__ == "__main__":

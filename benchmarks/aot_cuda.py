@@ -1,6 +1,6 @@
 """What nvcc makes of the CUDA kernels, without a GPU: registers, spills, shared memory, width of memory accesses.
 
-``python -m benchmarks.aot_cuda [architecture …]`` prints a table; ``cuda_report`` returns it.
+``python -m benchmarks.aot --part cuda`` prints the table.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURES = ("80", "90a")
@@ -60,6 +61,7 @@ def _readable(symbols: Sequence[str]) -> dict[str, str]:
     for symbol, name in zip(symbols, output.splitlines(), strict=True):
         name = re.sub(r"\((?:fastgen::cuda::)?Access\)", "access=", name.removeprefix("void "))
         name = name.replace("access=0", "wide").replace("access=1", "single")
+        name = re.sub(r"\((?:fastgen::)?Divergence\)(\d)", lambda m: ("forward", "mixed", "reverse")[int(m[1])], name)
         names[symbol] = re.sub(r"fastgen::(?:cuda::)?", "", name.partition("(")[0]).replace(" >", ">")
     return names
 
@@ -102,8 +104,13 @@ def _compile(nvcc: Path, source: Path, architecture: str, flags: Sequence[str]) 
     return rows
 
 
-def cuda_report(architectures: Sequence[str] = ARCHITECTURES, jobs: int = 2) -> list[dict[str, Any]]:
-    """One row per kernel and architecture, in the order of the files.
+def architectures(wanted: Sequence[int] | None) -> Sequence[str]:
+    """Those of :data:`ARCHITECTURES` whose numbers are `wanted`; all if None."""
+    return [a for a in ARCHITECTURES if not wanted or int(a.rstrip("a")) in wanted]
+
+
+def cuda_report(architectures: Sequence[str] = ARCHITECTURES, only: str = "", jobs: int = 2) -> list[dict[str, Any]]:
+    """One row per kernel and architecture, in the order of the files, of those whose names match the pattern `only`.
 
     Raises:
         FileNotFoundError: where there is no CUDA toolkit.
@@ -111,28 +118,33 @@ def cuda_report(architectures: Sequence[str] = ARCHITECTURES, jobs: int = 2) -> 
     """
     home = cuda_home()
     if home is None:
-        raise FileNotFoundError("no CUDA toolkit: set CUDA_HOME to its root")
+        raise FileNotFoundError("no nvcc: install a CUDA toolkit and set CUDA_HOME to its root")
     flags = compiler_flags()
-    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    sources = sorted(path for path in (ROOT / "csrc" / "cuda").glob("*.cu") if re.search(only, path.stem))
     nvcc = home / "bin" / "nvcc"
     with ThreadPoolExecutor(jobs) as pool:
         tasks = [pool.submit(_compile, nvcc, source, arch, flags) for source in sources for arch in architectures]
-        return [row for task in tasks for row in task.result()]
+        return [row for task in tqdm(tasks, "CUDA", unit="file", leave=False, disable=None) for row in task.result()]
 
 
-def main() -> None:
-    try:
-        rows = cuda_report(sys.argv[1:] or ARCHITECTURES)
-    except FileNotFoundError as error:
-        print(f"skipped: {error}")
-        return
-    columns = ["registers", "spill_bytes", "stack_bytes", "static_shared_bytes", "wide_loads", "wide_stores"]
-    print("| kernel | arch |", " | ".join(c.replace("_", " ") for c in columns), "|")
-    print("|---|---|" + "---:|" * len(columns))
+# What a kernel of a row skeleton asks for each element.
+TRAFFIC = {
+    "on_chip": "floor",
+    "part_sums": "all streams",
+    "map": "mapped streams, output",
+    "sweep_rows": "floor where a row fits",
+}
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as text."""
+    title = f"{'arch':7} regs spill stack shared wide ld/st  {'per element':24} kernel"
+    lines = [title]
     for row in rows:
-        cells = ["yes" if row[c] is True else "no" if row[c] is False else str(row[c]) for c in columns]
-        print(f"| {row['kernel']} | {row['arch']} |", " | ".join(cells), "|")
-
-
-if __name__ == "__main__":
-    main()
+        wide = "/".join("yes" if row[c] else "no" for c in ("wide_loads", "wide_stores"))
+        traffic = TRAFFIC.get(row["kernel"].partition("<")[0], "-")
+        lines.append(
+            f"{row['arch']:7} {row['registers']:4} {row['spill_bytes']:5} {row['stack_bytes']:5} "
+            f"{row['static_shared_bytes']:6} {wide:>10}  {traffic:24} {row['kernel']}"
+        )
+    return "\n".join([*lines, "\nfloor: each stream read once, the output written once"])

@@ -36,6 +36,13 @@ from .score_distillation import (
     sds_loss,
     vsd_loss,
 )
+from .sequence import (
+    generalized_jsd_loss,
+    linear_generalized_jsd_loss,
+    linear_token_logprob,
+    sequence_ddo_loss,
+    token_logprob,
+)
 from .trajectory import FactoredCost, Trajectory, optimal_trajectory
 
 __version__ = "0.1.0"
@@ -61,10 +68,13 @@ __all__ = [
     "elbo_difference",
     "elbo_error",
     "fake_score_loss",
+    "generalized_jsd_loss",
     "generator_loss",
     "guidance",
     "langevin_step",
     "langevin_step_",
+    "linear_generalized_jsd_loss",
+    "linear_token_logprob",
     "optimal_trajectory",
     "pixel_reverse_variance",
     "posterior_sample",
@@ -75,7 +85,9 @@ __all__ = [
     "reverse_step_",
     "reverse_variance",
     "sds_loss",
+    "sequence_ddo_loss",
     "step_coefficients",
+    "token_logprob",
     "trajectory_cost",
     "use_backend",
     "variational_bound",

@@ -52,7 +52,7 @@ def info() -> int:
     for device_type in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         print(f"\non {device_type}:")
         for name in sorted(_backend.operators):
-            print(f"  {name:22} {_served_by(name, device_type)}")
+            print(f"  {name:26} {_served_by(name, device_type)}")
     return 0
 
 

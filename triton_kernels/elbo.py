@@ -197,10 +197,8 @@ def _count(flags, size, value):
 
 
 @triton.jit
-def _ddo_epilogue(args, group, sums, T: tl.constexpr):
-    """Real images: softplus(-beta m) / n_real. Fakes: alpha softplus(beta m) / n_fake."""
-    link = args.link
-    m = sums[0]
+def ddo_term(link, group, m, T: tl.constexpr):
+    """Real images: softplus(-beta m) / n_real. Fakes: alpha softplus(beta m) / n_fake. The term and its slope."""
     real = tl.load(link.is_real + group).to(tl.int32)
     weight = tl.where(real != 0, 1.0, number(link.alpha, T)).to(T)
     if link.counts is not None:
@@ -209,8 +207,13 @@ def _ddo_epilogue(args, group, sums, T: tl.constexpr):
         weight = divide(weight, _count(link.is_real, link.images, real).to(T))
     beta = number(link.beta, T)
     signed_beta = tl.where(real != 0, -beta, beta)
-    term = weight * softplus(signed_beta * m)
-    return _store_loss(args, group, m, term, weight * signed_beta * sigmoid(signed_beta * m))
+    return weight * softplus(signed_beta * m), weight * signed_beta * sigmoid(signed_beta * m)
+
+
+@triton.jit
+def _ddo_epilogue(args, group, sums, T: tl.constexpr):
+    term, slope = ddo_term(args.link, group, sums[0], T)
+    return _store_loss(args, group, sums[0], term, slope)
 
 
 @triton.jit
@@ -318,25 +321,31 @@ def _run_loss(
     return loss, delta, error_slope, pred.new_empty((0,)) if grad_pred is None else grad_pred
 
 
+def ddo_link(
+    rows: Rows, is_real: Tensor, counts: Tensor | None, alpha: float, beta: float, row_share: float, reduction: str
+) -> DdoLink:
+    images = None
+    if reduction == "mean" and counts is None:
+        if len(is_real) <= COUNTED_IN_KERNEL:
+            images = len(is_real)
+        else:
+            n_real = is_real.sum()
+            counts = torch.stack([n_real, len(is_real) - n_real])
+    return DdoLink(
+        is_real.contiguous(),
+        rows.scalars(counts) if reduction == "mean" else None,
+        images,
+        *(scalar.argument(value, rows.dtype) for value in (alpha, beta, row_share)),
+    )
+
+
 def ddo_loss(
     pred: Tensor, ref_pred: Tensor, target: Tensor, weight: Tensor | None, element_mean: bool, reduction: str,
     with_grad: bool, is_real: Tensor, counts: Tensor | None, alpha: float, beta: float, mc_samples: int,
 ) -> LossOutputs:  # fmt: skip
     rows = Rows(pred, target, ref_pred)
     groups = Groups.consecutive(rows.count, mc_samples)
-    images = None
-    if reduction == "mean" and counts is None:
-        if groups.count <= COUNTED_IN_KERNEL:
-            images = groups.count
-        else:
-            n_real = is_real.sum()
-            counts = torch.stack([n_real, groups.count - n_real])
-    link = DdoLink(
-        is_real.contiguous(),
-        rows.scalars(counts) if reduction == "mean" else None,
-        images,
-        *(scalar.argument(value, rows.dtype) for value in (alpha, beta, 1 / mc_samples)),
-    )
+    link = ddo_link(rows, is_real, counts, alpha, beta, 1 / mc_samples, reduction)
     return _run_loss(DDO, groups, rows, weight, element_mean, reduction, with_grad, link)
 
 

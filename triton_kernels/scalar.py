@@ -65,6 +65,16 @@ def log1p(x):
 
 
 @triton.jit
+def expm1(x):
+    """exp(x) - 1 for x <= 0, also where exp(x) rounds to 1."""
+    u = exp_negative(x)
+    # What x lost in u, log(u) lost too. Below -1 nothing cancels.
+    near = (u < 1.0) & (u > 0.36)
+    exact = divide((u - 1.0) * x, tl.log(tl.where(near, u, 0.5)))
+    return tl.where(u == 1.0, x, tl.where(near, exact, u - 1.0))
+
+
+@triton.jit
 def softplus(x):
     return tl.where(x < 0.0, 0.0, x) + log1p(exp_negative(-tl.abs(x)))
 

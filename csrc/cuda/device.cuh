@@ -2,6 +2,7 @@
 #pragma once
 
 #include "rowwise.cuh"
+#include "sweep.cuh"
 
 namespace fastgen::cuda {
 
@@ -36,6 +37,15 @@ struct Device {
   template <int N>
   static Tensor new_output(const Rows<N>& rows, ScalarType dtype) {
     return empty_strided(rows.tensors[0], rows.tensors[0].sizes(), rows.out_strides, dtype);
+  }
+
+  static Tensor new_logits(const Tensor& logits) {
+    return empty_strided(logits, logits.sizes(), contiguous_strides(logits.sizes()), logits.scalar_type());
+  }
+
+  template <class T, class F, int N>
+  static void sweep(const F& formula, const TokenRows<N>& rows, Output out, int64_t width) {
+    cuda::sweep<T>(formula, rows, out, width);
   }
 
   template <class T>

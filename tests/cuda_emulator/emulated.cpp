@@ -7,6 +7,7 @@
 #include "operators/gradient.h"
 #include "operators/schedule.h"
 #include "operators/score_distillation.h"
+#include "operators/sequence.h"
 
 #include "cuda/device.cuh"
 #include "cuda/trajectory.cuh"
@@ -28,4 +29,5 @@ STABLE_TORCH_LIBRARY_IMPL(fastgen, CPU, m) {
   fastgen::register_schedule<fastgen::cuda::Device>(m);
   fastgen::cuda::register_trajectory(m);
   fastgen::register_score_distillation<fastgen::cuda::Device>(m);
+  fastgen::register_sequence<fastgen::cuda::Device>(m);
 }

@@ -1,0 +1,62 @@
+"""Compares the emulated CUDA kernels over logits with the float64 reference. Run by tests/test_aot_cuda.py: LIBRARY CASE…
+
+A case is ``rows,columns,dtypes``: dtypes of student and teacher (``h``, ``b``, ``f``, ``d``).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import torch
+from check import DTYPES, compare
+
+import fastgen
+from fastgen import reference
+
+
+def value_and_grad(f: Callable[..., torch.Tensor], x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    x = x.detach().requires_grad_()
+    value = f(x)
+    weights = torch.linspace(0.5, 1.5, value.numel(), dtype=value.dtype).reshape(value.shape)
+    return value.detach(), torch.autograd.grad(value, x, weights)[0]
+
+
+def check(case: str) -> None:
+    rows, size, dtypes = case.split(",")
+    shape = (2, int(rows), int(size))
+    s = torch.randn(shape, dtype=torch.float64)
+    t = (s + torch.randn(shape, dtype=torch.float64)).to(DTYPES[dtypes[1]])
+    s = s.to(DTYPES[dtypes[0]])
+    y = torch.randint(shape[-1], shape[:-1])
+    s[..., 3], t[..., 3], t[..., 5] = -torch.inf, -torch.inf, -torch.inf
+    y.view(-1)[1::3], y[y == 3] = -100, 4
+    real = torch.tensor([True, False])
+
+    def both(what: str, f: Callable[..., torch.Tensor], x: torch.Tensor, *others: torch.Tensor) -> None:
+        got = value_and_grad(lambda x: f(fastgen, x, *others), x)
+        want = value_and_grad(lambda x: f(reference, x, *(o.double() for o in others)), x.double())
+        own = "d" if torch.float64 in (x.dtype, *(o.dtype for o in others)) else "f"
+        for part, g, w, dtype in zip(("value", "gradient"), got, want, (own, dtypes[0]), strict=True):
+            compare(f"{case} {what} {part}", g, w, dtype)
+
+    both("logprob", lambda m, x: m.token_logprob(x, y, temperature=1.7), s)
+    both("ddo", lambda m, x, o: m.sequence_ddo_loss(x, o, y, real, alpha=2.0, normalize=True), s, t)
+    for beta in (0.0, 0.3, 1.0):
+        for reduction in ("sum", "none"):  # the gradient with the loss, and made again
+            f = lambda m, x, o: m.generalized_jsd_loss(x, o, y, beta=beta, reduction=reduction)  # noqa: B023, E731
+            student = s if beta == 0 else s.index_fill(-1, torch.tensor([5]), -torch.inf)
+            both(f"jsd {beta} {reduction}", f, student, t)
+            both(f"jsd {beta} {reduction} slices", f, torch.cat([student, student], 1)[:, : shape[1]], t)
+            both(f"jsd {beta} {reduction} padded", f, torch.cat([student, student[..., :5]], -1), t)
+    twice = [value_and_grad(lambda x: fastgen.generalized_jsd_loss(x, t, y), s)[1] for _ in range(2)]
+    assert torch.equal(*twice), f"{case}: two runs differ"
+
+
+if __name__ == "__main__":
+    torch.ops.load_library(sys.argv[1])
+    torch.manual_seed(0)
+    with fastgen.use_backend("native"):
+        for case in sys.argv[2:]:
+            check(case)
+    print(f"{len(sys.argv) - 2} cases agree")
