@@ -219,7 +219,16 @@ def test_no_gradient_reaches_the_teacher(backend, device):  # noqa: F811
 )
 @settings(max_examples=40)
 def test_any_shape_dtype_and_layout(
-    rows, vocabulary, extra, dtypes, layout, scale, beta, temperature, kernel_backend, device
+    rows,
+    vocabulary,
+    extra,
+    dtypes,
+    layout,
+    scale,
+    beta,
+    temperature,
+    kernel_backend,
+    device,  # noqa: F811
 ):
     s = (scale * torch.randn(*rows, vocabulary, device=device)).to(dtypes[0])
     t = (scale * torch.randn(*rows, max(1, vocabulary + extra), device=device)).to(dtypes[1])
