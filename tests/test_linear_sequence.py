@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from oracle import assert_accurate, double
-from test_sequence import backend, kernel_backend, native  # noqa: F401 (fixtures)
+from sequences import backend, kernel_backend, native  # noqa: F401 (fixtures)
 
 import fastgen
 from fastgen import _linear_sequence, reference
