@@ -5,6 +5,7 @@
 
 from ._backend import build_info, use_backend
 from .adversarial import discriminator_loss, generator_loss
+from .diffusion_classifier import ClassifierStatistics, DiffusionClassifier
 from .distillation_training import backward_simulation, fake_score_loss, renoise_times
 from .elbo import ddo_loss, diffusion_dpo_loss, elbo_difference, elbo_error
 from .schedule import NoiseSchedule, add_noise, prediction_to_x0
@@ -21,6 +22,8 @@ from .trajectory import FactoredCost, Trajectory, optimal_trajectory
 __version__ = "0.1.0"
 
 __all__ = [
+    "ClassifierStatistics",
+    "DiffusionClassifier",
     "DistillationStats",
     "FactoredCost",
     "NoiseSchedule",

@@ -4,6 +4,7 @@ They read like the papers' formulas, take any device and dtype, and are differen
 the oracle of the tests; on a machine without compiled kernels they serve as the CPU implementation.
 """
 
+from .diffusion_classifier import classify
 from .elbo import ddo_loss, diffusion_dpo_loss, elbo_difference, elbo_error
 from .schedule import add_noise, prediction_to_x0
 from .score_distillation import (
@@ -21,6 +22,7 @@ __all__ = [
     "DistillationStats",
     "ScorePair",
     "add_noise",
+    "classify",
     "ddo_loss",
     "decoupled_dmd_loss",
     "diffusion_dpo_loss",
