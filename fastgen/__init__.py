@@ -8,6 +8,7 @@ from .adversarial import discriminator_loss, generator_loss
 from .diffusion_classifier import ClassifierStatistics, DiffusionClassifier
 from .distillation_training import backward_simulation, fake_score_loss, renoise_times
 from .elbo import ddo_loss, diffusion_dpo_loss, elbo_difference, elbo_error
+from .sampling import langevin_step, posterior_sample
 from .schedule import NoiseSchedule, add_noise, prediction_to_x0
 from .score_distillation import (
     DistillationStats,
@@ -41,7 +42,9 @@ __all__ = [
     "elbo_error",
     "fake_score_loss",
     "generator_loss",
+    "langevin_step",
     "optimal_trajectory",
+    "posterior_sample",
     "prediction_to_x0",
     "renoise_times",
     "sds_loss",

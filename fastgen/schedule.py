@@ -178,6 +178,7 @@ class NoiseSchedule:
     logit_std: float = 0.0
     alphas_cumprod: Tensor | None = None
     _tables: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    _nodes: dict[torch.device, Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
     def from_alphas_cumprod(cls, alphas_cumprod: Tensor) -> NoiseSchedule:
@@ -349,3 +350,11 @@ class NoiseSchedule:
             alpha, sigma = self.alphas_cumprod.sqrt(), (1 - self.alphas_cumprod).sqrt()
             self._tables[device] = (alpha.float().to(device), sigma.float().to(device))
         return self._tables[device]
+
+    def _alphas_cumprod_at(self, t: Tensor) -> Tensor:
+        """ᾱ at integer times t of any shape, float64 on t's device; 1 at t = -1, which is clean data."""
+        if t.device not in self._nodes:
+            assert self.alphas_cumprod is not None
+            one = self.alphas_cumprod.new_ones(1)
+            self._nodes[t.device] = torch.cat([one, self.alphas_cumprod]).to(t.device)
+        return self._nodes[t.device][t.long() + 1]

@@ -6,6 +6,14 @@ the oracle of the tests; on a machine without compiled kernels they serve as the
 
 from .diffusion_classifier import classify
 from .elbo import ddo_loss, diffusion_dpo_loss, elbo_difference, elbo_error
+from .sampling import (
+    StepCoefficients,
+    guidance,
+    langevin_step,
+    posterior_sample,
+    reverse_step,
+    step_coefficients,
+)
 from .schedule import add_noise, prediction_to_x0
 from .score_distillation import (
     DistillationStats,
@@ -21,6 +29,7 @@ from .trajectory import optimal_trajectory
 __all__ = [
     "DistillationStats",
     "ScorePair",
+    "StepCoefficients",
     "add_noise",
     "classify",
     "ddo_loss",
@@ -30,8 +39,13 @@ __all__ = [
     "elbo_difference",
     "elbo_error",
     "fake_score_loss",
+    "guidance",
+    "langevin_step",
     "optimal_trajectory",
+    "posterior_sample",
     "prediction_to_x0",
+    "reverse_step",
     "sds_loss",
+    "step_coefficients",
     "vsd_loss",
 ]
