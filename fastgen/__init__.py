@@ -18,6 +18,13 @@ from .score_distillation import (
     sds_loss,
     vsd_loss,
 )
+from .sequence import (
+    generalized_jsd_loss,
+    linear_generalized_jsd_loss,
+    linear_token_logprob,
+    sequence_ddo_loss,
+    token_logprob,
+)
 from .trajectory import FactoredCost, Trajectory, optimal_trajectory
 
 __version__ = "0.1.0"
@@ -41,13 +48,18 @@ __all__ = [
     "elbo_difference",
     "elbo_error",
     "fake_score_loss",
+    "generalized_jsd_loss",
     "generator_loss",
     "langevin_step",
+    "linear_generalized_jsd_loss",
+    "linear_token_logprob",
     "optimal_trajectory",
     "posterior_sample",
     "prediction_to_x0",
     "renoise_times",
     "sds_loss",
+    "sequence_ddo_loss",
+    "token_logprob",
     "use_backend",
     "vsd_loss",
 ]

@@ -20,9 +20,7 @@ def streams(**tensors: Tensor) -> None:
     """Floating-point tensors of one shape [B, …] on one device; dtypes may differ."""
     first_name, first = next(iter(tensors.items()))
     for name, value in tensors.items():
-        tensor(name, value)
-        if value.dtype not in FLOATING:
-            raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {value.dtype}")
+        _floating(name, value)
         if value.shape != first.shape:
             raise ValueError(f"{name} has shape {tuple(value.shape)}, but {first_name} has {tuple(first.shape)}")
         if value.device != first.device:
@@ -33,6 +31,12 @@ def streams(**tensors: Tensor) -> None:
         raise ValueError(f"{first_name} must have a batch dimension [B, ...], got a 0-dimensional tensor")
     if first.shape[0] != 0 and first.numel() == 0:
         raise ValueError(f"{first_name} has rows of no elements: shape {tuple(first.shape)}")
+
+
+def _floating(name: str, value: Tensor) -> None:
+    tensor(name, value)
+    if value.dtype not in FLOATING:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {value.dtype}")
 
 
 def _is_dtensor(value: object) -> bool:
@@ -106,3 +110,53 @@ def positive_int(name: str, value: int) -> None:
 def choice(name: str, value: str, options: Sequence[str]) -> None:
     if value not in options:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}; got {value!r}")
+
+
+def integer(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+
+
+def logits(**tensors: Tensor) -> None:
+    """Floating-point tensors [..., V] on one device whose rows agree; V and dtypes may differ."""
+    first_name, first = next(iter(tensors.items()))
+    for name, value in tensors.items():
+        _floating(name, value)
+        if value.dim() == 0 or value.shape[-1] == 0:
+            raise ValueError(f"{name} must have shape [..., V] with V > 0, got {list(value.shape)}")
+        if value.shape[:-1] != first.shape[:-1]:
+            raise ValueError(f"{name} has rows {list(value.shape[:-1])}, but {first_name} has {list(first.shape[:-1])}")
+        if value.device != first.device:
+            raise ValueError(f"{name} is on {value.device}, but {first_name} is on {first.device}")
+
+
+def row_indices(name: str, value: Tensor, like: Tensor) -> None:
+    """One int64 for each row of `like` [..., N]."""
+    tensor(name, value)
+    if value.dtype != torch.int64:
+        raise TypeError(f"{name} must be int64, got {value.dtype}")
+    if value.shape != like.shape[:-1]:
+        raise ValueError(f"{name} must have shape {list(like.shape[:-1])}, got {list(value.shape)}")
+    if value.device != like.device:
+        raise ValueError(f"{name} is on {value.device}, but the batch is on {like.device}")
+
+
+def head(prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """An output layer and its input: hidden [..., H], weight [V, H], bias [V]; one dtype, except under autocast."""
+    _floating(f"{prefix}hidden", hidden)
+    if hidden.dim() == 0 or hidden.shape[-1] == 0:
+        raise ValueError(f"{prefix}hidden must have shape [..., H] with H > 0, got {list(hidden.shape)}")
+    size = hidden.shape[-1]
+    for name, value, dims in (("weight", weight, 2), ("bias", bias, 1)):
+        if value is None:
+            continue
+        _floating(f"{prefix}{name}", value)
+        vocabulary = weight.shape[0] if name == "bias" else value.shape[0] if value.dim() else 0
+        expected = (vocabulary, size)[:dims]
+        if value.shape != expected or vocabulary == 0:
+            wanted = f"[V, {size}] with V > 0" if dims == 2 else str(list(expected))
+            raise ValueError(f"{prefix}{name} must have shape {wanted}, got {list(value.shape)}")
+        if value.device != hidden.device:
+            raise ValueError(f"{prefix}{name} is on {value.device}, but {prefix}hidden is on {hidden.device}")
+        if value.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
+            raise TypeError(f"{prefix}{name} is {value.dtype}, but {prefix}hidden is {hidden.dtype}")

@@ -24,6 +24,13 @@ from .score_distillation import (
     sds_loss,
     vsd_loss,
 )
+from .sequence import (
+    generalized_jsd_loss,
+    linear_generalized_jsd_loss,
+    linear_token_logprob,
+    sequence_ddo_loss,
+    token_logprob,
+)
 from .trajectory import optimal_trajectory
 
 __all__ = [
@@ -39,13 +46,18 @@ __all__ = [
     "elbo_difference",
     "elbo_error",
     "fake_score_loss",
+    "generalized_jsd_loss",
     "guidance",
     "langevin_step",
+    "linear_generalized_jsd_loss",
+    "linear_token_logprob",
     "optimal_trajectory",
     "posterior_sample",
     "prediction_to_x0",
     "reverse_step",
     "sds_loss",
+    "sequence_ddo_loss",
     "step_coefficients",
+    "token_logprob",
     "vsd_loss",
 ]

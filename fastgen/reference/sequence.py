@@ -1,0 +1,140 @@
+"""Losses over the logits of token sequences, in plain PyTorch."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .elbo import group_counts, softplus
+from .schedule import widened
+
+IGNORE_INDEX = -100
+
+
+def token_logprob(
+    logits: Tensor, tokens: Tensor, *, temperature: float = 1.0, ignore_index: int = IGNORE_INDEX
+) -> Tensor:
+    """``log softmax(logits / temperature)`` at the tokens."""
+    logprobs = F.log_softmax(widened(logits) / temperature, -1)
+    inside = (tokens >= 0) & (tokens < logits.shape[-1])
+    picked = logprobs.gather(-1, torch.where(inside, tokens, 0).unsqueeze(-1)).squeeze(-1)
+    picked = torch.where(inside, picked, math.nan)
+    return torch.where(tokens != ignore_index, picked, 0.0)
+
+
+def sequence_ddo_loss(
+    logits: Tensor,
+    ref_logits: Tensor,
+    tokens: Tensor,
+    is_real: Tensor,
+    *,
+    mask: Tensor | None = None,
+    alpha: float = 1.0,
+    beta: float = 0.05,
+    normalize: bool = False,
+    reduction: str = "mean",
+    return_delta: bool = False,
+    group: Any = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """DDO with ``delta_i = Σ_t mask (log p(token) - log p_ref(token))``."""
+    if mask is not None:
+        tokens = torch.where(mask, tokens, IGNORE_INDEX)
+    difference = token_logprob(logits, tokens) - token_logprob(ref_logits.detach(), tokens)
+    delta = difference.flatten(1).sum(1)
+    term = torch.where(is_real, softplus(-beta * delta), alpha * softplus(beta * delta))
+    if normalize:
+        term = term / max(alpha, 1.0)
+    if reduction == "mean":
+        n_real, n_fake = group_counts(is_real, group)
+        term = term / torch.where(is_real, n_real, n_fake).to(term.dtype)
+    loss = term if reduction == "none" else term.sum()
+    return (loss, delta.detach()) if return_delta else loss
+
+
+def generalized_jsd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = None,
+    *,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    reduction: str = "batchmean",
+    num_items: int | Tensor | None = None,
+    ignore_index: int = IGNORE_INDEX,
+) -> Tensor:
+    """``beta KL(P‖M) + (1 - beta) KL(Q‖M)``, ``M = beta P + (1 - beta) Q``; KL(P‖Q) at beta = 0, KL(Q‖P) at 1."""
+    vocabulary = min(student_logits.shape[-1], teacher_logits.shape[-1])
+    log_q, log_p = (
+        F.log_softmax(widened(t[..., :vocabulary]) / temperature, -1) for t in (student_logits, teacher_logits.detach())
+    )
+    if beta == 0:
+        rows = kl_divergence(log_p, log_q)
+    elif beta == 1:
+        rows = kl_divergence(log_q, log_p)
+    else:
+        # Finite, so that the gradient of logaddexp is one where both are -inf.
+        q, p = (t.clamp(min=-1e30) for t in (log_q, log_p))
+        log_m = torch.logaddexp(p + math.log(beta), q + math.log1p(-beta))
+        rows = beta * kl_divergence(log_p, log_m) + (1 - beta) * kl_divergence(log_q, log_m)
+    if labels is not None:
+        rows = torch.where(labels != ignore_index, rows, 0.0)
+    if reduction == "none":
+        return rows
+    if reduction == "sum":
+        return rows.sum()
+    items = valid_tokens(rows, labels, ignore_index) if num_items is None else num_items
+    return rows.sum() / items / (vocabulary if reduction == "mean" else 1)
+
+
+def linear_token_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = IGNORE_INDEX,
+    max_chunk_bytes: int = 0,
+) -> Tensor:
+    """`token_logprob` of ``hidden weightᵀ + bias``."""
+    return token_logprob(F.linear(hidden, weight, bias), tokens, temperature=temperature, ignore_index=ignore_index)
+
+
+def linear_generalized_jsd_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    labels: Tensor | None = None,
+    *,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    reduction: str = "batchmean",
+    num_items: int | Tensor | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    max_chunk_bytes: int = 0,
+) -> Tensor:
+    """`generalized_jsd_loss` of the logits ``hidden weightᵀ + bias``."""
+    with torch.no_grad():
+        teacher_logits = F.linear(teacher_hidden, teacher_weight, teacher_bias)
+    return generalized_jsd_loss(
+        F.linear(student_hidden, student_weight, student_bias), teacher_logits, labels, beta=beta,
+        temperature=temperature, reduction=reduction, num_items=num_items, ignore_index=ignore_index,
+    )  # fmt: skip
+
+
+def kl_divergence(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """``Σ a (log a - log b)`` over the last dimension, with 0 log 0 = 0."""
+    a = log_a.exp()
+    return (a * torch.where(a > 0, log_a - log_b, 0.0)).sum(-1)
+
+
+def valid_tokens(rows: Tensor, labels: Tensor | None, ignore_index: int) -> int | Tensor:
+    """How many rows are not ignored, at least 1."""
+    return max(rows.numel(), 1) if labels is None else (labels != ignore_index).sum().clamp(min=1)
