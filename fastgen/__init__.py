@@ -8,6 +8,7 @@ from .adversarial import discriminator_loss, generator_loss
 from .diffusion_classifier import ClassifierStatistics, DiffusionClassifier
 from .distillation_training import backward_simulation, fake_score_loss, renoise_times
 from .elbo import ddo_loss, diffusion_dpo_loss, elbo_difference, elbo_error
+from .energy import ReplayBuffer, classifier_guidance, joint_energy_loss, langevin_sample
 from .sampling import langevin_step, posterior_sample
 from .schedule import NoiseSchedule, add_noise, prediction_to_x0
 from .score_distillation import (
@@ -35,11 +36,13 @@ __all__ = [
     "DistillationStats",
     "FactoredCost",
     "NoiseSchedule",
+    "ReplayBuffer",
     "ScorePair",
     "Trajectory",
     "add_noise",
     "backward_simulation",
     "build_info",
+    "classifier_guidance",
     "ddo_loss",
     "decoupled_dmd_loss",
     "diffusion_dpo_loss",
@@ -50,6 +53,8 @@ __all__ = [
     "fake_score_loss",
     "generalized_jsd_loss",
     "generator_loss",
+    "joint_energy_loss",
+    "langevin_sample",
     "langevin_step",
     "linear_generalized_jsd_loss",
     "linear_token_logprob",

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from syncs import Syncs
 
 from fastgen import ClassifierStatistics, DiffusionClassifier, NoiseSchedule, reference
 from fastgen.diffusion_classifier import student_quantile
@@ -254,21 +254,6 @@ def test_early_stop_keeps_its_error_probability():
                                                      (1e-4, 49, 4.0205), (0.05, 1000, 1.6464)])  # fmt: skip
 def test_student_quantiles(tail, degrees, t):
     assert student_quantile(tail, degrees) == pytest.approx(t, rel=1e-4)
-
-
-class Syncs(TorchDispatchMode):
-    """Counts what would wait for a GPU."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.name()
-        self.count += any(word in name for word in ("_local_scalar_dense", "nonzero", "masked_select"))
-        if name.startswith("aten::index."):
-            self.count += sum(i is not None and i.dtype == torch.bool for i in args[1])
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(("delta", "expected"), [(None, 0), (0.1, 2)])

@@ -6,6 +6,7 @@ the oracle of the tests; on a machine without compiled kernels they serve as the
 
 from .diffusion_classifier import classify
 from .elbo import ddo_loss, diffusion_dpo_loss, elbo_difference, elbo_error
+from .energy import joint_energy_loss
 from .sampling import (
     StepCoefficients,
     guidance,
@@ -48,6 +49,7 @@ __all__ = [
     "fake_score_loss",
     "generalized_jsd_loss",
     "guidance",
+    "joint_energy_loss",
     "langevin_step",
     "linear_generalized_jsd_loss",
     "linear_token_logprob",
