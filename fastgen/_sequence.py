@@ -4,8 +4,8 @@ Logits are [..., V]; what there is one of per row (tokens, labels, log-probabili
 dimension is dense or copied once; leading dimensions may have any strides, and a gradient is always contiguous. Scalars
 of rows are float32 (float64 where logits are). The kernels are in ``csrc/formulas/sequence.h`` and
 ``triton_kernels/sequence.py``. With m the maximum of a row's logits, its ``stats`` are m and
-``log_sum = log Σ exp((logit - m) / temperature)``: kept apart, since their sum would round what logits of 10 000 leave
-after the comma. Rows that are ignored are not read; their results, stats and gradients are 0.
+``sum = Σ exp((logit - m) / temperature)``: m plus the logarithm of the sum would round what logits of 10 000 leave after
+the comma. Rows that are ignored are not read; their results, stats and gradients are 0.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ IGNORE_INDEX = -100
     "token_logprob(Tensor logits, Tensor tokens, float temperature, int ignore_index) -> (Tensor logprob, Tensor stats)"
 )
 def token_logprob(logits: Tensor, tokens: Tensor, temperature: float, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """``logprob = (logit_token - m) / temperature - log_sum``; NaN outside the vocabulary. stats: [2, ...]."""
+    """``logprob = (logit_token - m) / temperature - log sum``; NaN outside the vocabulary. stats: [2, ...]."""
     dtype, rows = _layout.arithmetic_dtype(logits), logits.shape[:-1]
     return logits.new_empty(rows, dtype=dtype), logits.new_empty((2, *rows), dtype=dtype)
 
@@ -84,7 +84,7 @@ def generalized_jsd(
     """The divergence of each row, or with `reduce` their sum, and the gradients, all times the 0-dimensional `scale`.
 
     The vocabularies may differ: columns that one of the two lacks are left out, and have gradient 0. stats [5, ...]:
-    the student's m and log_sum, the teacher's, and the row's center: 0, KL(Q‖P) or KL(Q‖M) for
+    the student's m and sum, the teacher's, and the row's center: 0, KL(Q‖P) or KL(Q‖M) for
     beta = 0, 1 and between.
     """
     dtype, rows = _layout.arithmetic_dtype(student, teacher), student.shape[:-1]

@@ -110,7 +110,7 @@ def sequence_ddo_loss(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Direct Discriminative Optimization (arXiv 2503.01103) of an autoregressive model, such as VAR.
 
-    .. math:: L = mean_{real} softplus(-βΔ) + α · mean_{fake} softplus(βΔ), Δ_i = Σ_t log p(y_{it}) - log p_{ref}(y_{it})
+    .. math:: L = mean_{real} softplus(-βΔ) + α · mean_{fake} softplus(βΔ), Δ_i = Σ_t log p(y_{it}) / p_{ref}(y_{it})
 
     over the tokens y. The likelihood is exact, where :func:`fastgen.ddo_loss` bounds it. The same loss is CCA (arXiv
     2410.09347) where "real" are images with their own label, "fake" the same images with another one, and rows whose

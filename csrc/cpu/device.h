@@ -4,6 +4,7 @@
 #include "../operators/device.h"
 #include "pool.h"
 #include "rowwise.h"
+#include "sweep.h"
 
 namespace fastgen::cpu {
 
@@ -17,11 +18,23 @@ struct Device {
 
   template <int N>
   static Tensor new_output(const Rows<N>& rows, ScalarType dtype) {
-    const Tensor& first = rows.tensors[0];
-    const auto bytes = static_cast<std::size_t>(rows.count * rows.size) * element_bytes(dtype);
-    if (bytes < kPooledBytes) return empty_strided(first, first.sizes(), rows.out_strides, dtype);
-    return torch::stable::from_blob(take_block(bytes), first.sizes(), rows.out_strides, first.device(), dtype,
-                                    &give_block);
+    return pooled(rows.tensors[0], rows.out_strides, dtype);
+  }
+
+  static Tensor new_logits(const Tensor& logits) {
+    return pooled(logits, contiguous_strides(logits.sizes()), logits.scalar_type());
+  }
+
+  // Of the shape of `like`; large ones from the pool.
+  static Tensor pooled(const Tensor& like, const std::vector<int64_t>& strides, ScalarType dtype) {
+    const auto bytes = static_cast<std::size_t>(like.numel()) * element_bytes(dtype);
+    if (bytes < kPooledBytes) return empty_strided(like, like.sizes(), strides, dtype);
+    return torch::stable::from_blob(take_block(bytes), like.sizes(), strides, like.device(), dtype, &give_block);
+  }
+
+  template <class T, class F, int N>
+  static void sweep(const F& formula, const TokenRows<N>& rows, Output out, int64_t width) {
+    cpu::sweep<T>(formula, rows, out, width);
   }
 
   template <class T>
