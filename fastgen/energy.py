@@ -27,7 +27,7 @@ class _JointEnergyLoss(torch.autograd.Function):
         tokens = torch.where(labelled, labels, 0)
         logprob, stats_real = sweep(real, tokens, 1.0, _sequence.IGNORE_INDEX)
         _, stats_fake = sweep(fake, labels.new_zeros(fake.shape[0]), 1.0, _sequence.IGNORE_INDEX)
-        lse_real, lse_fake = stats_real.sum(0), stats_fake.sum(0)
+        lse_real, lse_fake = (peak + total.log() for peak, total in (stats_real, stats_fake))
         count = labelled.sum().clamp(min=1)
         gap = lse_fake.sum() / max(fake.shape[0], 1) - lse_real.sum() / max(real.shape[0], 1)
         loss = weight * gap - torch.where(labelled, logprob, 0).sum() / count
@@ -49,8 +49,8 @@ class _JointEnergyLoss(torch.autograd.Function):
 
 
 def _softmax(logits: Tensor, stats: Tensor) -> Tensor:
-    peak, log_sum = stats.unsqueeze(-1)
-    return (logits.to(peak.dtype) - peak - log_sum).exp_()
+    peak, total = stats.unsqueeze(-1)
+    return (logits.to(peak.dtype) - peak).exp_() / total
 
 
 def _onehot(logits: Tensor, labels: Tensor) -> Tensor:
