@@ -152,7 +152,7 @@ def main(argv: list[str] | None = None) -> Table:
     """Run the demo; return the table as {row: {column: number}}."""
     parser = argparse.ArgumentParser(description="Classify held-out digits with a class-conditional diffusion model.")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=4, help="pinned, because it decides the order of sums")
+    parser.add_argument("--threads", type=int, default=1, help="pinned, because it decides the order of sums")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "output", help="folder for the picture")
     parser.add_argument("--smoke", action="store_true", help="a few steps of everything, in seconds")
     args = parser.parse_args(argv)

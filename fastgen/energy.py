@@ -32,9 +32,10 @@ class _JointEnergyLoss(torch.autograd.Function):
         gap = lse_fake.sum() / max(fake.shape[0], 1) - lse_real.sum() / max(real.shape[0], 1)
         loss = weight * gap - torch.where(labelled, logprob, 0).sum() / count
         ctx.save_for_backward(real, labels, fake, stats_real, stats_fake, labelled, count)
-        ctx.mark_non_differentiable(lse_real, lse_fake)
+        energies = -lse_real, -lse_fake
+        ctx.mark_non_differentiable(*energies)
         ctx.weight = weight
-        return loss, -lse_real, -lse_fake
+        return loss, *energies
 
     @staticmethod
     @once_differentiable

@@ -64,11 +64,14 @@ def test_is_cross_entropy_and_energies(loss_backend, device):
     real, labels, fake = batch(device=device)
     plain = fastgen.joint_energy_loss(real, labels, fake, energy_weight=0.0)
     torch.testing.assert_close(plain, F.cross_entropy(real, labels, ignore_index=IGNORED))
+    real.requires_grad_()
     loss, energy_real, energy_fake = fastgen.joint_energy_loss(real, labels, fake, return_energies=True)
     torch.testing.assert_close(energy_real, -real.logsumexp(1))
     torch.testing.assert_close(energy_fake, -fake.logsumexp(1))
     torch.testing.assert_close(loss, plain + energy_real.mean() - energy_fake.mean())
+    assert loss.requires_grad
     assert not energy_real.requires_grad
+    assert not energy_fake.requires_grad
 
 
 def test_by_hand(loss_backend, device):
