@@ -131,6 +131,27 @@ def test_compiles_and_does_not_sync(loss_backend, device):
         assert syncs.count == 0
 
 
+def test_torch_func(loss_backend, device):
+    real, labels, fake = batch(device=device)
+
+    def f(x):
+        return fastgen.joint_energy_loss(x, labels, fake)
+
+    torch.testing.assert_close(torch.func.grad(f)(real), value_and_grad(f, real)[1])
+    several = torch.stack([real, -real])
+    torch.testing.assert_close(torch.func.vmap(f)(several), torch.stack([f(x) for x in several]))
+
+
+def test_second_derivatives_are_refused_not_wrong(loss_backend, device):
+    if _backend.backend_for("token_logprob", device) == "reference":
+        pytest.skip("the reference has them")
+    real, labels, fake = batch(device=device)
+    real.requires_grad_()
+    (grad,) = torch.autograd.grad(fastgen.joint_energy_loss(real, labels, fake), real, create_graph=True)
+    with pytest.raises(RuntimeError, match="once differentiable"):
+        grad.square().sum().backward()
+
+
 def test_gradcheck_of_the_reference():
     real, labels, fake = batch(torch.float64, rows=3, fakes=2, classes=3)
     for arguments in ({}, {"energy_weight": 0.3}):
