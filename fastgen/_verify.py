@@ -48,6 +48,17 @@ def _decoupled(m: ModuleType, p: Tensor, q: Tensor, y: Tensor, reduction: str) -
     return m.decoupled_dmd_loss(p, dm, ca, guidance_scale=3.0, reduction=reduction)
 
 
+def _tokens(logits: Tensor) -> Tensor:
+    rows = logits[..., 0]
+    tokens = torch.arange(rows.numel(), device=logits.device).reshape(rows.shape) * 7 % logits.shape[-1]
+    return tokens.masked_fill(tokens % 5 == 3, -100)
+
+
+def _sequence_ddo(m: ModuleType, p: Tensor, q: Tensor, y: Tensor) -> Tensor:
+    p, q = (t.reshape(len(t), -1, t.shape[-1]) for t in (p, q))
+    return m.sequence_ddo_loss(p, q, _tokens(p), _is_real(p), alpha=2.0, beta=0.05)
+
+
 def _scaled(m: ModuleType, p: Tensor, q: Tensor, y: Tensor) -> Tensor:
     # The operator has no reference function of its own: it is one multiplication.
     out = (p.to(torch.promote_types(p.dtype, torch.float32)) * 0.3).to(p.dtype)
@@ -96,6 +107,16 @@ CASES: dict[str, list[Callable[[ModuleType, Tensor, Tensor, Tensor], Tensor]]] =
     ],
     "decoupled_dmd": [lambda m, p, q, y: _decoupled(m, p, q, y, "sum")],
     "decoupled_dmd_backward": [lambda m, p, q, y: _decoupled(m, p, q, y, "none")],
+    "token_logprob": [lambda m, p, q, y: m.token_logprob(p, _tokens(p), temperature=2.0)],
+    "token_logprob_backward": [lambda m, p, q, y: m.token_logprob(p, _tokens(p)).sum()],
+    "sequence_ddo_loss": [_sequence_ddo],
+    "generalized_jsd": [
+        lambda m, p, q, y: m.generalized_jsd_loss(p, y, _tokens(p), beta=0.0),
+        lambda m, p, q, y: m.generalized_jsd_loss(p, y, beta=0.5, temperature=2.0),
+    ],
+    "generalized_jsd_backward": [
+        lambda m, p, q, y: m.generalized_jsd_loss(p, y, _tokens(p), beta=1.0, reduction="none")
+    ],
     "scale_gradient_": [_scaled],
     "trajectory_inspect": [_trajectory],
     "trajectory_table": [_trajectory],
@@ -174,10 +195,10 @@ def verify(device: str, backend: str | None = None, progress: bool = True) -> li
 
 def table(rows: list[Row]) -> str:
     """The rows as text."""
-    lines = [f"{'operator':22}{'backend':11}{'dtype':10}{'value':>10}{'gradient':>10}{'eager':>10}   "]
+    lines = [f"{'operator':26}{'backend':11}{'dtype':10}{'value':>10}{'gradient':>10}{'eager':>10}   "]
     for row in rows:
         figures = "".join(f"{x:10.1e}" for x in (row.value_error, row.grad_error, row.eager_error))
-        lines.append(f"{row.operator:22}{row.backend:11}{row.dtype:10}{figures}   {'pass' if row.passed else 'FAIL'}")
+        lines.append(f"{row.operator:26}{row.backend:11}{row.dtype:10}{figures}   {'pass' if row.passed else 'FAIL'}")
     return "\n".join(lines)
 
 

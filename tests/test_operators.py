@@ -38,6 +38,7 @@ def samples(device):
         **distillation_samples(p, q, y, w),
         "row_combination": [(p, w, q, w), (p.transpose(1, 2), w, None, None)],
         "scale_gradient_": [(p, torch.tensor(0.5, device=device)), (p, torch.tensor(1.0, device=device))],
+        **sequence_samples(device),
         "trajectory_inspect": [(cost, None, 0, True), (v, v, 1, True)],
         "trajectory_table": [(cost, None, 0, 3, False), (v, v, 1, 2, False)],
         "trajectory_path": [(cost, None, table, 0, 3, False)],
@@ -63,6 +64,35 @@ def distillation_samples(p, q, y, w):
     }
 
 
+def sequence_samples(device):
+    s, t = torch.randn(2, 3, 7, device=device), torch.randn(2, 3, 9, device=device)
+    tokens = torch.tensor([[3, -100, 6], [0, 1, 2]], device=device)
+    grad, lse = torch.randn(2, 3, device=device), torch.stack([s.amax(-1), s.exp().sum(-1)])
+    stats = torch.cat([lse, lse, torch.zeros_like(lse[:1])])
+    real, counts = torch.tensor([True, False], device=device), torch.tensor([2.0, 5.0], device=device)
+    scale = torch.tensor(0.5, device=device)
+    sliced = s.bfloat16().repeat_interleave(2, 1)[:, ::2]
+    return {
+        "token_logprob": [(s, tokens, 1.0, -100), (sliced, tokens.abs() % 7, 0.5, 2)],
+        "token_logprob_backward": [
+            (grad, s, tokens, lse, 1.0, -100),
+            (scale.expand(2, 3), sliced, tokens, lse, 2.0, -100),
+        ],
+        "sequence_ddo_loss": [
+            (grad, -grad, real, None, 2.0, 0.1, 1.0, "mean"),
+            (grad, grad.double(), real, counts, 1.0, 0.1, 0.5, "none"),
+        ],
+        "generalized_jsd": [
+            (s, t, tokens, scale, 0.0, 2.0, -100, True, True),
+            (sliced, t, None, None, 0.3, 1.0, -100, False, False),
+        ],
+        "generalized_jsd_backward": [
+            (grad, s, t, tokens, stats, 0.3, 2.0, -100),
+            (scale.expand(2, 3), sliced, t, None, stats, 1.0, 1.0, -100),
+        ],
+    }
+
+
 def test_every_operator_has_samples():
     assert set(samples("cpu")) == set(_backend.operators)
 
@@ -81,6 +111,7 @@ def losses(device):
     q, y = torch.randn(4, 6, device=device), torch.randn(4, 6, device=device)
     w = torch.rand(4, device=device)
     real = torch.tensor([True, False, True, False], device=device)
+    tokens = torch.tensor([1, 5, -100, 0], device=device)
     return {
         "elbo_error": lambda p: fastgen.elbo_error(p, y, weight=w).sum(),
         "elbo_difference": lambda p: fastgen.elbo_difference(p, q, y).sum(),
@@ -89,12 +120,25 @@ def losses(device):
         "diffusion_dpo_loss": lambda p: fastgen.diffusion_dpo_loss(p, q, y, beta=3.0),
         "add_noise": lambda p: fastgen.add_noise(p, y, w, w + 1).square().sum(),
         "prediction_to_x0": lambda p: fastgen.prediction_to_x0(p, y, w + 1, w, "v_prediction").square().sum(),
+        "token_logprob": lambda p: fastgen.token_logprob(p, tokens, temperature=2.0).sum(),
+        "generalized_jsd": lambda p: fastgen.generalized_jsd_loss(p, q, tokens, beta=0.3),
+        "generalized_jsd-none": lambda p: fastgen.generalized_jsd_loss(p, q, beta=1.0, reduction="none").sum(),
+        "sequence_ddo_loss": lambda p: fastgen.sequence_ddo_loss(
+            p.view(2, 2, 6), y.view(2, 2, 6), tokens.view(2, 2), real[:2], mask=real.view(2, 2)
+        ),
         "schedule": lambda p: fastgen.NoiseSchedule.edm().add_noise(p, y, w).square().sum(),
     }
 
 
+def skip_what_is_missing(name, backend, device):
+    operator = name.partition("-")[0]
+    if operator in _backend.operators and (reason := _backend.missing(operator, backend, torch.device(device).type)):
+        pytest.skip(reason)
+
+
 @pytest.mark.parametrize("name", losses("cpu"))
 def test_compiles_without_a_graph_break(name, kernel_backend, device):
+    skip_what_is_missing(name, kernel_backend, device)
     f = losses(device)[name]
     p = torch.randn(4, 6, device=device)
     torch._dynamo.reset()
@@ -118,6 +162,7 @@ def test_compiles_with_inductor_and_dynamic_shapes(device):
 @pytest.mark.parametrize("name", losses("cpu"))
 def test_torch_func(name, kernel_backend, device):
     """Transforms are right, nested ones and vmap too: the reference runs under them."""
+    skip_what_is_missing(name, kernel_backend, device)
     f = losses(device)[name]
     p = torch.randn(4, 6, device=device)
     torch.testing.assert_close(torch.func.grad(f)(p), value_and_grad(f, p)[1])

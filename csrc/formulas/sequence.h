@@ -141,16 +141,18 @@ struct JsdRow {
 //
 // With x = log Q, y = log P everything follows from d = y - x, the larger of the two probabilities and the ratio
 // e^-|d| of the smaller to it: nothing overflows, log(M / larger) is a log1p, and where the student is close to the
-// teacher no digits cancel. The gradient of a row is coefficient * (w - center * q) with
+// teacher no digits cancel:
 //
-//   forward  w = Q - P                  center 0         loss Σ P d + (Q - P)
-//   mixed    w = Q (x - log M)          center Σ w       loss Σ beta P (y - log M) + (1 - beta) w
-//   reverse  w = Q (x - y)              center Σ w       loss Σ w - (Q - P)
+//             gradient / coefficient       loss
+//   forward   Q - P                        Σ P d + (Q - P)
+//   mixed     Q (a - Σ Q a), a = x - log M   Σ beta P (y - log M) + (1 - beta) Q a
+//   reverse   Q (a - Σ Q a), a = x - y       Σ Q a - (Q - P)
 //
 // In the loss Q - P, which sums to 0, makes every summand non-negative and cancels what the rounding of the sums adds.
 // 0 log 0 = 0.
 template <class T, Divergence D>
 struct JsdElement {
+  static constexpr int kParts = D == Divergence::forward ? 1 : 2;  // Q - P; or Q and a
   T beta, rest;  // rest: 1 - beta, which float would round
   T inverse_temperature;
 
@@ -171,25 +173,27 @@ struct JsdElement {
     const T smaller = larger * ratio.value;
     const T q = teacher_larger ? smaller : larger, p = teacher_larger ? larger : smaller;
     const T difference = larger * (teacher_larger ? ratio.minus_one : -ratio.minus_one);  // Q - P
-    parts[0] = q;
     if constexpr (D == Divergence::forward) {
-      parts[1] = difference;
+      parts[0] = difference;
       sums[0] += (p == T(0) ? T(0) : p * d) + difference;
     } else if constexpr (D == Divergence::reverse) {
-      parts[1] = q == T(0) ? T(0) : -q * d;
-      sums[0] += parts[1] - difference, sums[1] += parts[1];
+      const T a = q == T(0) ? T(0) : -d;
+      parts[0] = q, parts[1] = a;
+      sums[0] += q * a - difference, sums[1] += q * a;
     } else {
       const T weight = teacher_larger ? beta : rest, other = teacher_larger ? rest : beta;
       const T log_m = log_of(weight + other * ratio.value, other * ratio.minus_one);  // log(M / larger)
       const T of_smaller = gap - log_m;
-      const T a = teacher_larger ? of_smaller : -log_m, b = teacher_larger ? -log_m : of_smaller;
-      parts[1] = q == T(0) ? T(0) : q * a;
-      sums[0] += beta * (p == T(0) ? T(0) : p * b) + rest * parts[1], sums[1] += parts[1];
+      const T a = q == T(0) ? T(0) : teacher_larger ? of_smaller : -log_m;
+      const T b = p == T(0) ? T(0) : teacher_larger ? -log_m : of_smaller;
+      parts[0] = q, parts[1] = a;
+      sums[0] += beta * (p * b) + rest * (q * a), sums[1] += q * a;
     }
   }
 
   FASTGEN_HD T gradient(const JsdRow<T>& row, const T* parts) const {
-    return row.coefficient * (parts[1] - row.center * parts[0]);
+    if constexpr (D == Divergence::forward) return row.coefficient * parts[0];
+    else return row.coefficient * (parts[0] * (parts[1] - row.center));
   }
 
   FASTGEN_HD T gradient_scale() const {
@@ -217,7 +221,7 @@ FASTGEN_HD bool label_ignored(const int64_t* labels, int64_t ignore_index, int64
 
 template <class T, Divergence D>
 struct GeneralizedJsd {
-  static constexpr int kStreams = 2, kSums = 2, kParts = 2;
+  static constexpr int kStreams = 2, kSums = 2, kParts = JsdElement<T, D>::kParts;
   static constexpr bool kNormalizes = true;
   struct Row {
     JsdRow<T> of;
@@ -251,7 +255,7 @@ struct GeneralizedJsd {
 
 template <class T, Divergence D>
 struct GeneralizedJsdBackward {
-  static constexpr int kStreams = 2, kSums = 0, kParts = 2;
+  static constexpr int kStreams = 2, kSums = 0, kParts = JsdElement<T, D>::kParts;
   static constexpr bool kNormalizes = false;
   using Row = JsdRow<T>;
   JsdElement<T, D> of;

@@ -1,0 +1,245 @@
+"""Losses from hidden states and output weights: against the reference in float64, chunk by chunk, and in memory."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from oracle import assert_accurate, double
+from test_sequence import backend, kernel_backend, native  # noqa: F401 (fixtures)
+
+import fastgen
+from fastgen import _linear_sequence, reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def heads(rows, dtype=torch.float32, device="cpu", vocabulary=37, teacher_vocabulary=37):
+    """Hidden states [rows, H], weight and bias of a student and of a teacher, and labels."""
+    tensors = [torch.randn(*rows, 12), torch.randn(vocabulary, 12) / 2, torch.randn(vocabulary)]
+    tensors += [torch.randn(*rows, 20), torch.randn(teacher_vocabulary, 20) / 2, torch.randn(teacher_vocabulary)]
+    labels = torch.randint(min(vocabulary, teacher_vocabulary), rows)
+    labels[..., 1::4] = -100
+    return [t.to(device, dtype) for t in tensors], labels.to(device)
+
+
+def jsd(m, tensors, labels, **options):
+    s, sw, sb, t, tw, tb = tensors
+    options = {"beta": 0.3, "temperature": 1.5, **options}
+    return m.linear_generalized_jsd_loss(s, sw, t, tw, labels, student_bias=sb, teacher_bias=tb, **options)
+
+
+def logprob(m, tensors, tokens, **options):
+    value = m.linear_token_logprob(*tensors[:2], tokens, bias=tensors[2], temperature=0.8, **options)
+    return (value * torch.linspace(-1, 2, value.numel(), device=value.device, dtype=value.dtype).view_as(value)).sum()
+
+
+def gradients(f, m, tensors, labels, **options):
+    """The value, and its gradients for the student's hidden states, weight and bias."""
+    tensors = [None if t is None else t.detach().clone().requires_grad_() for t in tensors]
+    value = f(m, tensors, labels, **options)
+    leaves = [t for t in tensors[:3] if t is not None]
+    grads = torch.autograd.grad(value, leaves, torch.tensor(0.7, device=value.device, dtype=value.dtype))
+    return [value.detach(), *grads]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("f", [jsd, logprob], ids=["jsd", "logprob"])
+@pytest.mark.parametrize("max_chunk_bytes", [1, 4000, 1 << 20])
+def test_matches_float64(f, dtype, max_chunk_bytes, backend, device):  # noqa: F811
+    tensors, labels = heads((3, 7), dtype, device)
+    exact = gradients(f, reference, [double(t) for t in tensors], labels)
+    eager = gradients(f, reference, tensors, labels)
+    actual = gradients(f, fastgen, tensors, labels, max_chunk_bytes=max_chunk_bytes)
+    for mine, theirs, truth, what in zip(actual, eager, exact, ("value", "hidden", "weight", "bias"), strict=True):
+        if dtype == torch.float64:
+            torch.testing.assert_close(mine, truth, rtol=1e-11, atol=1e-13)
+        else:
+            assert_accurate(mine, theirs, truth, what)
+
+
+@pytest.mark.parametrize(
+    "options", [{"beta": 0.0}, {"beta": 1.0}, {"reduction": "sum"}, {"reduction": "mean"}], ids=str
+)
+@pytest.mark.parametrize("vocabularies", [(37, 37), (40, 37), (37, 40)], ids=str)
+def test_options(options, vocabularies, backend, device):  # noqa: F811
+    tensors, labels = heads((9,), torch.float32, device, *vocabularies)
+    expected = gradients(jsd, reference, tensors, labels, **options)
+    for given in (tensors, [*tensors[:2], None, *tensors[3:5], None]):
+        expected = gradients(jsd, reference, given, labels, **options)
+        actual = gradients(jsd, fastgen, given, labels, max_chunk_bytes=3000, **options)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
+    expected = gradients(jsd, reference, tensors, None, **options)
+    torch.testing.assert_close(gradients(jsd, fastgen, tensors, None, **options), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 7, 64, 1000])
+@pytest.mark.parametrize("budget", [1, 100, 6400, 1 << 30])
+def test_chunks_cover_the_rows_within_the_budget(rows, budget):
+    covered = []
+    for chunk in _linear_sequence.chunks(rows, 100, budget):
+        size = len(range(*chunk.indices(rows)))
+        assert size * 100 <= max(budget, 100)
+        covered += range(*chunk.indices(rows))
+    assert covered == list(range(rows))
+
+
+@pytest.mark.parametrize("f", [jsd, logprob], ids=["jsd", "logprob"])
+def test_chunks_do_not_matter(f, kernel_backend, device):  # noqa: F811
+    tensors, labels = heads((50,), device=device)
+    whole = gradients(f, fastgen, tensors, labels)
+    for max_chunk_bytes in (1, 2000, 10_000):
+        chunked = gradients(f, fastgen, tensors, labels, max_chunk_bytes=max_chunk_bytes)
+        torch.testing.assert_close(chunked, whole, rtol=1e-5, atol=1e-6)
+
+
+def test_accumulated_gradients_equal_one_batch(backend, device):  # noqa: F811
+    tensors, labels = heads((12,), device=device)
+    whole = gradients(jsd, fastgen, tensors, labels)
+    parts = []
+    for micro in (slice(0, 5), slice(5, 12)):
+        mine = [t[micro] if i % 3 == 0 else t for i, t in enumerate(tensors)]
+        parts.append(gradients(jsd, fastgen, mine, labels[micro], num_items=int((labels != -100).sum())))
+    hidden = torch.cat([parts[0][1], parts[1][1]])
+    total = [parts[0][0] + parts[1][0], hidden, parts[0][2] + parts[1][2], parts[0][3] + parts[1][3]]
+    torch.testing.assert_close(total, whole, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("f", [jsd, logprob], ids=["jsd", "logprob"])
+def test_weight_gradients_accumulate_in_float32(f, kernel_backend, device):  # noqa: F811
+    """Over 256 chunks: added up in bfloat16, they would be off by many roundings."""
+    tensors, labels = heads((256,), torch.bfloat16, device)
+    exact = gradients(f, reference, [double(t) for t in tensors], labels)[2]
+    actual = gradients(f, fastgen, tensors, labels, max_chunk_bytes=1)[2]
+    one_by_one = torch.zeros_like(tensors[1])
+    for i in range(256):
+        row = [t[i : i + 1] if k % 3 == 0 else t for k, t in enumerate(tensors)]
+        if f is jsd:
+            one_by_one += gradients(f, reference, row, labels[i : i + 1], num_items=int((labels != -100).sum()))[2]
+    error = (actual.double() - exact).norm() / exact.norm()
+    assert error < 6e-3
+    if f is jsd:
+        assert (one_by_one.double() - exact).norm() / exact.norm() > 3 * error
+
+
+def test_backward_any_number_of_times(kernel_backend, device):  # noqa: F811
+    tensors, labels = heads((6,), device=device)
+    for f in (jsd, logprob):
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        value, expected = f(fastgen, leaves, labels), f(reference, leaves, labels)
+        for scale in (2.0, -1.0, 0.0, 2.0):
+            seed = torch.tensor(scale, device=device)
+            grads = torch.autograd.grad(value, leaves[:3], seed, retain_graph=True)
+            torch.testing.assert_close(
+                grads, torch.autograd.grad(expected, leaves[:3], seed, retain_graph=True), rtol=1e-4, atol=1e-5
+            )
+
+
+def test_only_what_needs_a_gradient_gets_one(kernel_backend, device):  # noqa: F811
+    tensors, labels = heads((6,), device=device)
+    for f in (jsd, logprob):
+        for needed in ((True, False, False), (False, True, False), (False, False, True)):
+            leaves = [t.clone() for t in tensors]
+            for t, need in zip(leaves, needed, strict=False):
+                t.requires_grad_(need)
+            f(fastgen, leaves, labels).backward()
+            assert [t.grad is not None for t in leaves[:3]] == list(needed)
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        f(fastgen, leaves, labels).backward()
+        assert all(t.grad is None for t in leaves[3:])
+        with torch.no_grad():
+            assert not f(fastgen, leaves, labels).requires_grad
+
+
+def test_no_rows(backend, device):  # noqa: F811
+    tensors, labels = heads((0, 3), device=device)
+    for f in (jsd, logprob):
+        value, hidden, weight, bias = gradients(f, fastgen, tensors, labels)
+        assert value == 0
+        assert hidden.shape == tensors[0].shape
+        assert (weight == 0).all()
+        assert (bias == 0).all()
+
+
+def test_compiles_without_a_graph_break(kernel_backend, device):  # noqa: F811
+    tensors, labels = heads((6,), device=device)
+    for f in (jsd, logprob):
+        torch._dynamo.reset()
+
+        def run(m, tensors, labels, f=f):
+            return torch.compile(lambda *t: f(fastgen, t, labels), fullgraph=True, backend="aot_eager")(*tensors)
+
+        torch.testing.assert_close(gradients(run, fastgen, tensors, labels), gradients(f, fastgen, tensors, labels))
+
+
+def test_autocast(kernel_backend, device):  # noqa: F811
+    tensors, labels = heads((6,), device=device)
+    for f in (jsd, logprob):
+        with torch.autocast(device, dtype=torch.bfloat16):
+            actual = gradients(f, fastgen, tensors, labels)
+        narrow = gradients(f, fastgen, [t.bfloat16() for t in tensors], labels)
+        assert [t.dtype for t in actual] == [torch.float32] * 4
+        torch.testing.assert_close(actual, [t.float() for t in narrow])
+
+
+PEAK = """
+import re, sys, torch, fastgen
+def status(key):
+    return int(re.search(key + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+tokens, size, vocabulary = (int(x) for x in sys.argv[1:])
+s, t, w, v = (torch.randn(n, size) for n in (tokens, tokens, vocabulary, vocabulary))
+w.mul_(0.05).requires_grad_(), s.requires_grad_()
+fastgen.linear_generalized_jsd_loss(s[:8], w[:99], t[:8], v[:99]).backward()
+s.grad = w.grad = None
+before = status("VmRSS")
+open("/proc/self/clear_refs", "w").write("5")
+fastgen.linear_generalized_jsd_loss(s, w, t, v).backward()
+print(status("VmHWM") - before - w.nbytes)
+"""
+
+
+@native
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize(
+    "sizes", [(1024, 32, 32_000), pytest.param((4096, 1024, 32_000), marks=pytest.mark.slow)], ids=str
+)
+def test_memory_beyond_the_weight_gradient(sizes):
+    """The logits alone would be 131 and 524 MB, of each model."""
+    command = [sys.executable, "-c", PEAK, *map(str, sizes)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    if run.returncode and "clear_refs" in run.stderr:
+        pytest.skip("this kernel does not let a process reset its peak memory")
+    assert run.returncode == 0, run.stderr
+    assert float(run.stdout) < 200e6
+
+
+H, W, B, Y = torch.zeros(2, 3, 4), torch.zeros(5, 4), torch.zeros(5), torch.zeros(2, 3, dtype=torch.int64)
+linear, tokens = fastgen.linear_generalized_jsd_loss, fastgen.linear_token_logprob
+BAD_CALLS = {
+    "hidden must be a torch.Tensor": (TypeError, lambda: tokens([1.0], W, Y)),
+    "hidden must be float32": (TypeError, lambda: tokens(H.int(), W, Y)),
+    r"hidden must have shape \[..., H\]": (ValueError, lambda: tokens(H[..., :0], W, Y)),
+    r"weight must have shape \[V, 4\]": (ValueError, lambda: tokens(H, W[:, :3], Y)),
+    "weight is torch.bfloat16": (TypeError, lambda: tokens(H, W.bfloat16(), Y)),
+    "weight is on meta": (ValueError, lambda: tokens(H, W.to("meta"), Y)),
+    r"bias must have shape \[5\]": (ValueError, lambda: tokens(H, W, Y, bias=B[:4])),
+    r"tokens must have shape \[2, 3\]": (ValueError, lambda: tokens(H, W, Y[:1])),
+    "max_chunk_bytes must be at least 1": (ValueError, lambda: tokens(H, W, Y, max_chunk_bytes=0)),
+    "temperature must be > 0": (ValueError, lambda: tokens(H, W, Y, temperature=-1.0)),
+    "student_hidden must be float32": (TypeError, lambda: linear(H.int(), W, H, W)),
+    "student_weight is torch.float64": (TypeError, lambda: linear(H, W.double(), H, W)),
+    "student_bias must be": (TypeError, lambda: linear(H, W, H, W, student_bias=B.int())),
+    r"teacher_weight must have shape \[V, 4\]": (ValueError, lambda: linear(H, W, H, W.t())),
+    r"teacher_bias must have shape \[5\]": (ValueError, lambda: linear(H, W, H, W, teacher_bias=W)),
+    "teacher_hidden has rows": (ValueError, lambda: linear(H, W, H[:1], W)),
+    r"labels must have shape \[2, 3\]": (ValueError, lambda: linear(H, W, H, W, Y[0])),
+    r"beta must be in \[0, 1\]": (ValueError, lambda: linear(H, W, H, W, beta=2.0)),
+    "reduction must be one of 'batchmean', 'sum', 'mean';": (ValueError, lambda: linear(H, W, H, W, reduction="none")),
+}
+
+
+@pytest.mark.parametrize("message", BAD_CALLS)
+def test_bad_input_names_the_argument(message):
+    error, call = BAD_CALLS[message]
+    with pytest.raises(error, match=message):
+        call()
