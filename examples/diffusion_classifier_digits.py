@@ -12,6 +12,9 @@ The script
 3. prints accuracy and network evaluations per image, beside a classifier of the usual kind, trained on the same digits;
 4. saves a picture: accuracy against evaluations, and what the denoiser makes of the images that it found hardest.
 
+With seeds 0, 1 and 2, each with its own digits held out, it gets 99.7, 98.6 and 99.7 % right, and the usual classifier
+97.5, 96.4 and 98.6 %. Stages take 28 % of the evaluations and the early stop 13 %, at the same accuracy.
+
 Needs scikit-learn, matplotlib and tqdm besides fastgen. Results repeat exactly for one seed, thread count and machine.
 """
 
