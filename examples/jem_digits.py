@@ -16,7 +16,7 @@ both it prints
 
 With seeds 0, 1 and 2, each with its own digits held out, JEM is right on 99.2, 97.8 and 99.2 % of them, cross-entropy
 alone on 98.3, 97.5 and 98.1 %; its negative log-likelihood is lower (0.042, 0.071 and 0.051 against 0.044, 0.110 and
-0.057), its calibration error lower once and higher twice (0.022, 0.018 and 0.030 against 0.010, 0.022 and 0.016): it has
+0.057), its calibration error lower once and higher twice (0.022, 0.018, 0.030 against 0.010, 0.022, 0.016): it has
 too little confidence where cross-entropy has too much. With 200 digits to train on (seed 0) it gains on all three:
 95.3 % right against 93.3 %, 0.19 against 0.30, 0.027 against 0.049. Its samples look like digits, at a pixel distance
 of 1.0; those of the net trained by cross-entropy are patterns, at 23 to 24, of which the judge is sure none the less.
