@@ -15,8 +15,10 @@ from .analytic_dpm import (
     trajectory_cost,
     variational_bound,
 )
+from .diffusion_classifier import ClassifierStatistics, DiffusionClassifier
 from .distillation_training import backward_simulation, fake_score_loss, renoise_times
 from .elbo import ddo_loss, diffusion_dpo_loss, elbo_difference, elbo_error
+from .energy import ReplayBuffer, classifier_guidance, joint_energy_loss, langevin_sample
 from .sampling import (
     StepCoefficients,
     guidance,
@@ -28,14 +30,7 @@ from .sampling import (
     step_coefficients,
 )
 from .schedule import NoiseSchedule, add_noise, prediction_to_x0
-from .score_distillation import (
-    DistillationStats,
-    ScorePair,
-    decoupled_dmd_loss,
-    dmd_loss,
-    sds_loss,
-    vsd_loss,
-)
+from .score_distillation import DistillationStats, ScorePair, decoupled_dmd_loss, dmd_loss, sds_loss, vsd_loss
 from .sequence import (
     generalized_jsd_loss,
     linear_generalized_jsd_loss,
@@ -48,9 +43,12 @@ from .trajectory import FactoredCost, Trajectory, optimal_trajectory
 __version__ = "0.1.0"
 
 __all__ = [
+    "ClassifierStatistics",
+    "DiffusionClassifier",
     "DistillationStats",
     "FactoredCost",
     "NoiseSchedule",
+    "ReplayBuffer",
     "ScoreMoments",
     "ScorePair",
     "StepCoefficients",
@@ -60,6 +58,7 @@ __all__ = [
     "analytic_trajectory",
     "backward_simulation",
     "build_info",
+    "classifier_guidance",
     "ddo_loss",
     "decoupled_dmd_loss",
     "diffusion_dpo_loss",
@@ -71,6 +70,8 @@ __all__ = [
     "generalized_jsd_loss",
     "generator_loss",
     "guidance",
+    "joint_energy_loss",
+    "langevin_sample",
     "langevin_step",
     "langevin_step_",
     "linear_generalized_jsd_loss",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import _checks
 from .elbo import elbo_error
-from .schedule import PREDICTION_TYPES, NoiseSchedule, add_noise
+from .schedule import PREDICTION_TYPES, NoiseSchedule, prediction_target
 
 RULES = ("uniform", "cleaner", "beta")
 
@@ -137,14 +137,7 @@ def fake_score_loss(
         _checks.tensor(name, value)
         _checks.per_row(name, value, pred)
     x0, noise = x0.detach(), noise.detach()
-    if prediction_type == "epsilon":
-        target = noise
-    elif prediction_type == "sample":
-        target = x0
-    elif prediction_type == "v_prediction":
-        target = add_noise(noise, x0, alpha_t, -sigma_t)
-    else:
-        target = add_noise(noise, x0, torch.ones_like(alpha_t), -torch.ones_like(sigma_t))
+    target = prediction_target(x0, noise, alpha_t, sigma_t, prediction_type)
     error = elbo_error(pred, target, weight=weight)
     if reduction == "none":
         return error

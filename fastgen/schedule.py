@@ -128,6 +128,17 @@ def prediction_to_x0(
     return _combine(x_t, a, pred, b, backend)
 
 
+def prediction_target(x0: Tensor, noise: Tensor, alpha_t: Tensor, sigma_t: Tensor, prediction_type: str) -> Tensor:
+    """What a network of this prediction type is trained to return."""
+    if prediction_type == "epsilon":
+        return noise
+    if prediction_type == "sample":
+        return x0
+    if prediction_type == "v_prediction":
+        return add_noise(noise, x0, alpha_t, -sigma_t)
+    return add_noise(noise, x0, torch.ones_like(alpha_t), -torch.ones_like(sigma_t))
+
+
 @dataclass(frozen=True, eq=False)
 class NoiseSchedule:
     """``alpha_t`` and ``sigma_t`` of a forward process, and how its times are drawn.
@@ -274,6 +285,31 @@ class NoiseSchedule:
         else:
             t = 1 - torch.rand(n, generator=generator, device=device)  # (0, 1]: at t = 0 nothing is to be learnt
         return self.shift * t / (1 + (self.shift - 1) * t) if self.kind == "flow" else t
+
+    def quantile_t(self, u: Tensor) -> Tensor:
+        """The times below which a share `u` of the training times lie; even `u` in (0, 1) give an even grid of times.
+
+        Args:
+            u: floating-point, in (0, 1).
+
+        Returns:
+            Like `u`, float32 (float64 where `u` is); int64 for a discrete schedule.
+        """
+        _checks.tensor("u", u)
+        if not u.is_floating_point():
+            raise TypeError(f"u must be floating-point, got {u.dtype}")
+        wide = u.double()
+        if self.num_timesteps is not None:
+            # The middle of a cell can fall on an integer: rounding must not take it one below.
+            return (wide * self.num_timesteps + 1e-6).floor().long().clamp(0, self.num_timesteps - 1)
+        t = wide
+        if self.kind == "edm":
+            t = torch.exp(self.log_mean + self.log_std * torch.special.ndtri(wide))
+        elif self.kind == "flow":
+            if self.logit_std > 0:
+                t = torch.sigmoid(self.log_mean + self.logit_std * torch.special.ndtri(wide))
+            t = self.shift * t / (1 + (self.shift - 1) * t)
+        return t.to(torch.promote_types(u.dtype, torch.float32))
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """:func:`fastgen.add_noise` at times t [B]."""

@@ -161,3 +161,32 @@ def test_bad_input_names_the_argument(message):
     error, call = BAD_CALLS[message]
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        NoiseSchedule.edm(),
+        NoiseSchedule.vp(),
+        NoiseSchedule.flow(shift=3.0),
+        NoiseSchedule.flow(shift=2.0, logit_std=1.0, logit_mean=-0.3),
+        NoiseSchedule.linear(50),
+    ],
+    ids=lambda s: s.kind,
+)
+def test_quantiles_are_those_of_the_training_times(schedule):
+    u = torch.tensor([0.1, 0.35, 0.5, 0.9])
+    t = schedule.quantile_t(u)
+    samples = schedule.sample_t(20_000, generator=torch.Generator().manual_seed(0))
+    below = (samples[:, None] < t).double().mean(0)
+    up_to = (samples[:, None] <= t).double().mean(0)
+    assert ((below - 0.015 < u) & (u < up_to + 0.015)).all()
+    assert t.dtype == samples.dtype
+    assert (schedule.num_timesteps is not None) or schedule.quantile_t(u.double()).dtype == torch.float64
+
+
+def test_even_quantiles_are_an_even_grid():
+    middles = (torch.arange(50, dtype=torch.float64) + 0.5) / 50
+    assert NoiseSchedule.linear(1000).quantile_t(middles).tolist() == list(range(10, 1000, 20))
+    with pytest.raises(TypeError, match="u must be floating-point"):
+        NoiseSchedule.edm().quantile_t(torch.arange(3))

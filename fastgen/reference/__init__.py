@@ -5,15 +5,10 @@ the oracle of the tests; on a machine without compiled kernels they serve as the
 """
 
 from .analytic_dpm import mean_square
+from .diffusion_classifier import classify
 from .elbo import ddo_loss, diffusion_dpo_loss, elbo_difference, elbo_error
-from .sampling import (
-    StepCoefficients,
-    guidance,
-    langevin_step,
-    posterior_sample,
-    reverse_step,
-    step_coefficients,
-)
+from .energy import joint_energy_loss
+from .sampling import StepCoefficients, guidance, langevin_step, posterior_sample, reverse_step, step_coefficients
 from .schedule import add_noise, prediction_to_x0
 from .score_distillation import (
     DistillationStats,
@@ -38,6 +33,7 @@ __all__ = [
     "ScorePair",
     "StepCoefficients",
     "add_noise",
+    "classify",
     "ddo_loss",
     "decoupled_dmd_loss",
     "diffusion_dpo_loss",
@@ -47,6 +43,7 @@ __all__ = [
     "fake_score_loss",
     "generalized_jsd_loss",
     "guidance",
+    "joint_energy_loss",
     "langevin_step",
     "linear_generalized_jsd_loss",
     "linear_token_logprob",
