@@ -4,11 +4,20 @@
 """
 
 from ._backend import build_info, use_backend
-from .adversarial import discriminator_loss, generator_loss
+from .adversarial import (
+    approximate_r1_penalty,
+    clip_weights_,
+    discriminator_loss,
+    feature_distance,
+    generator_loss,
+    gradient_penalty,
+    pix2pix_loss,
+    r1_penalty,
+)
 from .distillation_training import backward_simulation, fake_score_loss, renoise_times
 from .elbo import ddo_loss, diffusion_dpo_loss, elbo_difference, elbo_error
 from .sampling import langevin_step, posterior_sample
-from .schedule import NoiseSchedule, add_noise, prediction_to_x0
+from .schedule import NoiseSchedule, add_noise, diffuse_pair, prediction_to_x0
 from .score_distillation import (
     DistillationStats,
     ScorePair,
@@ -28,21 +37,28 @@ __all__ = [
     "ScorePair",
     "Trajectory",
     "add_noise",
+    "approximate_r1_penalty",
     "backward_simulation",
     "build_info",
+    "clip_weights_",
     "ddo_loss",
     "decoupled_dmd_loss",
+    "diffuse_pair",
     "diffusion_dpo_loss",
     "discriminator_loss",
     "dmd_loss",
     "elbo_difference",
     "elbo_error",
     "fake_score_loss",
+    "feature_distance",
     "generator_loss",
+    "gradient_penalty",
     "langevin_step",
     "optimal_trajectory",
+    "pix2pix_loss",
     "posterior_sample",
     "prediction_to_x0",
+    "r1_penalty",
     "renoise_times",
     "sds_loss",
     "use_backend",

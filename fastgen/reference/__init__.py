@@ -4,6 +4,17 @@ They read like the papers' formulas, take any device and dtype, and are differen
 the oracle of the tests; on a machine without compiled kernels they serve as the CPU implementation.
 """
 
+from .adversarial import (
+    approximate_r1_penalty,
+    clip_weights_,
+    discriminator_loss,
+    feature_distance,
+    generator_loss,
+    gradient_penalty,
+    input_gradient,
+    pix2pix_loss,
+    r1_penalty,
+)
 from .elbo import ddo_loss, diffusion_dpo_loss, elbo_difference, elbo_error
 from .sampling import (
     StepCoefficients,
@@ -13,7 +24,7 @@ from .sampling import (
     reverse_step,
     step_coefficients,
 )
-from .schedule import add_noise, prediction_to_x0
+from .schedule import add_noise, diffuse_pair, noise_pair, prediction_to_x0
 from .score_distillation import (
     DistillationStats,
     ScorePair,
@@ -30,18 +41,29 @@ __all__ = [
     "ScorePair",
     "StepCoefficients",
     "add_noise",
+    "approximate_r1_penalty",
+    "clip_weights_",
     "ddo_loss",
     "decoupled_dmd_loss",
+    "diffuse_pair",
     "diffusion_dpo_loss",
+    "discriminator_loss",
     "dmd_loss",
     "elbo_difference",
     "elbo_error",
     "fake_score_loss",
+    "feature_distance",
+    "generator_loss",
+    "gradient_penalty",
     "guidance",
+    "input_gradient",
     "langevin_step",
+    "noise_pair",
     "optimal_trajectory",
+    "pix2pix_loss",
     "posterior_sample",
     "prediction_to_x0",
+    "r1_penalty",
     "reverse_step",
     "sds_loss",
     "step_coefficients",
