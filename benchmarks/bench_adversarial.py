@@ -1,4 +1,4 @@
-"""Feature distances over a perceptual network's layers, forward and backward, against eager PyTorch and torch.compile."""
+"""Distances of a perceptual network's features, forward and backward, against eager PyTorch and torch.compile."""
 
 from __future__ import annotations
 
