@@ -12,8 +12,8 @@ real digits'), the Frechet distances to the other digits between features of a c
 often that classifier sees the right digit.
 
 With seed 0 the discriminator brings the feature distance of L1 from 23 to 5.7 (real digits held out: 6.1), the pixel
-distance from 2.6 to 0.9 (0.5) and the sharpness from 0.88 to 0.97, for a tenth more of L1 error. The features of so small
-a classifier add nothing to that.
+distance from 2.6 to 0.9 (0.5) and the sharpness from 0.88 to 0.97, for a tenth more of L1 error. The features of so
+small a classifier add nothing to that.
 """
 
 from __future__ import annotations
