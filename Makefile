@@ -8,11 +8,12 @@ EXTRAS ?= test,examples,lint
 TORCH ?= torch==2.13.0
 export CUDA_HOME ?= $(shell for d in /usr/local/cuda /usr/local/cuda-*; do [ -x $$d/bin/nvcc ] && echo $$d && break; done)
 
-.PHONY: help demo test lint bench gpu clean
+.PHONY: help demo examples test lint bench gpu clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo      fine-tune a small diffusion model on real digits with ddo_loss (a minute or two)"
+	@echo "make examples  run every example and write examples/README.md (a quarter of an hour)"
 	@echo "make test      build and run the tests"
 	@echo "make lint      ruff and mypy"
 	@echo "make bench     benchmarks on this machine's CPU, a table and plots in benchmarks/results"
@@ -24,6 +25,9 @@ $(VENV)/ready: pyproject.toml setup.py $(shell find csrc -type f)
 
 demo: $(VENV)/ready
 	$(PY) examples/ddo_digits.py
+
+examples: $(VENV)/ready
+	$(PY) examples
 
 test: $(VENV)/ready
 	$(PY) -m pytest -n auto

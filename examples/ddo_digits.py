@@ -35,6 +35,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from digits import print_table
 from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -235,14 +236,6 @@ def floor(real: Tensor, features: nn.Module, samples: int, gen: torch.Generator,
     return {column: scale * sum(row[column] for row in rows) / splits for column in rows[0]}
 
 
-def print_table(table: Table) -> None:
-    columns = list(next(iter(table.values())))
-    print("\nFrechet distance to the real digits (lower is better)")
-    print(f"{'':<14}" + "".join(f"{c:>19}" for c in columns))
-    for name, row in table.items():
-        print(f"{name:<14}" + "".join(f"{row[c]:>19.3f}" for c in columns))
-
-
 def save_grid(panels: dict[str, Tensor], path: Path) -> None:
     """One panel a model, one row a class; the same cell of two models starts from the same noise."""
     fig = Figure(figsize=(3.2 * len(panels), 4.2))
@@ -330,7 +323,7 @@ def main(argv: list[str] | None = None) -> Table:
     table = evaluate(models, images, labels, args.seed, cfg)
     picture = args.out / "ddo_digits.png"
     draw(models, images, labels, args.seed, cfg, picture)
-    print_table(table)
+    print_table("Frechet distance to the real digits (lower is better)", table)
     print(f"\nPicture: {picture}. Took {time.perf_counter() - began:.0f} s on {args.threads} thread(s).")
     print("Smoke run: the numbers mean nothing." if args.smoke else verdict(table))
     return table

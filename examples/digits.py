@@ -5,9 +5,12 @@ The data are scikit-learn's digits: 1797 real 8x8 images, as rows of 64 pixels i
 
 from __future__ import annotations
 
+import argparse
 import copy
 import itertools
+import time
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import matplotlib
 import numpy as np
@@ -86,11 +89,14 @@ def sample(model: Denoiser, labels: Tensor, steps: int, gen: torch.Generator, gu
     return x
 
 
-class Trainer:
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class Trainer(Generic[Model]):
     """Adam with warm-up and a running average of the weights."""
 
     def __init__(
-        self, model: Denoiser, lr: float, warmup: int, ema_decay: float, betas: tuple[float, float] = (0.9, 0.999)
+        self, model: Model, lr: float, warmup: int, ema_decay: float, betas: tuple[float, float] = (0.9, 0.999)
     ) -> None:
         self.model, self.decay = copy.deepcopy(model).requires_grad_(True), ema_decay
         self.ema, self.steps = copy.deepcopy(model).requires_grad_(False), 0
@@ -104,8 +110,8 @@ class Trainer:
         self.warmup.step()
         self.steps += 1
         decay = min(self.decay, self.steps / (self.steps + 10))  # short at first, so that the start is forgotten
-        for avg, new in zip(self.ema.parameters(), self.model.parameters(), strict=True):
-            avg.lerp_(new.detach(), 1 - decay)
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
 
 
 def train_denoiser(
@@ -167,10 +173,31 @@ def frechet(a: Tensor, b: Tensor) -> float:
 
 
 def print_table(title: str, table: Table) -> None:
+    """As Markdown that reads well in a terminal too: the page of all examples takes it as it is."""
     columns = list(next(iter(table.values())))
-    print(f"\n{title}\n{'':<34}" + "".join(f"{c:>18}" for c in columns))
-    for name, row in table.items():
-        print(f"{name:<34}" + "".join(f"{row[c]:>18.4f}" for c in columns))
+    cells = [["", *columns], *([name, *(f"{row[c]:.4g}" for c in columns)] for name, row in table.items())]
+    first, *others = (max(len(row[k]) for row in cells) for k in range(len(columns) + 1))
+    cells.insert(1, ["-" * first, *("-" * (n - 1) + ":" for n in others)])
+    print(f"\n{title}\n")
+    for name, *numbers in cells:
+        print(" | ".join([f"| {name:<{first}}", *(f"{x:>{n}}" for x, n in zip(numbers, others, strict=True))]) + " |")
+
+
+def argument_parser(description: str) -> argparse.ArgumentParser:
+    """The options that every example has."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=4, help="pinned, because it decides the order of sums")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "output", help="folder for the picture")
+    parser.add_argument("--smoke", action="store_true", help="a few steps of everything, in seconds")
+    return parser
+
+
+def farewell(picture: Path, began: float, smoke: bool) -> None:
+    """The last lines of an example that started at `began` of ``time.perf_counter()``."""
+    print(f"\nPicture: {picture}. Took {time.perf_counter() - began:.0f} s on {torch.get_num_threads()} thread(s).")
+    if smoke:
+        print("Smoke run: the numbers mean nothing.")
 
 
 def save_grid(panels: dict[str, Tensor], path: Path) -> None:

@@ -27,10 +27,8 @@ Needs scikit-learn, matplotlib and tqdm besides fastgen. Results repeat exactly 
 
 from __future__ import annotations
 
-import argparse
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +39,9 @@ from digits import (
     Denoiser,
     Table,
     Trainer,
+    argument_parser,
     denoising_loss,
+    farewell,
     frechet,
     load_images,
     print_table,
@@ -176,12 +176,8 @@ def measure(x: Tensor, wanted: Tensor, images: Tensor, classifier: Classifier) -
 
 def main(argv: list[str] | None = None) -> Table:
     """Run the demo; return the table as {row: {column: number}}."""
-    parser = argparse.ArgumentParser(description="Distil a diffusion model of the digits into a one-step generator.")
-    parser.add_argument("--seed", type=int, default=0)
+    parser = argument_parser("Distil a diffusion model of the digits into a one-step generator.")
     parser.add_argument("--reward", type=float, default=0.005, help="weight of DMDR's reward term; 0 leaves it out")
-    parser.add_argument("--threads", type=int, default=4, help="pinned, because it decides the order of sums")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "output", help="folder for the picture")
-    parser.add_argument("--smoke", action="store_true", help="a few steps of everything, in seconds")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     cfg, began = SMOKE if args.smoke else Config(), time.perf_counter()
@@ -219,9 +215,7 @@ def main(argv: list[str] | None = None) -> Table:
     table = {name: measure(x, wanted, images, classifier) for name, x in draw(wanted).items()}
     save_grid(draw(torch.arange(CLASSES).repeat_interleave(8)), args.out / "dmd_digits.png")
     print_table("Frechet distances to the real digits (lower is better), accuracy of the wanted digit", table)
-    print(f"\nPicture: {args.out / 'dmd_digits.png'}. Took {time.perf_counter() - began:.0f} s.")
-    if args.smoke:
-        print("Smoke run: the numbers mean nothing.")
+    farewell(args.out / "dmd_digits.png", began, args.smoke)
     return table
 
 

@@ -4,7 +4,16 @@
 """
 
 from ._backend import build_info, use_backend
-from .adversarial import discriminator_loss, generator_loss
+from .adversarial import (
+    approximate_r1_penalty,
+    clip_weights_,
+    discriminator_loss,
+    feature_distance,
+    generator_loss,
+    gradient_penalty,
+    pix2pix_loss,
+    r1_penalty,
+)
 from .analytic_dpm import (
     ScoreMoments,
     VariationalBound,
@@ -29,7 +38,7 @@ from .sampling import (
     reverse_step_,
     step_coefficients,
 )
-from .schedule import NoiseSchedule, add_noise, prediction_to_x0
+from .schedule import NoiseSchedule, add_noise, diffuse_pair, prediction_to_x0
 from .score_distillation import DistillationStats, ScorePair, decoupled_dmd_loss, dmd_loss, sds_loss, vsd_loss
 from .sequence import (
     generalized_jsd_loss,
@@ -56,19 +65,24 @@ __all__ = [
     "VariationalBound",
     "add_noise",
     "analytic_trajectory",
+    "approximate_r1_penalty",
     "backward_simulation",
     "build_info",
     "classifier_guidance",
+    "clip_weights_",
     "ddo_loss",
     "decoupled_dmd_loss",
+    "diffuse_pair",
     "diffusion_dpo_loss",
     "discriminator_loss",
     "dmd_loss",
     "elbo_difference",
     "elbo_error",
     "fake_score_loss",
+    "feature_distance",
     "generalized_jsd_loss",
     "generator_loss",
+    "gradient_penalty",
     "guidance",
     "joint_energy_loss",
     "langevin_sample",
@@ -77,9 +91,11 @@ __all__ = [
     "linear_generalized_jsd_loss",
     "linear_token_logprob",
     "optimal_trajectory",
+    "pix2pix_loss",
     "pixel_reverse_variance",
     "posterior_sample",
     "prediction_to_x0",
+    "r1_penalty",
     "regularize_moments",
     "renoise_times",
     "reverse_step",

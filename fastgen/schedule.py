@@ -139,6 +139,66 @@ def prediction_target(x0: Tensor, noise: Tensor, alpha_t: Tensor, sigma_t: Tenso
     return add_noise(noise, x0, torch.ones_like(alpha_t), -torch.ones_like(sigma_t))
 
 
+def diffuse_pair(
+    schedule: NoiseSchedule,
+    x0: Tensor,
+    t: Tensor,
+    *,
+    s: Tensor | None = None,
+    noise: tuple[Tensor, Tensor] | None = None,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Two successive states of one forward path, as a Denoising Diffusion GAN's discriminator sees them
+    (arXiv 2112.07804): x_s from x0, then x_t from x_s with a second noise; two fused passes.
+
+    .. math:: x_s = \\sqrt{ᾱ_s} x_0 + \\sqrt{1 - ᾱ_s} ε, \\quad x_t = \\sqrt{ᾱ_t/ᾱ_s} x_s + \\sqrt{1 - ᾱ_t/ᾱ_s} ε'
+
+    Each alone is distributed as :func:`add_noise` gives it. With one noise for both, x_s would be determined by x_t and
+    x0, instead of distributed around them as :func:`posterior_sample` draws it.
+
+    Args:
+        schedule: a discrete one, such as :meth:`NoiseSchedule.ddgan`.
+        x0: images [B, …], any floating dtype.
+        t: integers [B], the noisier state.
+        s: integers [B], ``-1 <= s < t``, -1 being clean data; t - 1 if None.
+        noise: (ε, ε'), each like `x0`; drawn if None.
+        generator: for that.
+
+    Returns:
+        (x_s, x_t), like `x0`, computed in float32 (float64 for float64 images). Gradients flow to `x0` and `noise`.
+
+    Raises:
+        TypeError, ValueError: naming the argument that does not fit. The values in `t` and `s` are not looked at.
+
+    Example::
+
+        >>> import torch, fastgen
+        >>> schedule = fastgen.NoiseSchedule.ddgan(4)
+        >>> t = torch.randint(1, 5, (8,))
+        >>> x_s, x_t = fastgen.diffuse_pair(schedule, torch.zeros(8, 1, 4, 4), t)
+        >>> x_s.shape == x_t.shape == (8, 1, 4, 4)
+        True
+    """
+    _checks.streams(x0=x0)
+    for name, value in (("t", t), ("s", s)):
+        if value is not None:
+            _check_steps(name, value, schedule, x0)
+    first, second = reference.noise_pair(x0, generator) if noise is None else noise
+    bar_s, bar_t = schedule._alphas_cumprod_at(t - 1 if s is None else s), schedule._alphas_cumprod_at(t)
+    x_s = add_noise(x0, first, bar_s.sqrt(), (1 - bar_s).sqrt())
+    return x_s, add_noise(x_s, second, (bar_t / bar_s).sqrt(), ((bar_s - bar_t) / bar_s).sqrt())
+
+
+def _check_steps(name: str, value: Tensor, schedule: NoiseSchedule, like: Tensor) -> None:
+    _checks.tensor(name, value)
+    if schedule.num_timesteps is None:
+        raise ValueError(f"schedule must be discrete, such as NoiseSchedule.ddgan(4); got the kind {schedule.kind!r}")
+    if value.is_floating_point() or value.dtype == torch.bool:
+        raise TypeError(f"{name} must hold integers, got {value.dtype}")
+    if value.shape != like.shape[:1]:
+        raise ValueError(f"{name} must have shape [{like.shape[0]}], got {list(value.shape)}")
+
+
 @dataclass(frozen=True, eq=False)
 class NoiseSchedule:
     """``alpha_t`` and ``sigma_t`` of a forward process, and how its times are drawn.
@@ -150,6 +210,7 @@ class NoiseSchedule:
     ========================== ============================== ===========================================
     ``linear``, ``cosine``     int64 in [0, num_timesteps)    sqrt(ᾱ[t]), sqrt(1 - ᾱ[t])
     ``from_alphas_cumprod``    (diffusers' numbering)
+    ``ddgan``                  int64 in [0, steps]
     ``vp``                     (0, 1]                         exp(-½∫β), sqrt(1 - alpha_t²)
     ``edm``                    the noise level itself         1, t
     ``flow``                   [0, 1], 1 is noise             1 - t, t
@@ -221,6 +282,20 @@ class NoiseSchedule:
         alpha_bar = torch.cos((t + s) / (1 + s) * math.pi / 2) ** 2
         beta = (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=_checks.number("max_beta", max_beta, low=0))
         return cls.from_alphas_cumprod(torch.cumprod(1 - beta, 0))
+
+    @classmethod
+    def ddgan(cls, steps: int = 4, beta_min: float = 0.1, beta_max: float = 20.0) -> NoiseSchedule:
+        """A Denoising Diffusion GAN's few states (arXiv 2112.07804): `steps` + 1 of the ``vp`` process.
+
+        State k is at time ``1e-3 + (1 - 1e-3) k / steps`` relative to time 1e-3, and state 0 is data but for a variance
+        of 1e-8, the first β. Training pairs and samplers go from t = 1 … `steps` to t - 1; 2 to 4 steps are usual.
+        """
+        _checks.positive_int("steps", steps)
+        low = _checks.number("beta_min", beta_min, low=0, open_low=True)
+        high = _checks.number("beta_max", beta_max, low=0, open_low=True)
+        t = torch.linspace(1e-3, 1, steps + 1, dtype=torch.float64)
+        integral = 0.5 * t.square() * (high - low) + t * low
+        return cls.from_alphas_cumprod((1 - 1e-8) * torch.exp(integral[0] - integral))
 
     @classmethod
     def vp(cls, beta_min: float = 0.1, beta_max: float = 20.0) -> NoiseSchedule:

@@ -2,10 +2,12 @@
 
 import importlib.util
 import math
+import re
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -13,11 +15,15 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 def load(name):
     pytest.importorskip("sklearn")
     pytest.importorskip("matplotlib")
+    return execute(name)
+
+
+def execute(name):
     sys.path.insert(0, str(EXAMPLES))
     try:
-        spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+        spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
         module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
+        sys.modules[spec.name] = module
         spec.loader.exec_module(module)
     finally:
         sys.path.pop(0)
@@ -35,10 +41,40 @@ def numbers(value):
         yield float(value)
 
 
-@pytest.mark.parametrize("name", sorted(p.stem for p in EXAMPLES.glob("*_digits.py")))
-def test_smoke(name, tmp_path):
+RUNNER = execute("__main__")
+
+
+@pytest.mark.parametrize("name", RUNNER.names())
+def test_smoke(name, tmp_path, monkeypatch):
+    # More threads than cores, as where tests run side by side, wait for one another a hundred times longer.
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
     results = load(name).main(["--smoke", "--out", str(tmp_path)])
     found = list(numbers(results))
     assert found
     assert all(math.isfinite(x) for x in found)
     assert list(tmp_path.glob("*.png")), "the example saved no picture"
+
+
+def test_the_runner_writes_the_page(tmp_path, capfd):
+    load("digits")  # skips where what the examples need is missing
+    assert {"ddo_digits", "ddgan_digits", "gan_modes"} <= set(RUNNER.names())
+    assert "digits" not in RUNNER.names()
+    assert RUNNER.main(["gan_modes", "--smoke", "--folder", str(tmp_path)]) == 0
+    page = (tmp_path / "README.md").read_text()
+    assert "## gan_modes" in page
+    assert "| forward KL" in page
+    assert str(tmp_path) not in page
+    for picture in re.findall(r"!\[.*\]\((.*)\)", page):
+        assert (tmp_path / picture).exists()
+    assert "results/gan_modes/gan_modes.png" in page
+    assert RUNNER.markdown("a  b\n\nx    y\nz    w\n\n| t | u    v |") == (
+        "a  b\n\n```\nx    y\nz    w\n```\n\n| t | u    v |"
+    )
+
+
+def test_the_runner_reports_what_fails(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(RUNNER, "HERE", tmp_path)
+    (tmp_path / "bad.py").write_text('"""Fails."""\n\nif __name__ == "__main__":\n    raise SystemExit(3)\n')
+    assert RUNNER.main(["--folder", str(tmp_path)]) == 1
+    assert "bad: FAILED" in capfd.readouterr().out
+    assert "## bad" not in (tmp_path / "README.md").read_text()

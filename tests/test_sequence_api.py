@@ -228,7 +228,7 @@ def test_any_shape_dtype_and_layout(
     beta,
     temperature,
     kernel_backend,
-    device,  # noqa: F811
+    device,
 ):
     s = (scale * torch.randn(*rows, vocabulary, device=device)).to(dtypes[0])
     t = (scale * torch.randn(*rows, max(1, vocabulary + extra), device=device)).to(dtypes[1])

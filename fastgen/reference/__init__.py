@@ -4,12 +4,23 @@ They read like the papers' formulas, take any device and dtype, and are differen
 the oracle of the tests; on a machine without compiled kernels they serve as the CPU implementation.
 """
 
+from .adversarial import (
+    approximate_r1_penalty,
+    clip_weights_,
+    discriminator_loss,
+    feature_distance,
+    generator_loss,
+    gradient_penalty,
+    input_gradient,
+    pix2pix_loss,
+    r1_penalty,
+)
 from .analytic_dpm import mean_square
 from .diffusion_classifier import classify
 from .elbo import ddo_loss, diffusion_dpo_loss, elbo_difference, elbo_error
 from .energy import joint_energy_loss
 from .sampling import StepCoefficients, guidance, langevin_step, posterior_sample, reverse_step, step_coefficients
-from .schedule import add_noise, prediction_to_x0
+from .schedule import add_noise, diffuse_pair, noise_pair, prediction_to_x0
 from .score_distillation import (
     DistillationStats,
     ScorePair,
@@ -33,24 +44,35 @@ __all__ = [
     "ScorePair",
     "StepCoefficients",
     "add_noise",
+    "approximate_r1_penalty",
     "classify",
+    "clip_weights_",
     "ddo_loss",
     "decoupled_dmd_loss",
+    "diffuse_pair",
     "diffusion_dpo_loss",
+    "discriminator_loss",
     "dmd_loss",
     "elbo_difference",
     "elbo_error",
     "fake_score_loss",
+    "feature_distance",
     "generalized_jsd_loss",
+    "generator_loss",
+    "gradient_penalty",
     "guidance",
+    "input_gradient",
     "joint_energy_loss",
     "langevin_step",
     "linear_generalized_jsd_loss",
     "linear_token_logprob",
     "mean_square",
+    "noise_pair",
     "optimal_trajectory",
+    "pix2pix_loss",
     "posterior_sample",
     "prediction_to_x0",
+    "r1_penalty",
     "reverse_step",
     "sds_loss",
     "sequence_ddo_loss",

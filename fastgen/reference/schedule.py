@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,29 @@ def prediction_to_x0(
     else:
         x0 = p
     return x0.to(dtype)
+
+
+def diffuse_pair(
+    schedule: Any,
+    x0: Tensor,
+    t: Tensor,
+    *,
+    s: Tensor | None = None,
+    noise: tuple[Tensor, Tensor] | None = None,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``x_s`` from x0, then ``x_t`` from x_s."""
+    bar_s, bar_t = schedule._alphas_cumprod_at(t - 1 if s is None else s), schedule._alphas_cumprod_at(t)
+    first, second = noise_pair(x0, generator) if noise is None else noise
+    x_s = add_noise(x0, first, bar_s.sqrt(), (1 - bar_s).sqrt())
+    return x_s, add_noise(x_s, second, (bar_t / bar_s).sqrt(), ((bar_s - bar_t) / bar_s).sqrt())
+
+
+def noise_pair(like: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    first, second = (
+        torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device) for _ in range(2)
+    )
+    return first, second
 
 
 def widened(t: Tensor) -> Tensor:
