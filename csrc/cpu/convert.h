@@ -73,21 +73,21 @@ FASTGEN_HD void prefetch(const Brain& in, int64_t i) {
   for (int l = 0; l < n; l += 32) __builtin_prefetch(in.data + i + l);
 }
 
-// Converts n elements. Asks for the lines that come a chunk later meanwhile: streams take turns, which the hardware's
-// prefetchers do not see through.
+// Converts n elements, asking meanwhile for the lines kAhead elements on: where streams take turns, the hardware's
+// prefetchers lose track.
 template <int64_t kAhead, class T, class From, class Convert>
 FASTGEN_HD void convert(const From* from, int64_t n, T* to, const Convert& element) {
   constexpr int64_t kLine = 64 / sizeof(From);
   int64_t i = 0;
   for (; i + kLine <= n; i += kLine) {
-    __builtin_prefetch(from + i + kAhead);
+    if constexpr (kAhead > 0) __builtin_prefetch(from + i + kAhead);
     for (int64_t j = i; j < i + kLine; ++j) to[j] = static_cast<T>(element(from[j]));
   }
   for (; i < n; ++i) to[i] = static_cast<T>(element(from[i]));
 }
 
 // n elements from `data` + offset as T: in place where the dtype is T's own, else converted into `buffer`. kAhead: how
-// many elements on the next call goes.
+// many elements on the next call is, or 0.
 template <int64_t kAhead, class T>
 FASTGEN_HD const T* load(const void* data, ScalarType dtype, int64_t offset, int64_t n, T* buffer) {
   if (dtype == dtype_of<T>()) return static_cast<const T*>(data) + offset;
