@@ -136,7 +136,7 @@ def draw(
     with torch.no_grad():
         columns = [model(noisy, torch.ones(8), torch.full((8,), c)) for c in range(CLASSES)]
     tiles = torch.stack([images[hardest], noisy, *columns], 1).view(8, CLASSES + 2, 8, 8)
-    canvas = torch.nn.functional.pad(tiles, (1, 1, 1, 1), value=1.0).permute(0, 2, 1, 3).reshape(80, -1)
+    canvas = torch.nn.functional.pad(tiles, (1, 1, 1, 1), value=1.0).permute(0, 2, 1, 3).reshape(80, -1).numpy()
     right.imshow(canvas, cmap="gray", vmin=-1, vmax=1)
     for k, i in enumerate(hardest.tolist()):
         for label, color in ((int(labels[i]), "tab:green"), (int(log_prob[i].argmax()), "tab:red")):

@@ -146,14 +146,14 @@ def draw(panels: dict[str, Tensor], logits: dict[str, Tensor], labels: Tensor, g
     for k, (name, x) in enumerate(panels.items()):
         ax = fig.add_subplot(grid[0, 2 * k : 2 * k + 2])
         tiles = F.pad(x.reshape(CLASSES, -1, 8, 8), (0, 1, 0, 1), value=1.0)
-        ax.imshow(tiles.permute(0, 2, 1, 3).reshape(CLASSES * 9, -1), cmap="gray", vmin=-1, vmax=1)
+        ax.imshow(tiles.permute(0, 2, 1, 3).reshape(CLASSES * 9, -1).numpy(), cmap="gray", vmin=-1, vmax=1)
         ax.set_title(name)
         ax.axis("off")
     reliability, gap = fig.add_subplot(grid[1, : len(panels)]), fig.add_subplot(grid[1, len(panels) :])
     for name, values in logits.items():
         share, accuracy, confidence = confidence_bins(values, labels, 10)
         used = share > 0
-        reliability.plot(confidence[used], accuracy[used], "o-", label=name)
+        reliability.plot(confidence[used].numpy(), accuracy[used].numpy(), "o-", label=name)
     reliability.plot([0, 1], [0, 1], "k:", linewidth=1)
     reliability.set(xlabel="confidence", ylabel="accuracy", title="reliability on held-out digits")
     reliability.legend()

@@ -160,12 +160,8 @@ class DiffusionClassifier:
             raise ValueError(f"times must have shape [{finest}], the last stage's samples; got {list(times.shape)}")
         self.model, self.schedule, self.weighting = model, schedule, weighting
         self.prediction_type, self.loss = prediction_type, loss
-        self.batch_size, self.error_probability, self.seed, self.progress = (
-            batch_size,
-            error_probability,
-            seed,
-            progress,
-        )
+        self.batch_size, self.error_probability = batch_size, error_probability
+        self.seed, self.progress = seed, progress
         self._pairs, self._ends = _evaluation_order(self.stages)
         self.times = times[torch.tensor(self._pairs, device=times.device)]
 
