@@ -43,6 +43,12 @@ def _is_dtensor(value: object) -> bool:
     return type(value).__name__ == "DTensor"
 
 
+def local(name: str, value: Tensor) -> None:
+    """No DTensor: the operators at hand have no sharding rules."""
+    if _is_dtensor(value):
+        raise TypeError(f"{name} is a DTensor: pass each rank's rows, {name}.to_local()")
+
+
 def per_row(name: str, value: Tensor | None, like: Tensor) -> None:
     """One float32 or float64 number per row. Half precision is refused: it is a known source of wrong weights."""
     if value is None:
@@ -136,8 +142,7 @@ def logits(**tensors: Tensor) -> None:
     first_name, first = next(iter(tensors.items()))
     for name, value in tensors.items():
         _floating(name, value)
-        if _is_dtensor(value):
-            raise TypeError(f"{name} is a DTensor: pass each rank's rows, {name}.to_local()")
+        local(name, value)
         if value.dim() == 0 or value.shape[-1] == 0:
             raise ValueError(f"{name} must have shape [..., V] with V > 0, got {list(value.shape)}")
         if value.shape[:-1] != first.shape[:-1]:

@@ -192,6 +192,7 @@ def dmd_loss(
         (tensor([[ 0.2500, -0.5000]]), tensor([2.]))
     """
     _checks.streams(x=x, x_t=x_t, real_cond=real_cond, fake=fake, **_given(real_uncond=real_uncond))
+    _checks.local("x", x)
     guidance = _guidance(guidance_scale, real_uncond, "real_uncond")
     common = _common(
         x, weight, mask, prediction_type, fake_prediction_type, normalizer, normalizer_eps, normalizer_min,
@@ -274,6 +275,7 @@ def decoupled_dmd_loss(
         **{"x": x, "dm.x_t": dm.x_t, "dm.real": dm.real, "dm.contrast": dm.contrast},
         **{"ca.x_t": ca.x_t, "ca.real": ca.real, "ca.contrast": ca.contrast},
     )
+    _checks.local("x", x)
     guidance = _checks.number("guidance_scale", guidance_scale)
     common = _common(
         x, weight, mask, prediction_type, fake_prediction_type, normalizer, normalizer_eps, normalizer_min,
@@ -376,6 +378,7 @@ def _score_loss(
 ) -> Any:
     """SDS and VSD: `names` are the public names of the streams, in the order pred, target, uncond."""
     _checks.streams(x=x, **_given(**names))
+    _checks.local("x", x)
     guidance = _guidance(guidance_scale, uncond, list(names)[2])
     _check_weight(weight, x, frames=False)
     _checks.choice("reduction", reduction, SDS_REDUCTIONS)
