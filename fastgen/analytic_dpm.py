@@ -347,8 +347,9 @@ def pixel_reverse_variance(
         raise ValueError(f"s and t must be ints or have shape [{len(head)}], got {list(t.shape)}")
     dtype = _layout.arithmetic_dtype(*(x for x in (head, pred) if x is not None))
     step = Step.of(alpha_bar, s, t, checked_eta(eta))
+    # Numbers stay where they are: as zero-dimensional tensors they go into a GPU's operations without a copy.
     floor, gain, ratio = (
-        x.to(head.device, dtype).reshape(*x.shape, *[1] * (head.dim() - x.dim()))
+        x if x.dim() == 0 else x.to(head.device, dtype).reshape(-1, *[1] * (head.dim() - 1))
         for x in (step.floor, step.gain, step.ratio)
     )
     share = head.to(dtype) if pred is None else head.to(dtype) - pred.to(dtype).square()

@@ -28,7 +28,8 @@ class AnalyticDPMScheduler(SchedulerMixin, ConfigMixin):
     Args:
         num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas: as of diffusers' ``DDPMScheduler``.
         ms_eps: the N + 1 numbers of :attr:`fastgen.ScoreMoments.ms_eps`, as a list, so that they are saved with the
-            configuration. Sampling needs them.
+            configuration. Sampling needs them; best :func:`fastgen.regularize_moments` of them, as at high noise the
+            raw ones of few samples leave anything between no variance and the data's range.
         method: ``"ddpm"`` or ``"ddim"``, whose mean a step has.
         eta: DDIM's; from 0 to 1.
         trajectory: ``"optimal"`` (:func:`fastgen.analytic_trajectory`) or ``"even"``, from 1 to N.
