@@ -391,3 +391,12 @@ def test_bad_arguments_of_the_others_are_named() -> None:
         vsd_loss(x, f, f, guidance_scale=7.5)
     with pytest.raises(ValueError, match="normalizer_dims='frame' needs a video"):
         call(**{"x": x[:, 0, 0]} | dict.fromkeys(STREAMS, f[:, 0, 0]), normalizer_dims="frame")
+
+
+def test_dtensors_are_refused() -> None:
+    class DTensor(Tensor):
+        """Goes by its name."""
+
+    t = torch.zeros(2, 3).as_subclass(DTensor)
+    with pytest.raises(TypeError, match=r"x is a DTensor: pass each rank's rows, x\.to_local\(\)"):
+        fastgen.sds_loss(t, t, t)
