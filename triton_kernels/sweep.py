@@ -97,7 +97,7 @@ class LogitRows:
         self.dtype = layout.arithmetic_dtype(*inputs)
         self.streams = len(tensors)
         if out is not None:
-            tensors.append(out.view(outer, self.inner, self.size))
+            tensors.append(out.view(outer, self.inner, out.shape[-1]))
         aligned = [_aligned(t) for t in tensors]
         self.data = tuple(data for data, _ in aligned)
         self.places = tuple(place for _, place in aligned)

@@ -1,6 +1,6 @@
-"""Compares the emulated CUDA kernels over logits with the float64 reference. Run by tests/test_aot_cuda.py: LIBRARY CASE…
+"""Compares the emulated CUDA kernels over logits with the float64 reference. Run by tests/test_aot_cuda.py.
 
-A case is ``rows,columns,dtypes``: dtypes of student and teacher (``h``, ``b``, ``f``, ``d``).
+The arguments are the LIBRARY and CASEs ``rows,columns,dtypes``: dtypes of student and teacher (h, b, f, d).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def check(case: str) -> None:
     both("ddo", lambda m, x, o: m.sequence_ddo_loss(x, o, y, real, alpha=2.0, normalize=True), s, t)
     for beta in (0.0, 0.3, 1.0):
         for reduction in ("sum", "none"):  # the gradient with the loss, and made again
-            f = lambda m, x, o: m.generalized_jsd_loss(x, o, y, beta=beta, reduction=reduction)  # noqa: B023, E731
+            f = lambda m, x, o: m.generalized_jsd_loss(x, o, y, beta=beta, reduction=reduction)  # noqa: E731
             student = s if beta == 0 else s.index_fill(-1, torch.tensor([5]), -torch.inf)
             both(f"jsd {beta} {reduction}", f, student, t)
             both(f"jsd {beta} {reduction} slices", f, torch.cat([student, student], 1)[:, : shape[1]], t)
