@@ -200,8 +200,8 @@ def _sweep(
         if GRAD:
             values = _divergence_gradient(s, t, norms, numbers, center, factor, KIND, data[2].dtype.element_ty, T)
             tl.store(data[2] + starts[2] + element, values[0], mask=mask)
-    center = tl.zeros((), T) if KIND == FORWARD else tl.sum(sums[1], axis=0)
-    return tl.sum(sums[0], axis=0), center
+    center = tl.zeros((), T) if KIND == FORWARD else tl.sum(sums[1].to(tl.float64), axis=0).to(T)
+    return tl.sum(sums[0].to(tl.float64), axis=0).to(T), center
 
 
 @triton.jit

@@ -241,10 +241,10 @@ def normalizer_add(normalizer, tiles, scale):
 
 @triton.jit
 def normalizer_total(normalizer, scale):
-    """The normalizer of all lanes."""
+    """The normalizer of all lanes. Their sums are added in float64: its error would be one of all elements at once."""
     largest = tl.max(normalizer[0], axis=0)
-    total = tl.sum(normalizer[1] * tl.exp2((normalizer[0] - _origin(largest)) * scale), axis=0)
-    return largest, total
+    totals = normalizer[1] * tl.exp2((normalizer[0] - _origin(largest)) * scale)
+    return largest, tl.sum(totals.to(tl.float64), axis=0).to(normalizer[1].dtype)
 
 
 @triton.jit
