@@ -6,29 +6,22 @@ import subprocess
 import sys
 
 import pytest
+import sequences
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import value_and_grad
-from sequences import (  # noqa: F401 (fixtures)
-    CASES,
-    DTYPES,
-    backend,
-    check,
-    is_real,
-    kernel_backend,
-    layouts,
-    native,
-    streams,
-)
+from sequences import CASES, DTYPES, check, layouts, native, streams
 
 import fastgen
 from fastgen import _sequence, reference
 
+backend, kernel_backend = sequences.backend, sequences.kernel_backend
+
 
 @pytest.mark.parametrize("wider", ["student", "teacher"])
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
-def test_unequal_vocabularies(wider, beta, backend, device):  # noqa: F811
+def test_unequal_vocabularies(wider, beta, backend, device):
     s, t, y = streams((2, 3, 70), device=device)
     padding = torch.full((2, 3, 30), 7.0, device=device)
     wide = torch.cat([s if wider == "student" else t, padding], -1)
@@ -43,7 +36,7 @@ def test_unequal_vocabularies(wider, beta, backend, device):  # noqa: F811
     assert (per_token[1][..., 70:] == 0).all()
 
 
-def test_ignored_rows_are_not_read(kernel_backend, device):  # noqa: F811
+def test_ignored_rows_are_not_read(kernel_backend, device):
     s, t, y = streams((3, 4, 33), device=device)
     s[y == -100], t[y == -100] = math.nan, math.nan
     for case in ("jsd-0.5", "jsd-none", "logprob", "ddo", "ddo-masked"):
@@ -54,7 +47,7 @@ def test_ignored_rows_are_not_read(kernel_backend, device):  # noqa: F811
 
 
 @pytest.mark.parametrize("reduction", ["batchmean", "sum", "mean", "none"])
-def test_no_rows_and_none_valid(reduction, backend, device):  # noqa: F811
+def test_no_rows_and_none_valid(reduction, backend, device):
     for shape in ((0, 9), (2, 0, 9), (2, 3, 9)):
         s, t, y = streams(shape, device=device)
         labels = torch.full_like(y, -100)
@@ -76,7 +69,7 @@ def test_no_rows_and_none_valid(reduction, backend, device):  # noqa: F811
 
 
 @pytest.mark.parametrize("value", [True, False])
-def test_ddo_with_one_group_only(value, backend, device):  # noqa: F811
+def test_ddo_with_one_group_only(value, backend, device):
     s, t, y = streams((3, 4, 9), device=device)
     real = torch.full((3,), value, device=device)
     loss, grad = value_and_grad(lambda x: fastgen.sequence_ddo_loss(x, t, y, real), s)
@@ -85,7 +78,7 @@ def test_ddo_with_one_group_only(value, backend, device):  # noqa: F811
     assert grad.abs().sum() > 0
 
 
-def test_accumulated_gradients_equal_one_batch(backend, device):  # noqa: F811
+def test_accumulated_gradients_equal_one_batch(backend, device):
     s, t, y = streams((6, 5, 30), device=device)
     valid = int((y != -100).sum())
     whole = value_and_grad(lambda x: fastgen.generalized_jsd_loss(x, t, y), s)
@@ -99,7 +92,7 @@ def test_accumulated_gradients_equal_one_batch(backend, device):  # noqa: F811
 
 
 @pytest.mark.parametrize("case", ["jsd-0.5", "jsd-none", "logprob", "ddo"])
-def test_strides(case, kernel_backend, device):  # noqa: F811
+def test_strides(case, kernel_backend, device):
     s, t, y = streams((3, 4, 70), device=device)
     base = value_and_grad(lambda x: CASES[case](fastgen, x, t, y), s)
     for other_s, other_t, other_y in zip(layouts(s), layouts(t), [y, y.t().contiguous().t(), y, y, y], strict=True):
@@ -112,7 +105,7 @@ def test_strides(case, kernel_backend, device):  # noqa: F811
     assert torch.equal(value_and_grad(lambda x: CASES[case](fastgen, x, one, y), s)[1], expected[1])
 
 
-def test_leading_dimensions(backend, device):  # noqa: F811
+def test_leading_dimensions(backend, device):
     for shape in ((17,), (3, 17), (2, 3, 17), (2, 3, 2, 17)):
         s, t, y = streams(shape, device=device)
         for case in ("jsd-none", "logprob"):
@@ -126,7 +119,7 @@ def test_leading_dimensions(backend, device):  # noqa: F811
     )
 
 
-def test_dtypes_may_differ(kernel_backend, device):  # noqa: F811
+def test_dtypes_may_differ(kernel_backend, device):
     s, t, y = streams((4, 3, 50), device=device)
     for pair in ((torch.bfloat16, torch.float32), (torch.float32, torch.float16), (torch.float32, torch.float64)):
         value, grad = check("jsd-0.5", s.to(pair[0]), t.to(pair[1]), y)
@@ -136,7 +129,7 @@ def test_dtypes_may_differ(kernel_backend, device):  # noqa: F811
 
 
 @pytest.mark.parametrize("case", ["jsd-0", "jsd-0.5", "jsd-1", "jsd-none", "logprob", "ddo"])
-def test_backward_is_right_for_any_cotangent_any_number_of_times(case, kernel_backend, device):  # noqa: F811
+def test_backward_is_right_for_any_cotangent_any_number_of_times(case, kernel_backend, device):
     s, t, y = streams((4, 3, 40), device=device)
     s.requires_grad_()
     loss, expected = CASES[case](fastgen, s, t, y), CASES[case](reference, s, t, y)
@@ -149,7 +142,7 @@ def test_backward_is_right_for_any_cotangent_any_number_of_times(case, kernel_ba
     assert grads[1].abs().sum() > 0
 
 
-def test_float16_gradients_survive_a_loss_scale(kernel_backend, device):  # noqa: F811
+def test_float16_gradients_survive_a_loss_scale(kernel_backend, device):
     s, t, _ = streams((64, 50), torch.float16, device, near=1e-2)
     scale = 2.0**16
     _, grad = value_and_grad(lambda x: fastgen.generalized_jsd_loss(x, t, beta=0.1) * scale, s)
@@ -159,7 +152,7 @@ def test_float16_gradients_survive_a_loss_scale(kernel_backend, device):  # noqa
     assert (grad.double() - exact).norm() / exact.norm() < 1e-3
 
 
-def test_half_precision_logits_are_not_rounded_again(kernel_backend, device):  # noqa: F811
+def test_half_precision_logits_are_not_rounded_again(kernel_backend, device):
     for dtype in (torch.bfloat16, torch.float16):
         s, t, y = streams((4, 3, 60), dtype, device)
         for case in ("jsd-none", "logprob", "ddo"):
@@ -170,7 +163,7 @@ def test_half_precision_logits_are_not_rounded_again(kernel_backend, device):  #
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_non_finite_rows_stay_alone(bad, backend, device):  # noqa: F811
+def test_non_finite_rows_stay_alone(bad, backend, device):
     s, t, y = streams((2, 3, 50), device=device)
     y = y.clamp(min=0)
     dirty = s.clone()
@@ -186,7 +179,7 @@ def test_non_finite_rows_stay_alone(bad, backend, device):  # noqa: F811
         assert not grad[1, 1].isfinite().all()
 
 
-def test_counts_of_a_process_group_divide(kernel_backend, device):  # noqa: F811
+def test_counts_of_a_process_group_divide(kernel_backend, device):
     logprob, ref = torch.randn(2, 4, 3, device=device)
     real = torch.tensor([True, False, False, True], device=device)
     run = _sequence.sequence_ddo_loss.on(kernel_backend)
@@ -198,7 +191,7 @@ def test_counts_of_a_process_group_divide(kernel_backend, device):  # noqa: F811
     torch.testing.assert_close(slope, slopes * share)
 
 
-def test_no_gradient_reaches_the_teacher(backend, device):  # noqa: F811
+def test_no_gradient_reaches_the_teacher(backend, device):
     s, t, y = streams((2, 3, 9), device=device)
     for case in ("jsd-0.5", "ddo"):
         leaves = s.clone().requires_grad_(), t.clone().requires_grad_()
@@ -228,7 +221,7 @@ def test_any_shape_dtype_and_layout(
     beta,
     temperature,
     kernel_backend,
-    device,  # noqa: F811
+    device,
 ):
     s = (scale * torch.randn(*rows, vocabulary, device=device)).to(dtypes[0])
     t = (scale * torch.randn(*rows, max(1, vocabulary + extra), device=device)).to(dtypes[1])
