@@ -212,16 +212,7 @@ def test_no_gradient_reaches_the_teacher(backend, device):
 )
 @settings(max_examples=40)
 def test_any_shape_dtype_and_layout(
-    rows,
-    vocabulary,
-    extra,
-    dtypes,
-    layout,
-    scale,
-    beta,
-    temperature,
-    kernel_backend,
-    device,
+    rows, vocabulary, extra, dtypes, layout, scale, beta, temperature, kernel_backend, device
 ):
     s = (scale * torch.randn(*rows, vocabulary, device=device)).to(dtypes[0])
     t = (scale * torch.randn(*rows, max(1, vocabulary + extra), device=device)).to(dtypes[1])
@@ -245,9 +236,9 @@ def test_any_shape_dtype_and_layout(
         for mine, theirs, truth in zip(actual, eager, exact, strict=True):
             assert mine.shape == truth.shape
             assert mine.dtype == theirs.dtype
-            # One row of few columns may be exact by luck in eager: its size is that of the logits, not of the result.
-            floor = torch.finfo(mine.dtype).eps * max(1.0, scale) + 4e-7
             if mine.numel():
+                # One row may be exact by luck in eager: allow for roundings of the logits and of the result.
+                floor = torch.finfo(mine.dtype).eps * (max(1.0, scale) + 2 * truth.abs().amax()) + 4e-7
                 assert (mine - truth).abs().amax() <= 2 * (theirs - truth).abs().amax() + floor
 
 
