@@ -48,7 +48,7 @@ def test_ignored_rows_are_not_read(kernel_backend, device):
 
 @pytest.mark.parametrize("reduction", ["batchmean", "sum", "mean", "none"])
 def test_no_rows_and_none_valid(reduction, backend, device):
-    for shape in ((0, 9), (2, 0, 9), (2, 3, 9)):
+    for shape in ((0, 9), (2, 0, 9), (0, 0, 0, 9), (2, 3, 9)):
         s, t, y = streams(shape, device=device)
         labels = torch.full_like(y, -100)
         for beta in (0.0, 0.5, 1.0):
@@ -59,7 +59,9 @@ def test_no_rows_and_none_valid(reduction, backend, device):
             assert grad.shape == s.shape
             assert (grad == 0).all()
         if s.numel() == 0:
-            assert fastgen.generalized_jsd_loss(s, t, reduction=reduction).sum() == 0
+            loss = fastgen.generalized_jsd_loss(s, t.double(), reduction=reduction)
+            assert loss.sum() == 0
+            assert loss.dtype == torch.float64
         assert value_and_grad(lambda x: fastgen.token_logprob(x, labels), s)[1].abs().sum() == 0
     empty = torch.zeros(0, 3, 9, device=device, requires_grad=True)
     tokens, real = torch.zeros(0, 3, dtype=torch.int64, device=device), torch.zeros(0, dtype=torch.bool, device=device)
