@@ -22,9 +22,9 @@ MAX_CHUNK_BYTES = 96 << 20
 Head = tuple[Tensor, Tensor, Tensor | None]
 
 
-def autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Head:
-    """What autocast makes of a linear layer's inputs."""
-    device = hidden.device.type
+def flat_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Head:
+    """A linear layer and its input as rows, in the dtype that autocast gives them."""
+    hidden, device = hidden.reshape(-1, hidden.shape[-1]), hidden.device.type
     if not torch.is_autocast_enabled(device) or hidden.dtype == torch.float64:
         return hidden, weight, bias
     dtype = torch.get_autocast_dtype(device)

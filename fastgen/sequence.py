@@ -312,7 +312,7 @@ def linear_token_logprob(
         return reference.linear_token_logprob(
             hidden, weight, tokens, bias=bias, temperature=temperature, ignore_index=ignore_index
         )
-    head = _linear_sequence.autocast(hidden.reshape(-1, hidden.shape[-1]), weight, bias)
+    head = _linear_sequence.flat_head(hidden, weight, bias)
     with torch.autocast(hidden.device.type, enabled=False):
         logprob = _linear_sequence.LinearTokenLogprob.apply(
             backend, *head, tokens.flatten(), temperature, ignore_index, max_chunk_bytes
@@ -393,12 +393,8 @@ def linear_generalized_jsd_loss(
         )  # fmt: skip
     vocabulary = min(student_weight.shape[0], teacher_weight.shape[0])
     scale = _scale(student_hidden, teacher_hidden, labels, reduction, num_items, ignore_index, vocabulary)
-    student = _linear_sequence.autocast(
-        student_hidden.reshape(-1, student_hidden.shape[-1]), student_weight, student_bias
-    )
-    teacher = _linear_sequence.autocast(
-        teacher_hidden.reshape(-1, teacher_hidden.shape[-1]), teacher_weight, teacher_bias
-    )
+    student = _linear_sequence.flat_head(student_hidden, student_weight, student_bias)
+    teacher = _linear_sequence.flat_head(teacher_hidden, teacher_weight, teacher_bias)
     if labels is not None:
         labels = labels.flatten()
     args = (beta, temperature, ignore_index, max_chunk_bytes)
