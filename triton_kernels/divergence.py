@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import rowwise, scalar
-from .scalar import divide, exp2m1, log2_1p, number, rounded
+from .scalar import divide, exp2m1, log2_near, number, rounded
 from .sweep import (
     LOG2E,
     PLAIN,
@@ -117,7 +117,8 @@ def _divergence(s, t, norms, numbers, KIND: tl.constexpr, T: tl.constexpr):
     q, p = tl.where(above, smaller, larger), tl.where(above, larger, smaller)
     if KIND == BETWEEN:
         beta, rest = number(numbers.beta, T), number(numbers.rest, T)
-        mixture = log2_1p(tl.where(above, rest, beta) * minus_one)  # of M / larger
+        other = tl.where(above, rest, beta)
+        mixture = log2_near(tl.where(above, beta, rest) + other * ratio, other * minus_one)  # of M / larger
         from_smaller = gap - mixture
         from_q = tl.where(q == 0.0, 0.0, q * tl.where(above, from_smaller, -mixture))
         from_p = tl.where(p == 0.0, 0.0, p * tl.where(above, -mixture, from_smaller))

@@ -78,10 +78,9 @@ def exp2m1(x):
 
 
 @triton.jit
-def log2_1p(x):
-    """log2(1 + x) for x in [-1, 0], also where 1 + x rounds x away."""
-    u = 1.0 + x
-    lost = tl.where(u > 0.5, x - (u - 1.0), 0.0)
+def log2_near(u, z):
+    """log2(u) for u in [0, 1], given z = u - 1 as well, which says more of a u near 1."""
+    lost = tl.where(u > 0.5, z - (u - 1.0), 0.0)
     return tl.log2(u) + lost * 1.4426950408889634
 
 

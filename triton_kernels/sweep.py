@@ -33,8 +33,12 @@ Place = tuple[int, int, int]  # of rows [outer, inner]: the first row's offset, 
 # Tiles that a program takes at a time, by the streams: two 16-byte loads a thread and more in flight, in registers for
 # four programs of 256 threads.
 TILES = {1: 4, 2: 1}
-# Of a thread where a program has 1024: with fewer ptxas would spill, for the sake of a second program.
-WIDE_REGISTERS = 64
+# A row of so many bytes is swept again and again by a program of WIDE threads: all programs in flight share the L2, and
+# four of 256 threads on a multiprocessor would have four times as many rows there. Told of these registers, which only
+# one such program finds, ptxas does not spill for the sake of a second.
+WIDE_BYTES = 64 << 10
+WIDE = 512
+WIDE_REGISTERS = 128
 # Programs of a split row at most: their partial results are one tile for who adds them up.
 MOST_SEGMENTS = 128
 
@@ -56,9 +60,10 @@ def plan_sweep(rows: int, chunks: int, width: int, row_bytes: int, streams: int,
     Not yet measured on a GPU; the reasons are bounds.
     """
     tiles = TILES[streams] if width > 1 else 8
-    # A row swept again should still be in a cache. All programs in flight share the L2, so long rows get wide programs:
-    # one of 1024 threads a multiprocessor where four of 256 would have four times as many rows in flight.
-    threads = 256 if not again or row_bytes < 64 << 10 else 512 if row_bytes < 160 << 10 else 1024
+    wide = again and row_bytes >= WIDE_BYTES
+    if wide and width > 1:
+        tiles *= 2
+    threads = WIDE if wide else 256
     lanes = max(32, min(threads, triton.next_power_of_2(triton.cdiv(chunks, tiles))))
     blocks = triton.cdiv(chunks, lanes * tiles)
     wanted = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(on)
@@ -122,7 +127,7 @@ class LogitRows:
             "INDEX": offsets_type(self.size),
             "T": tl.float64 if self.dtype == torch.float64 else tl.float32,
             "num_warps": plan.num_warps,
-            "maxnreg": WIDE_REGISTERS if plan.num_warps == 32 else None,
+            "maxnreg": WIDE_REGISTERS if plan.lanes == WIDE else None,
         }
 
     def scalars(self, t: Tensor) -> Tensor:
