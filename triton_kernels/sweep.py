@@ -86,7 +86,7 @@ def plan_map(chunks: int, width: int, streams: int) -> Plan:
 def as_logits(t: Tensor) -> Tensor:
     """`t` as [outer, inner, size] with unit stride over `size`: a view where its strides allow one, else a copy."""
     if t.dim() > 3:
-        t = t.reshape(-1, *t.shape[-2:])
+        t = t.flatten(0, -3)
     while t.dim() < 3:
         t = t.unsqueeze(0)
     return t if t.stride(2) == 1 or t.shape[2] == 1 else t.contiguous()
