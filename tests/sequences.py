@@ -89,8 +89,8 @@ def layouts(t):
 
 
 def assert_same(actual, expected, backend):
-    """To the bit on CPUs, whose sums have one tree wherever a row starts; to a few roundings on GPUs, where chunks start
-    at 16-byte boundaries."""
+    """To the bit on CPUs, whose sums have one tree wherever a row starts; to a few roundings elsewhere, where chunks
+    start at 16-byte boundaries."""
     if backend == "native" and actual.device.type == "cpu":
         assert torch.equal(actual, expected)
     else:
