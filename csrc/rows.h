@@ -72,7 +72,7 @@ inline std::optional<std::vector<int64_t>> dense_row_strides(const Tensor& t) {
     const int64_t d = order[k];
     if (sizes[d] != 1 && strides[d] != expected) return std::nullopt;
     packed[d - 1] = expected;
-    expected *= sizes[d];
+    expected *= std::max<int64_t>(sizes[d], 1);
   }
   return packed;
 }

@@ -20,6 +20,7 @@ inline std::optional<TokenStream> token_stream(const Tensor& t) {
   const auto sizes = t.sizes();
   const auto strides = t.strides();
   const int64_t last = static_cast<int64_t>(sizes.size()) - 1;
+  if (t.numel() == 0) return TokenStream{t.const_data_ptr(), t.scalar_type(), 1, 0, 0};  // its strides mean nothing
   if (sizes[last] > 1 && strides[last] != 1) return std::nullopt;
   std::vector<std::array<int64_t, 2>> merged;  // {size, stride}, innermost first
   for (int64_t d = last - 1; d >= 0; --d) {
@@ -28,7 +29,7 @@ inline std::optional<TokenStream> token_stream(const Tensor& t) {
     else merged.push_back({sizes[d], strides[d]});
   }
   if (merged.size() > 2) return std::nullopt;
-  const int64_t inner = merged.empty() ? 1 : std::max<int64_t>(merged[0][0], 1);
+  const int64_t inner = merged.empty() ? 1 : merged[0][0];
   return TokenStream{t.const_data_ptr(), t.scalar_type(), inner, merged.size() == 2 ? merged[1][1] : 0,
                      merged.empty() ? 0 : merged[0][1]};
 }

@@ -71,7 +71,10 @@ def check(case, s, t, y, what=""):
     if s.dtype == torch.float64:  # the oracle itself, whose log-probabilities cancel
         torch.testing.assert_close(actual, (value64, grad64), rtol=1e-11, atol=1e-14)
         return actual
-    assert_accurate(actual[0], eager[0], value64, f"{case} {what} value")
+    # Of one number eager may have every digit by luck: three roundings are always allowed.
+    by_luck = value64.dim() == 0 and abs(actual[0] - value64) <= 3 * torch.finfo(actual[0].dtype).eps * abs(value64)
+    if not by_luck:
+        assert_accurate(actual[0], eager[0], value64, f"{case} {what} value")
     assert_accurate(actual[1], eager[1], grad64, f"{case} {what} gradient")
     return actual
 
@@ -83,3 +86,13 @@ def layouts(t):
     yield t.repeat_interleave(2, 0)[::2]
     yield t.repeat_interleave(2, 2)[..., ::2]
     yield torch.cat([t, t], 2)[..., : t.shape[2]]
+
+
+def assert_same(actual, expected, backend):
+    """To the bit on CPUs, whose sums have one tree wherever a row starts; to a few roundings elsewhere, where chunks
+    start at 16-byte boundaries."""
+    if backend == "native" and actual.device.type == "cpu":
+        assert torch.equal(actual, expected)
+    else:
+        eps = torch.finfo(actual.dtype).eps
+        torch.testing.assert_close(actual, expected, rtol=8 * eps, atol=8 * eps * expected.abs().max().item())

@@ -14,15 +14,23 @@ pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs trito
 # Of a multiprocessor's 65536: 112 let one program of 512 threads hold its tile; 80 let three of 256 run, 48 five.
 REGISTERS = {"_held_groups": 112, "_looped_groups": 80, "_partial_sums": 64, "_finish": 48, "_scale_in_place": 40}
 REGISTERS |= dict.fromkeys(("_next_layer", "_path", "_inspect_row"), 128)
+# Over logits: four programs of 256 threads or more; of 512, which sweep long rows again and again, one on purpose.
+REGISTERS |= {"_token_rows": 64, "_token_backward": 80, "_token_finish": 32, "_divergence_rows": 128}
+REGISTERS |= {
+    "_divergence_normalizers": 64,
+    "_divergence_sums": 128,
+    "_divergence_finish": 32,
+    "_divergence_backward": 80,
+}
 # More streams and sums: two programs of 256 threads with those of a field with one term, one with those of two terms.
 MORE_REGISTERS = {"sds": 112, "vsd": 112, "dmd": 128, "decoupled": 192}
-# ptxas for sm_100 trades one 4-byte register of a few looped kernels for occupancy.
-SPILL_BYTES = {80: 0, 90: 0, 100: 8}
+# ptxas for sm_100 trades registers of a few looped kernels, and of float32 beside bfloat16 logits, for occupancy.
+SPILL_BYTES = {80: 0, 90: 0, 100: 16}
 
 TYPICAL = (
     "^(mean square held|ddo held grad|ddo looped grad|ddo split grad|dpo sigmoid small grad|error huber held"
     "|error backward l1|combination|scale in place|vsd masked looped|dmd guided small|dmd masked mixed split"
-    "|decoupled looped|trajectory .*)$"
+    "|decoupled looped|trajectory .*|token odd|token backward var|jsd mixed llm grad|jsd reverse few grad)$"
 )
 
 
@@ -40,14 +48,15 @@ def check(found):
     for r in found:
         what = f"{r['kernel']} ({r['variant']}) for sm_{r['arch']}"
         assert r["spill_bytes"] <= SPILL_BYTES[r["arch"]], f"{what} spills {r['spill_bytes']} bytes"
-        assert r["narrow_reads"] == r["narrow_writes"] == 0, f"{what}: loads {r['loads']}, stores {r['stores']}"
+        if " narrow" not in r["variant"]:  # rows that start at different places have single elements
+            assert r["narrow_reads"] == r["narrow_writes"] == 0, f"{what}: loads {r['loads']}, stores {r['stores']}"
         budget = max(REGISTERS[r["kernel"]], MORE_REGISTERS.get(r["variant"].split()[0], 0))
         assert r["registers"] <= budget, f"{what} needs {r['registers']} registers"
 
 
 def test_typical_kernels():
     found = reports("--arch", "90", "--dtype", "f32", "--dtype", "bf16", "--only", TYPICAL)
-    assert {r["kernel"] for r in found} == set(REGISTERS)
+    assert {r["kernel"] for r in found} == set(REGISTERS) - {"_token_finish"}
     check(found)
 
 

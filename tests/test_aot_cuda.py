@@ -33,7 +33,7 @@ def registers(kernel):
     if "Decoupled" in kernel:
         return 224
     if kernel.startswith("sweep_rows"):
-        return 128
+        return 128 if "float" in kernel else 144
     if "ScoreField" in kernel or "DmdField" in kernel:
         return 128 if "float" in kernel else 160
     return 64 if "float" in kernel else 80

@@ -4,12 +4,15 @@ import subprocess
 import sys
 
 import pytest
+import sequences
 import torch
 from oracle import assert_accurate, double
-from sequences import backend, kernel_backend, native  # noqa: F401 (fixtures)
+from sequences import native
 
 import fastgen
 from fastgen import _linear_sequence, reference
+
+backend, kernel_backend = sequences.backend, sequences.kernel_backend
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -46,7 +49,7 @@ def gradients(f, m, tensors, labels, **options):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("f", [jsd, logprob], ids=["jsd", "logprob"])
 @pytest.mark.parametrize("max_chunk_bytes", [1, 4000, 1 << 20])
-def test_matches_float64(f, dtype, max_chunk_bytes, backend, device):  # noqa: F811
+def test_matches_float64(f, dtype, max_chunk_bytes, backend, device):
     tensors, labels = heads((3, 7), dtype, device)
     exact = gradients(f, reference, [double(t) for t in tensors], labels)
     eager = gradients(f, reference, tensors, labels)
@@ -62,7 +65,7 @@ def test_matches_float64(f, dtype, max_chunk_bytes, backend, device):  # noqa: F
     "options", [{"beta": 0.0}, {"beta": 1.0}, {"reduction": "sum"}, {"reduction": "mean"}], ids=str
 )
 @pytest.mark.parametrize("vocabularies", [(37, 37), (40, 37), (37, 40)], ids=str)
-def test_options(options, vocabularies, backend, device):  # noqa: F811
+def test_options(options, vocabularies, backend, device):
     tensors, labels = heads((9,), torch.float32, device, *vocabularies)
     expected = gradients(jsd, reference, tensors, labels, **options)
     for given in (tensors, [*tensors[:2], None, *tensors[3:5], None]):
@@ -85,7 +88,7 @@ def test_chunks_cover_the_rows_within_the_budget(rows, budget):
 
 
 @pytest.mark.parametrize("f", [jsd, logprob], ids=["jsd", "logprob"])
-def test_chunks_do_not_matter(f, kernel_backend, device):  # noqa: F811
+def test_chunks_do_not_matter(f, kernel_backend, device):
     tensors, labels = heads((50,), device=device)
     whole = gradients(f, fastgen, tensors, labels)
     for max_chunk_bytes in (1, 2000, 10_000):
@@ -93,7 +96,7 @@ def test_chunks_do_not_matter(f, kernel_backend, device):  # noqa: F811
         torch.testing.assert_close(chunked, whole, rtol=1e-5, atol=1e-6)
 
 
-def test_accumulated_gradients_equal_one_batch(backend, device):  # noqa: F811
+def test_accumulated_gradients_equal_one_batch(backend, device):
     tensors, labels = heads((12,), device=device)
     whole = gradients(jsd, fastgen, tensors, labels)
     parts = []
@@ -106,7 +109,7 @@ def test_accumulated_gradients_equal_one_batch(backend, device):  # noqa: F811
 
 
 @pytest.mark.parametrize("f", [jsd, logprob], ids=["jsd", "logprob"])
-def test_weight_gradients_accumulate_in_float32(f, kernel_backend, device):  # noqa: F811
+def test_weight_gradients_accumulate_in_float32(f, kernel_backend, device):
     """Over 256 chunks: added up in bfloat16, they would be off by many roundings."""
     tensors, labels = heads((256,), torch.bfloat16, device)
     exact = gradients(f, reference, [double(t) for t in tensors], labels)[2]
@@ -122,7 +125,7 @@ def test_weight_gradients_accumulate_in_float32(f, kernel_backend, device):  # n
         assert (one_by_one.double() - exact).norm() / exact.norm() > 3 * error
 
 
-def test_backward_any_number_of_times(kernel_backend, device):  # noqa: F811
+def test_backward_any_number_of_times(kernel_backend, device):
     tensors, labels = heads((6,), device=device)
     for f in (jsd, logprob):
         leaves = [t.clone().requires_grad_() for t in tensors]
@@ -135,7 +138,7 @@ def test_backward_any_number_of_times(kernel_backend, device):  # noqa: F811
             )
 
 
-def test_only_what_needs_a_gradient_gets_one(kernel_backend, device):  # noqa: F811
+def test_only_what_needs_a_gradient_gets_one(kernel_backend, device):
     tensors, labels = heads((6,), device=device)
     for f in (jsd, logprob):
         for needed in ((True, False, False), (False, True, False), (False, False, True)):
@@ -151,7 +154,7 @@ def test_only_what_needs_a_gradient_gets_one(kernel_backend, device):  # noqa: F
             assert not f(fastgen, leaves, labels).requires_grad
 
 
-def test_one_row(backend, device):  # noqa: F811
+def test_one_row(backend, device):
     tensors, _ = heads((1,), device=device)
     tensors[0], tensors[3] = tensors[0][0], tensors[3][0]
     for f in (jsd, logprob):
@@ -162,7 +165,7 @@ def test_one_row(backend, device):  # noqa: F811
             )
 
 
-def test_no_rows(backend, device):  # noqa: F811
+def test_no_rows(backend, device):
     tensors, labels = heads((0, 3), device=device)
     for f in (jsd, logprob):
         value, hidden, weight, bias = gradients(f, fastgen, tensors, labels)
@@ -172,7 +175,7 @@ def test_no_rows(backend, device):  # noqa: F811
         assert (bias == 0).all()
 
 
-def test_compiles_without_a_graph_break(kernel_backend, device):  # noqa: F811
+def test_compiles_without_a_graph_break(kernel_backend, device):
     tensors, labels = heads((6,), device=device)
     for f in (jsd, logprob):
         torch._dynamo.reset()
@@ -183,7 +186,7 @@ def test_compiles_without_a_graph_break(kernel_backend, device):  # noqa: F811
         torch.testing.assert_close(gradients(run, fastgen, tensors, labels), gradients(f, fastgen, tensors, labels))
 
 
-def test_autocast(kernel_backend, device):  # noqa: F811
+def test_autocast(kernel_backend, device):
     tensors, labels = heads((6,), device=device)
     for f in (jsd, logprob):
         with torch.autocast(device, dtype=torch.bfloat16):

@@ -3,30 +3,33 @@
 import math
 
 import pytest
+import sequences
 import torch
 import torch.nn.functional as F
 from oracle import assert_accurate, value_and_grad
-from sequences import CASES, DTYPES, backend, check, is_real, kernel_backend, streams  # noqa: F401 (fixtures)
+from sequences import CASES, DTYPES, check, is_real, streams
 
 import fastgen
 from fastgen import reference
 
+backend, kernel_backend = sequences.backend, sequences.kernel_backend
+
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
-def test_matches_float64(case, dtype, backend, device):  # noqa: F811
+def test_matches_float64(case, dtype, backend, device):
     check(case, *streams((4, 3, 71), dtype, device))
 
 
 @pytest.mark.parametrize("case", ["jsd-0", "jsd-0.5", "jsd-1", "jsd-none", "logprob", "ddo"])
 @pytest.mark.parametrize("vocabulary", [1, 7, 64, 1271, 32_000])
-def test_vocabularies(case, vocabulary, kernel_backend, device):  # noqa: F811
+def test_vocabularies(case, vocabulary, kernel_backend, device):
     check(case, *streams((2, 2, vocabulary), device=device))
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
 @pytest.mark.parametrize("case", [*(c for c in CASES if c[:4] == "jsd-" and c[-1].isdigit()), "logprob"])
-def test_the_vocabulary_of_a_language_model(case, dtype, kernel_backend, device):  # noqa: F811
+def test_the_vocabulary_of_a_language_model(case, dtype, kernel_backend, device):
     check(case, *streams((1, 3, 128_256), dtype, device))
 
 
@@ -41,7 +44,7 @@ def test_the_tolerance_bites(case, corrupt):
         assert_accurate(corrupt(eager), eager, exact)
 
 
-def test_by_hand(backend, device):  # noqa: F811
+def test_by_hand(backend, device):
     s = torch.tensor([[0.0, 0.0]], device=device)
     t = torch.tensor([[math.log(3.0), 0.0]], device=device)  # P = (3/4, 1/4), Q = (1/2, 1/2)
     forward = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
@@ -67,7 +70,7 @@ def test_by_hand(backend, device):  # noqa: F811
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 1.0])
-def test_the_convention_is_that_of_trl(beta, backend, device):  # noqa: F811
+def test_the_convention_is_that_of_trl(beta, backend, device):
     """Written as there: log-softmaxes, F.kl_div (whose first argument is the second of the divergence), a mask."""
     s, t, y = streams((2, 5, 30), device=device)
     log_q, log_p = F.log_softmax(s / 2, -1), F.log_softmax(t / 2, -1)
@@ -87,7 +90,7 @@ def test_the_convention_is_that_of_trl(beta, backend, device):  # noqa: F811
         torch.testing.assert_close(loss, value, rtol=1e-5, atol=1e-7)
 
 
-def test_identities(backend, device):  # noqa: F811
+def test_identities(backend, device):
     s, t, y = streams((3, 4, 40), device=device)
     for beta in (0.0, 0.3, 1.0):
         # A student that is its teacher, at any offset: nothing to lose.
@@ -111,7 +114,7 @@ def test_identities(backend, device):  # noqa: F811
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 0.9, 1.0])
-def test_masked_vocabulary_and_huge_logits(beta, backend, device):  # noqa: F811
+def test_masked_vocabulary_and_huge_logits(beta, backend, device):
     s, t, _ = streams((5, 90), device=device)
     s[:, 3] = t[:, 3] = -math.inf  # both
     s[1, 10:80], t[1, 10:80] = -1e4, -1e4
@@ -138,7 +141,7 @@ def test_masked_vocabulary_and_huge_logits(beta, backend, device):  # noqa: F811
     assert (actual[1][:, 3] == 0).all()
 
 
-def test_infinite_divergences_are_infinite(backend, device):  # noqa: F811
+def test_infinite_divergences_are_infinite(backend, device):
     s, t, _ = streams((2, 20), device=device)
     masked = t.clone()
     masked[0, 4] = -math.inf
@@ -148,7 +151,7 @@ def test_infinite_divergences_are_infinite(backend, device):  # noqa: F811
     assert grad.isfinite().all()  # Q - P
 
 
-def test_extreme_tokens(backend, device):  # noqa: F811
+def test_extreme_tokens(backend, device):
     s = torch.randn(6, 50, device=device)
     s[1, 3], s[2, 4], s[3] = -math.inf, 1e4, -math.inf
     y = torch.tensor([0, 3, 4, 5, 50, -1], device=device)
@@ -162,7 +165,7 @@ def test_extreme_tokens(backend, device):  # noqa: F811
     assert grad[1, 3] == 1  # the derivative of the logit itself
 
 
-def test_digits_survive_large_logits(kernel_backend, device):  # noqa: F811
+def test_digits_survive_large_logits(kernel_backend, device):
     """What a log-sum-exp in float32 would round away at 10 000 is there."""
     s = 1e4 + torch.randn(4, 100, device=device)
     y = torch.arange(4, device=device)
@@ -172,7 +175,7 @@ def test_digits_survive_large_logits(kernel_backend, device):  # noqa: F811
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
-def test_a_student_close_to_its_teacher_gets_an_accurate_gradient(beta, kernel_backend, device):  # noqa: F811
+def test_a_student_close_to_its_teacher_gets_an_accurate_gradient(beta, kernel_backend, device):
     s, t, _ = streams((8, 5000), device=device, near=1e-4)
     exact = value_and_grad(lambda x: reference.generalized_jsd_loss(x, t.double(), beta=beta), s.double())
     eager = value_and_grad(lambda x: reference.generalized_jsd_loss(x, t, beta=beta), s)

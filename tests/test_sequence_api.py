@@ -6,29 +6,22 @@ import subprocess
 import sys
 
 import pytest
+import sequences
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import value_and_grad
-from sequences import (  # noqa: F401 (fixtures)
-    CASES,
-    DTYPES,
-    backend,
-    check,
-    is_real,
-    kernel_backend,
-    layouts,
-    native,
-    streams,
-)
+from sequences import CASES, DTYPES, assert_same, check, layouts, native, streams
 
 import fastgen
 from fastgen import _sequence, reference
 
+backend, kernel_backend = sequences.backend, sequences.kernel_backend
+
 
 @pytest.mark.parametrize("wider", ["student", "teacher"])
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
-def test_unequal_vocabularies(wider, beta, backend, device):  # noqa: F811
+def test_unequal_vocabularies(wider, beta, backend, device):
     s, t, y = streams((2, 3, 70), device=device)
     padding = torch.full((2, 3, 30), 7.0, device=device)
     wide = torch.cat([s if wider == "student" else t, padding], -1)
@@ -43,7 +36,7 @@ def test_unequal_vocabularies(wider, beta, backend, device):  # noqa: F811
     assert (per_token[1][..., 70:] == 0).all()
 
 
-def test_ignored_rows_are_not_read(kernel_backend, device):  # noqa: F811
+def test_ignored_rows_are_not_read(kernel_backend, device):
     s, t, y = streams((3, 4, 33), device=device)
     s[y == -100], t[y == -100] = math.nan, math.nan
     for case in ("jsd-0.5", "jsd-none", "logprob", "ddo", "ddo-masked"):
@@ -54,8 +47,8 @@ def test_ignored_rows_are_not_read(kernel_backend, device):  # noqa: F811
 
 
 @pytest.mark.parametrize("reduction", ["batchmean", "sum", "mean", "none"])
-def test_no_rows_and_none_valid(reduction, backend, device):  # noqa: F811
-    for shape in ((0, 9), (2, 0, 9), (2, 3, 9)):
+def test_no_rows_and_none_valid(reduction, backend, device):
+    for shape in ((0, 9), (2, 0, 9), (0, 0, 0, 9), (2, 3, 9)):
         s, t, y = streams(shape, device=device)
         labels = torch.full_like(y, -100)
         for beta in (0.0, 0.5, 1.0):
@@ -66,7 +59,9 @@ def test_no_rows_and_none_valid(reduction, backend, device):  # noqa: F811
             assert grad.shape == s.shape
             assert (grad == 0).all()
         if s.numel() == 0:
-            assert fastgen.generalized_jsd_loss(s, t, reduction=reduction).sum() == 0
+            loss = fastgen.generalized_jsd_loss(s, t.double(), reduction=reduction)
+            assert loss.sum() == 0
+            assert loss.dtype == torch.float64
         assert value_and_grad(lambda x: fastgen.token_logprob(x, labels), s)[1].abs().sum() == 0
     empty = torch.zeros(0, 3, 9, device=device, requires_grad=True)
     tokens, real = torch.zeros(0, 3, dtype=torch.int64, device=device), torch.zeros(0, dtype=torch.bool, device=device)
@@ -76,7 +71,7 @@ def test_no_rows_and_none_valid(reduction, backend, device):  # noqa: F811
 
 
 @pytest.mark.parametrize("value", [True, False])
-def test_ddo_with_one_group_only(value, backend, device):  # noqa: F811
+def test_ddo_with_one_group_only(value, backend, device):
     s, t, y = streams((3, 4, 9), device=device)
     real = torch.full((3,), value, device=device)
     loss, grad = value_and_grad(lambda x: fastgen.sequence_ddo_loss(x, t, y, real), s)
@@ -85,7 +80,7 @@ def test_ddo_with_one_group_only(value, backend, device):  # noqa: F811
     assert grad.abs().sum() > 0
 
 
-def test_accumulated_gradients_equal_one_batch(backend, device):  # noqa: F811
+def test_accumulated_gradients_equal_one_batch(backend, device):
     s, t, y = streams((6, 5, 30), device=device)
     valid = int((y != -100).sum())
     whole = value_and_grad(lambda x: fastgen.generalized_jsd_loss(x, t, y), s)
@@ -99,20 +94,20 @@ def test_accumulated_gradients_equal_one_batch(backend, device):  # noqa: F811
 
 
 @pytest.mark.parametrize("case", ["jsd-0.5", "jsd-none", "logprob", "ddo"])
-def test_strides(case, kernel_backend, device):  # noqa: F811
+def test_strides(case, kernel_backend, device):
     s, t, y = streams((3, 4, 70), device=device)
     base = value_and_grad(lambda x: CASES[case](fastgen, x, t, y), s)
     for other_s, other_t, other_y in zip(layouts(s), layouts(t), [y, y.t().contiguous().t(), y, y, y], strict=True):
         value, grad = value_and_grad(lambda x: CASES[case](fastgen, x, other_t, other_y), other_s)
-        assert torch.equal(value, base[0])
-        assert torch.equal(grad, base[1])
+        assert_same(value, base[0], kernel_backend)
+        assert_same(grad, base[1], kernel_backend)
         assert grad.is_contiguous()
     one = t[:1, :1].expand(3, 4, -1)
     expected = value_and_grad(lambda x: CASES[case](fastgen, x, one.contiguous(), y), s)
-    assert torch.equal(value_and_grad(lambda x: CASES[case](fastgen, x, one, y), s)[1], expected[1])
+    assert_same(value_and_grad(lambda x: CASES[case](fastgen, x, one, y), s)[1], expected[1], kernel_backend)
 
 
-def test_leading_dimensions(backend, device):  # noqa: F811
+def test_leading_dimensions(backend, device):
     for shape in ((17,), (3, 17), (2, 3, 17), (2, 3, 2, 17)):
         s, t, y = streams(shape, device=device)
         for case in ("jsd-none", "logprob"):
@@ -126,7 +121,7 @@ def test_leading_dimensions(backend, device):  # noqa: F811
     )
 
 
-def test_dtypes_may_differ(kernel_backend, device):  # noqa: F811
+def test_dtypes_may_differ(kernel_backend, device):
     s, t, y = streams((4, 3, 50), device=device)
     for pair in ((torch.bfloat16, torch.float32), (torch.float32, torch.float16), (torch.float32, torch.float64)):
         value, grad = check("jsd-0.5", s.to(pair[0]), t.to(pair[1]), y)
@@ -136,7 +131,7 @@ def test_dtypes_may_differ(kernel_backend, device):  # noqa: F811
 
 
 @pytest.mark.parametrize("case", ["jsd-0", "jsd-0.5", "jsd-1", "jsd-none", "logprob", "ddo"])
-def test_backward_is_right_for_any_cotangent_any_number_of_times(case, kernel_backend, device):  # noqa: F811
+def test_backward_is_right_for_any_cotangent_any_number_of_times(case, kernel_backend, device):
     s, t, y = streams((4, 3, 40), device=device)
     s.requires_grad_()
     loss, expected = CASES[case](fastgen, s, t, y), CASES[case](reference, s, t, y)
@@ -149,7 +144,7 @@ def test_backward_is_right_for_any_cotangent_any_number_of_times(case, kernel_ba
     assert grads[1].abs().sum() > 0
 
 
-def test_float16_gradients_survive_a_loss_scale(kernel_backend, device):  # noqa: F811
+def test_float16_gradients_survive_a_loss_scale(kernel_backend, device):
     s, t, _ = streams((64, 50), torch.float16, device, near=1e-2)
     scale = 2.0**16
     _, grad = value_and_grad(lambda x: fastgen.generalized_jsd_loss(x, t, beta=0.1) * scale, s)
@@ -159,18 +154,18 @@ def test_float16_gradients_survive_a_loss_scale(kernel_backend, device):  # noqa
     assert (grad.double() - exact).norm() / exact.norm() < 1e-3
 
 
-def test_half_precision_logits_are_not_rounded_again(kernel_backend, device):  # noqa: F811
+def test_half_precision_logits_are_not_rounded_again(kernel_backend, device):
     for dtype in (torch.bfloat16, torch.float16):
         s, t, y = streams((4, 3, 60), dtype, device)
         for case in ("jsd-none", "logprob", "ddo"):
             narrow = value_and_grad(lambda x: CASES[case](fastgen, x, t, y), s)
             wide = value_and_grad(lambda x: CASES[case](fastgen, x, t.float(), y), s.float())
-            assert torch.equal(narrow[0], wide[0])
+            assert_same(narrow[0], wide[0], kernel_backend)
             torch.testing.assert_close(narrow[1].float(), wide[1], rtol=torch.finfo(dtype).eps, atol=1e-7)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_non_finite_rows_stay_alone(bad, backend, device):  # noqa: F811
+def test_non_finite_rows_stay_alone(bad, backend, device):
     s, t, y = streams((2, 3, 50), device=device)
     y = y.clamp(min=0)
     dirty = s.clone()
@@ -186,7 +181,7 @@ def test_non_finite_rows_stay_alone(bad, backend, device):  # noqa: F811
         assert not grad[1, 1].isfinite().all()
 
 
-def test_counts_of_a_process_group_divide(kernel_backend, device):  # noqa: F811
+def test_counts_of_a_process_group_divide(kernel_backend, device):
     logprob, ref = torch.randn(2, 4, 3, device=device)
     real = torch.tensor([True, False, False, True], device=device)
     run = _sequence.sequence_ddo_loss.on(kernel_backend)
@@ -198,7 +193,7 @@ def test_counts_of_a_process_group_divide(kernel_backend, device):  # noqa: F811
     torch.testing.assert_close(slope, slopes * share)
 
 
-def test_no_gradient_reaches_the_teacher(backend, device):  # noqa: F811
+def test_no_gradient_reaches_the_teacher(backend, device):
     s, t, y = streams((2, 3, 9), device=device)
     for case in ("jsd-0.5", "ddo"):
         leaves = s.clone().requires_grad_(), t.clone().requires_grad_()
@@ -219,16 +214,7 @@ def test_no_gradient_reaches_the_teacher(backend, device):  # noqa: F811
 )
 @settings(max_examples=40)
 def test_any_shape_dtype_and_layout(
-    rows,
-    vocabulary,
-    extra,
-    dtypes,
-    layout,
-    scale,
-    beta,
-    temperature,
-    kernel_backend,
-    device,
+    rows, vocabulary, extra, dtypes, layout, scale, beta, temperature, kernel_backend, device
 ):
     s = (scale * torch.randn(*rows, vocabulary, device=device)).to(dtypes[0])
     t = (scale * torch.randn(*rows, max(1, vocabulary + extra), device=device)).to(dtypes[1])
@@ -252,9 +238,9 @@ def test_any_shape_dtype_and_layout(
         for mine, theirs, truth in zip(actual, eager, exact, strict=True):
             assert mine.shape == truth.shape
             assert mine.dtype == theirs.dtype
-            # One row of few columns may be exact by luck in eager: its size is that of the logits, not of the result.
-            floor = torch.finfo(mine.dtype).eps * max(1.0, scale) + 4e-7
             if mine.numel():
+                # One row may be exact by luck in eager: allow for roundings of the logits and of the result.
+                floor = torch.finfo(mine.dtype).eps * (max(1.0, scale) + 2 * truth.abs().amax()) + 4e-7
                 assert (mine - truth).abs().amax() <= 2 * (theirs - truth).abs().amax() + floor
 
 

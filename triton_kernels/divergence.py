@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import rowwise, scalar
-from .scalar import divide, number, rounded
+from .scalar import divide, exp2m1, log2_near, number, rounded
 from .sweep import (
     LOG2E,
     PLAIN,
@@ -70,12 +70,6 @@ def _is_read(labels, row, ignore):
 
 
 @triton.jit
-def _finite(x):
-    """-inf as a number so low that the probability is 0 and differences stay finite; NaN passes."""
-    return tl.where(x < -1e30, -1e30, x)
-
-
-@triton.jit
 def _norms(student, teacher, T: tl.constexpr):
     """Of two normalizers, what :func:`_divergence` takes: the largest logit and 1 / sum, of Q then of P, and
     log2 of the sums' ratio, which the difference of two logarithms of some 10 would round."""
@@ -94,8 +88,8 @@ def _read_norms(student, teacher, read, T: tl.constexpr):
 
 @triton.jit
 def _unit(numbers, KIND: tl.constexpr, T: tl.constexpr):
-    """What turns heights and their sums into base e. KL divergences have theirs in units of the logits, where τ = 1
-    rounds nothing; logarithms of the mixture are base 2."""
+    """What turns sums into base e. KL divergences have theirs in units of the logits, where τ = 1 rounds nothing;
+    logarithms of the mixture are base 2."""
     if KIND == BETWEEN:
         return tl.full((), LN2, T)
     else:
@@ -104,37 +98,39 @@ def _unit(numbers, KIND: tl.constexpr, T: tl.constexpr):
 
 @triton.jit
 def _divergence(s, t, norms, numbers, KIND: tl.constexpr, T: tl.constexpr):
-    """Of elements: (share of the loss, share of the center, weight, height), the shares and the height in
-    :func:`_unit`. The gradient is weight (height - center) / τ, times 1 - β between, and for FORWARD weight / τ.
+    """Of elements: their share of the loss, that of the center, and q, the first two in :func:`_unit`; for FORWARD the
+    second is Q - P. The gradient is (second - center q) / τ, times 1 - β between.
 
-    Everything follows from d = log P - log Q, of the logits' own difference: log P and log Q, each some 10 or 20, would
-    round it. In the KL divergences Q - P, which sums to 0, cancels what the rounding of the sums adds.
+    Everything follows from d = log P - log Q, of the logits' own difference, from the larger of the two probabilities
+    and the ratio 2^-|d| of the other to it: nothing overflows, and where Q is close to P no digits cancel. In the KL
+    divergences Q - P, which sums to 0, makes every share non-negative and cancels what the rounding of the sums adds.
     """
     scale = number(numbers.scale, T)
-    s, t = s - norms[0], t - norms[2]
+    # Of the logits as they are: those of close models subtract exactly. Equal ones may both be -inf.
+    raw = (tl.where(s == t, 0.0, t - s) - (norms[2] - norms[0])) + divide(norms[4], scale)
+    d = raw * scale
+    above = d > 0.0  # the teacher's is the larger
+    gap = -tl.abs(d)
+    ratio, minus_one = exp2m1(gap)
+    larger = tl.exp2(tl.where(above, t - norms[2], s - norms[0]) * scale) * tl.where(above, norms[3], norms[1])
+    smaller = larger * ratio
+    q, p = tl.where(above, smaller, larger), tl.where(above, larger, smaller)
     if KIND == BETWEEN:
-        s, t = _finite(s), _finite(t)
-        d = (t - s) * scale + norms[4]
-        above = d > 0.0  # the teacher's probability is the larger; the ratio of the other to it overflows nowhere
-        ratio = tl.exp2(-tl.abs(d))
-        larger = tl.exp2(tl.where(above, t, s) * scale) * tl.where(above, norms[3], norms[1])
-        smaller = larger * ratio
         beta, rest = number(numbers.beta, T), number(numbers.rest, T)
-        mixture = tl.log2(1.0 + tl.where(above, rest, beta) * (ratio - 1.0))  # M / larger, 1 where P = Q
-        from_smaller = -tl.abs(d) - mixture
-        q, from_q = tl.where(above, smaller, larger), tl.where(above, from_smaller, -mixture)
-        p, from_p = tl.where(above, larger, smaller), tl.where(above, -mixture, from_smaller)
-        return beta * (p * from_p) + rest * (q * from_q), q * from_q, q, from_q
+        other = tl.where(above, rest, beta)
+        mixture = log2_near(tl.where(above, beta, rest) + other * ratio, other * minus_one)  # of M / larger
+        from_smaller = gap - mixture
+        from_q = tl.where(q == 0.0, 0.0, q * tl.where(above, from_smaller, -mixture))
+        from_p = tl.where(p == 0.0, 0.0, p * tl.where(above, -mixture, from_smaller))
+        return beta * from_p + rest * from_q, from_q, q
     else:
-        d = (t - s) + divide(norms[4], scale)
-        q = tl.exp2(s * scale) * norms[1]
-        p = tl.exp2(t * scale) * norms[3]
-        balance = (q - p) * number(numbers.temperature, T)
+        difference = larger * tl.where(above, minus_one, -minus_one)
+        balance = difference * number(numbers.temperature, T)
         if KIND == REVERSE:
-            height = tl.where(q == 0.0, 0.0, -d)
-            return q * height - balance, q * height, q, height
+            from_q = tl.where(q == 0.0, 0.0, -q * raw)
+            return from_q - balance, from_q, q
         else:
-            return tl.where(p == 0.0, 0.0, p * d) + balance, tl.zeros_like(p), q - p, d
+            return tl.where(p == 0.0, 0.0, p * raw) + balance, difference, q
 
 
 @triton.jit
@@ -143,7 +139,8 @@ def _divergence_add(sums, s, t, norms, numbers, KIND: tl.constexpr, T: tl.conste
     for i in tl.static_range(len(s)):
         shares = _divergence(s[i], t[i], norms, numbers, KIND, T)
         loss += tl.sum(shares[0], axis=1)
-        center += tl.sum(shares[1], axis=1)
+        if KIND != FORWARD:
+            center += tl.sum(shares[1], axis=1)
     return loss, center
 
 
@@ -151,11 +148,10 @@ def _divergence_add(sums, s, t, norms, numbers, KIND: tl.constexpr, T: tl.conste
 def _divergence_gradient(s, t, norms, numbers, center, factor, KIND: tl.constexpr, OUT: tl.constexpr, T: tl.constexpr):
     values = ()
     for i in tl.static_range(len(s)):
-        _, _, weight, height = _divergence(s[i], t[i], norms, numbers, KIND, T)
-        value = weight * factor
+        _, second, q = _divergence(s[i], t[i], norms, numbers, KIND, T)
         if KIND != FORWARD:
-            value *= height * _unit(numbers, KIND, T) - center
-        values = values + (rounded(tl.where(weight == 0.0, 0.0, value), OUT),)
+            second = second * _unit(numbers, KIND, T) - center * q
+        values = values + (rounded(second * factor, OUT),)
     return values
 
 
@@ -184,7 +180,7 @@ def _sweep(
 ):  # fmt: skip
     """The sums of loss and center (SUM), in :func:`_unit`, and the gradient (GRAD), of chunks [begin, end) and an edge.
 
-    A row that is not to be read has zeros for a gradient: it counts as -inf, whose weight is 0."""
+    A row that is not to be read has zeros for a gradient: it counts as -inf, whose probability is 0."""
     stop = tl.where(read, end, begin)
     sums = tl.zeros((LANES,), T), tl.zeros((LANES,), T)
     blocks = tl.cdiv(end - begin, LANES * TILES)
@@ -205,8 +201,8 @@ def _sweep(
         if GRAD:
             values = _divergence_gradient(s, t, norms, numbers, center, factor, KIND, data[2].dtype.element_ty, T)
             tl.store(data[2] + starts[2] + element, values[0], mask=mask)
-    center = tl.zeros((), T) if KIND == FORWARD else tl.sum(sums[1], axis=0)
-    return tl.sum(sums[0], axis=0), center
+    center = tl.zeros((), T) if KIND == FORWARD else tl.sum(sums[1].to(tl.float64), axis=0).to(T)
+    return tl.sum(sums[0].to(tl.float64), axis=0).to(T), center
 
 
 @triton.jit
@@ -226,7 +222,7 @@ def _divergence_starts(data, places, row, inner):
 
 @triton.jit
 def _factor(grad, scale, row, numbers, KIND: tl.constexpr, T: tl.constexpr):
-    """What the gradient is times besides weight and height: 1 / τ, (1 - β), the row's gradient, the call's scale."""
+    """What the gradient is times: 1 / τ, (1 - β), the row's gradient, the call's scale."""
     factor = number(numbers.slope, T)
     if KIND == BETWEEN:
         factor *= number(numbers.rest, T)

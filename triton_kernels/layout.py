@@ -21,7 +21,7 @@ def dense_row_strides(t: Tensor) -> tuple[int, ...] | None:
         if t.shape[d] != 1 and t.stride(d) != expected:
             return None
         packed[d - 1] = expected
-        expected *= t.shape[d]
+        expected *= max(t.shape[d], 1)
     return tuple(packed)
 
 

@@ -65,6 +65,26 @@ def log1p(x):
 
 
 @triton.jit
+def exp2m1(x):
+    """2^x and 2^x - 1, for x <= 0."""
+    power = tl.exp2(x)
+    if x.dtype == tl.float64:
+        return power, power - 1.0
+    else:  # the Taylor series to a relative 2e-8 on [-1/2, 0]
+        p = 1.5252733e-5 * x + 1.5403530e-4
+        p = ((p * x + 1.3333558e-3) * x + 9.6181291e-3) * x + 5.5504109e-2
+        p = (p * x + 2.4022651e-1) * x + 6.9314718e-1
+        return power, tl.where(x > -0.5, p * x, power - 1.0)
+
+
+@triton.jit
+def log2_near(u, z):
+    """log2(u) for u in [0, 1], given z = u - 1 as well, which says more of a u near 1."""
+    lost = tl.where(u > 0.5, z - (u - 1.0), 0.0)
+    return tl.log2(u) + lost * 1.4426950408889634
+
+
+@triton.jit
 def expm1(x):
     """exp(x) - 1 for x <= 0, also where exp(x) rounds to 1."""
     u = exp_negative(x)

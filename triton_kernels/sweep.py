@@ -33,8 +33,12 @@ Place = tuple[int, int, int]  # of rows [outer, inner]: the first row's offset, 
 # Tiles that a program takes at a time, by the streams: two 16-byte loads a thread and more in flight, in registers for
 # four programs of 256 threads.
 TILES = {1: 4, 2: 1}
-# Of a thread where a program has 1024: with fewer ptxas would spill, for the sake of a second program.
-WIDE_REGISTERS = 64
+# A row of so many bytes is swept again and again by a program of WIDE threads: all programs in flight share the L2, and
+# four of 256 threads on a multiprocessor would have four times as many rows there. Told of these registers, which only
+# one such program finds, ptxas does not spill for the sake of a second.
+WIDE_BYTES = 64 << 10
+WIDE = 512
+WIDE_REGISTERS = 128
 # Programs of a split row at most: their partial results are one tile for who adds them up.
 MOST_SEGMENTS = 128
 
@@ -56,9 +60,10 @@ def plan_sweep(rows: int, chunks: int, width: int, row_bytes: int, streams: int,
     Not yet measured on a GPU; the reasons are bounds.
     """
     tiles = TILES[streams] if width > 1 else 8
-    # A row swept again should still be in a cache. All programs in flight share the L2, so long rows get wide programs:
-    # one of 1024 threads a multiprocessor where four of 256 would have four times as many rows in flight.
-    threads = 256 if not again or row_bytes < 64 << 10 else 512 if row_bytes < 160 << 10 else 1024
+    wide = again and row_bytes >= WIDE_BYTES
+    if wide and width > 1:
+        tiles *= 2
+    threads = WIDE if wide else 256
     lanes = max(32, min(threads, triton.next_power_of_2(triton.cdiv(chunks, tiles))))
     blocks = triton.cdiv(chunks, lanes * tiles)
     wanted = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(on)
@@ -81,7 +86,7 @@ def plan_map(chunks: int, width: int, streams: int) -> Plan:
 def as_logits(t: Tensor) -> Tensor:
     """`t` as [outer, inner, size] with unit stride over `size`: a view where its strides allow one, else a copy."""
     if t.dim() > 3:
-        t = t.reshape(-1, *t.shape[-2:])
+        t = t.flatten(0, -3)
     while t.dim() < 3:
         t = t.unsqueeze(0)
     return t if t.stride(2) == 1 or t.shape[2] == 1 else t.contiguous()
@@ -97,7 +102,7 @@ class LogitRows:
         self.dtype = layout.arithmetic_dtype(*inputs)
         self.streams = len(tensors)
         if out is not None:
-            tensors.append(out.view(outer, self.inner, self.size))
+            tensors.append(out.view(outer, self.inner, out.shape[-1]))
         aligned = [_aligned(t) for t in tensors]
         self.data = tuple(data for data, _ in aligned)
         self.places = tuple(place for _, place in aligned)
@@ -122,7 +127,7 @@ class LogitRows:
             "INDEX": offsets_type(self.size),
             "T": tl.float64 if self.dtype == torch.float64 else tl.float32,
             "num_warps": plan.num_warps,
-            "maxnreg": WIDE_REGISTERS if plan.num_warps == 32 else None,
+            "maxnreg": WIDE_REGISTERS if plan.lanes == WIDE else None,
         }
 
     def scalars(self, t: Tensor) -> Tensor:
@@ -241,10 +246,10 @@ def normalizer_add(normalizer, tiles, scale):
 
 @triton.jit
 def normalizer_total(normalizer, scale):
-    """The normalizer of all lanes."""
+    """The normalizer of all lanes. Their sums are added in float64: its error would be one of all elements at once."""
     largest = tl.max(normalizer[0], axis=0)
-    total = tl.sum(normalizer[1] * tl.exp2((normalizer[0] - _origin(largest)) * scale), axis=0)
-    return largest, total
+    totals = normalizer[1] * tl.exp2((normalizer[0] - _origin(largest)) * scale)
+    return largest, tl.sum(totals.to(tl.float64), axis=0).to(normalizer[1].dtype)
 
 
 @triton.jit

@@ -1,6 +1,6 @@
-"""Compares the emulated CUDA kernels over logits with the float64 reference. Run by tests/test_aot_cuda.py: LIBRARY CASE…
+"""Compares the emulated CUDA kernels over logits with the float64 reference. Run by tests/test_aot_cuda.py.
 
-A case is ``rows,columns,dtypes``: dtypes of student and teacher (``h``, ``b``, ``f``, ``d``).
+The arguments are the LIBRARY and CASEs ``rows,columns,dtypes``: dtypes of student and teacher (h, b, f, d).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def check(case: str) -> None:
     s = s.to(DTYPES[dtypes[0]])
     y = torch.randint(shape[-1], shape[:-1])
     s[..., 3], t[..., 3], t[..., 5] = -torch.inf, -torch.inf, -torch.inf
-    y.view(-1)[1::3], y[y == 3] = -100, 4
+    y.masked_fill_((y == 3) | (y == 5), 4).view(-1)[1::3] = -100
     real = torch.tensor([True, False])
 
     def both(what: str, f: Callable[..., torch.Tensor], x: torch.Tensor, *others: torch.Tensor) -> None:
