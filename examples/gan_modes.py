@@ -12,6 +12,10 @@ densities. The GANs have only samples and a discriminator (`discriminator_loss`)
 Then networks that could fit all of a ring of eight Gaussians, with R1 (`r1_penalty`) or without, and with clipping:
 how many modes get samples, how many of the samples are within three standard deviations of a mode, and how unevenly
 the modes share them.
+
+With seed 0 "kl" and "non-saturating" end in the mode that the reverse KL takes, and "saturating" covers both as the
+forward KL does: what counts is which divergence the loss descends. On the ring all find all modes, and join them with
+samples that are of none, WGAN most: half of its samples are near a mode.
 """
 
 from __future__ import annotations
@@ -197,8 +201,10 @@ def draw(fits: dict[str, Gaussian], rings: dict[str, Tensor], path: Path) -> Non
 
 def main(argv: list[str] | None = None) -> dict[str, Table]:
     """Run the demo; return its two tables as {name: {row: {column: number}}}."""
-    args = argument_parser("Which modes generators find.").parse_args(argv)
-    torch.set_num_threads(min(args.threads, 2))  # more only wait for one another in networks this small
+    parser = argument_parser("Which modes generators find.")
+    parser.set_defaults(threads=1)  # more only wait for one another in networks this small
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
     cfg, began = SMOKE if args.smoke else Config(), time.perf_counter()
     torch.manual_seed(args.seed)
     gen = torch.Generator().manual_seed(args.seed)
