@@ -30,6 +30,8 @@ def test_vocabularies(case, vocabulary, kernel_backend, device):
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
 @pytest.mark.parametrize("case", [*(c for c in CASES if c[:4] == "jsd-" and c[-1].isdigit()), "logprob"])
 def test_the_vocabulary_of_a_language_model(case, dtype, kernel_backend, device):
+    if kernel_backend == "triton" and device == "cpu" and (case, dtype) != ("jsd-0.5", torch.bfloat16):
+        pytest.skip("Triton's interpreter takes seconds for each")
     check(case, *streams((1, 3, 128_256), dtype, device))
 
 
