@@ -28,6 +28,7 @@ from .diffusion_classifier import ClassifierStatistics, DiffusionClassifier
 from .distillation_training import backward_simulation, fake_score_loss, renoise_times
 from .elbo import ddo_loss, diffusion_dpo_loss, elbo_difference, elbo_error
 from .energy import ReplayBuffer, classifier_guidance, joint_energy_loss, langevin_sample
+from .sampler import sample
 from .sampling import (
     StepCoefficients,
     guidance,
@@ -101,6 +102,7 @@ __all__ = [
     "reverse_step",
     "reverse_step_",
     "reverse_variance",
+    "sample",
     "sds_loss",
     "sequence_ddo_loss",
     "step_coefficients",

@@ -13,8 +13,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from . import _checks
-from .analytic_dpm import analytic_trajectory, reverse_variance
-from .sampling import reverse_step, step_coefficients
+from .analytic_dpm import analytic_trajectory
+from .sampler import plan_steps
+from .sampling import reverse_step
 from .schedule import NoiseSchedule
 
 __all__ = ["AnalyticDPMScheduler"]
@@ -120,15 +121,9 @@ class AnalyticDPMScheduler(SchedulerMixin, ConfigMixin):
             nodes = steps
         else:
             nodes = torch.linspace(1, last, num_inference_steps, dtype=torch.float64).round().long()
-        eta = 1.0 if config.method == "ddpm" else config.eta
-        before = torch.cat([torch.zeros(1, dtype=torch.long), nodes[:-1]])
-        variance = reverse_variance(self.schedule, ms_eps, before, nodes, eta=eta, data_range=data_range)
-        variance[0] = 0  # the step to the data takes the mean
-        if config.max_last_std is not None and len(variance) > 1:
-            variance[1].clamp_(max=config.max_last_std**2)
-        k = step_coefficients(
-            self.schedule, before - 1, nodes - 1, method=config.method, eta=config.eta, variance=variance,
-            dtype=torch.float64,
+        k = plan_steps(
+            self.schedule, nodes, method=f"analytic-{config.method}", eta=config.eta, variance="beta_tilde",
+            ms_eps=ms_eps, max_last_std=config.max_last_std, data_range=data_range, dtype=torch.float64,
         )  # fmt: skip
         self._steps = {int(n) - 1: type(k)(*(x[i : i + 1] for x in k)) for i, n in enumerate(nodes)}
         self.num_inference_steps = num_inference_steps
