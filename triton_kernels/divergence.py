@@ -467,5 +467,5 @@ def generalized_jsd_backward(
     if rows.count > 0:
         numbers = _numbers(rows.dtype, temperature, beta)
         labels = None if labels is None else labels.contiguous()
-        _gradients(rows, out, labels, None, rows.scalars(grad), stats, numbers, beta, ignore_index)
+        _gradients(rows, out, labels, None, rows.scalars(grad), stats.contiguous(), numbers, beta, ignore_index)
     return out

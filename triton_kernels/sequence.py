@@ -187,7 +187,14 @@ def token_logprob_backward(
     if rows.count == 0:
         return out
     plan = plan_map(rows.size // rows.width, rows.width, 1)
-    args = (tokens.contiguous(), stats, rows.scalars(grad), rows.count, _numbers(rows.dtype, temperature), ignore_index)
+    args = (
+        tokens.contiguous(),
+        stats.contiguous(),
+        rows.scalars(grad),
+        rows.count,
+        _numbers(rows.dtype, temperature),
+        ignore_index,
+    )
     launch_sweep(_token_backward, rows.count * plan.segments, rows, plan, *args, **rows.constants(plan))
     return out
 
