@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -34,7 +34,7 @@ from fastgen import sequence_ddo_loss
 class Config:
     """Every number one may want to change; the defaults are the demo's."""
 
-    windows: Windows = Windows()
+    windows: Windows = field(default_factory=Windows)
     batch: int = 32
     width: int = 64
     base_steps: int = 1200

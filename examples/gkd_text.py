@@ -7,7 +7,7 @@ python examples/gkd_text.py --smoke         # the same path in seconds; its numb
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -34,7 +34,7 @@ from fastgen import generalized_jsd_loss
 class Config:
     """Every number one may want to change; the defaults are the demo's."""
 
-    windows: Windows = Windows()
+    windows: Windows = field(default_factory=Windows)
     batch: int = 32
     teacher_width: int = 256
     teacher_steps: int = 1000
