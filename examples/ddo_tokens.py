@@ -2,6 +2,22 @@
 
 python examples/ddo_tokens.py                 # the whole demo
 python examples/ddo_tokens.py --smoke         # the same path in seconds; its numbers mean nothing
+
+The script trains a small GRU on Python's language reference by NLL: the *base*; then, from there, for as many steps
+
+- "DDO": rounds of `sequence_ddo_loss` (arXiv 2503.01103). In a round the frozen model from the round's start is the
+  reference: it writes the fakes, continuations of real prompts, and supplies the other half of the likelihood ratio,
+  which for such a model is exact;
+- "NLL": more of the base's training, on the same number of batches at the same learning rate: the control.
+
+For each it prints the NLL of held-out text; how a larger model, the judge, rates the samples, their entropy and the
+difference, all in nats a character; the share of sampled words that the training text has; and how many of those are
+different.
+
+RESULTS
+
+Needs scikit-learn, matplotlib and tqdm besides fastgen. Results repeat exactly for one seed, thread count, machine and
+version of Python, whose text it is.
 """
 
 from __future__ import annotations
@@ -42,7 +58,7 @@ class Config:
     judge_width: int = 256
     judge_steps: int = 600
     judge_lr: float = 3e-3
-    rounds: int = 3
+    rounds: int = 4
     steps: int = 200  # of each round
     lr: float = 1e-3
     fakes: int = 3200  # that the reference writes for a round
@@ -135,7 +151,8 @@ def train_all(
 def main(argv: list[str] | None = None) -> Table:
     """Run the demo; return the table as {row: {column: number}}."""
     parser = argument_parser("Fine-tune a character model by self-play.")
-    parser.add_argument("--alpha", type=float, default=1.0, help="weight of the fakes")
+    parser.set_defaults(threads=2)  # four are little faster, and far slower where something else runs too
+    parser.add_argument("--alpha", type=float, default=0.5, help="weight of the fakes")
     parser.add_argument("--beta", type=float, default=0.1, help="inverse temperature of the log-ratio")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
