@@ -23,8 +23,8 @@ from pathlib import Path
 HERE = Path(__file__).parent
 INTRODUCTION = """# Examples
 
-Each method at work on data that come with scikit-learn, or made up on the spot, on a CPU. `make examples` runs all of
-them and writes this page: its tables and pictures are from those runs, by default settings and seed 0.
+Each method at work on data that come with scikit-learn or Python, or made up on the spot, on a CPU. `make examples`
+runs all of them and writes this page: its tables and pictures are from those runs, by default settings and seed 0.
 """
 
 
