@@ -74,6 +74,28 @@ def _mean_square(m: ModuleType, p: Tensor, q: Tensor, y: Tensor) -> Tensor:
     return reference.mean_square(p) if m is reference else _analytic_dpm.mean_square(p)
 
 
+def _reverse_step(m: ModuleType, p: Tensor, q: Tensor, y: Tensor) -> Tensor:
+    p, times = p.detach(), torch.arange(len(p), device=p.device)
+    k = fastgen.step_coefficients(
+        fastgen.NoiseSchedule.linear(1000), 60 * times, 60 * times + 300, method="ddim", eta=0.5, dtype=torch.float64
+    )
+    scale = _row_scalars(p)
+    options = {
+        "prediction_type": "v_prediction",
+        "uncond": y,
+        "guidance_scale": scale,
+        "noise": q,
+        "clamp": (-1.0, 1.0),
+    }
+    in_place = fastgen.reverse_step_(p.clone(), q, k, **options) if m is fastgen else m.reverse_step(p, q, k, **options)
+    return torch.cat([in_place, m.reverse_step(p, q, k, **options)])
+
+
+def _posterior_sample(m: ModuleType, p: Tensor, q: Tensor, y: Tensor) -> Tensor:
+    times = torch.arange(len(p), device=p.device) * 150
+    return m.posterior_sample(fastgen.NoiseSchedule.linear(1000), p, q, times, noise=y)
+
+
 def _trajectory(m: ModuleType, p: Tensor, q: Tensor, y: Tensor) -> Tensor:
     x, h = (t.detach().flatten()[:90].to(torch.promote_types(t.dtype, torch.float32)) for t in (p, q))
     cost = (x[:, None] - h).square()
@@ -97,7 +119,13 @@ CASES: dict[str, list[Callable[[ModuleType, Tensor, Tensor, Tensor], Tensor]]] =
         lambda m, p, q, y: m.diffusion_dpo_loss(p, q, y, beta=50.0),
         lambda m, p, q, y: m.diffusion_dpo_loss(p, q, y, beta=50.0, kind="ipo", reduction="none"),
     ],
+    "guidance": [
+        lambda m, p, q, y: m.guidance(p, q, 7.5),
+        lambda m, p, q, y: m.guidance(q, p, _row_scalars(p)),
+    ],
     "mean_square": [_mean_square],
+    "reverse_step": [_reverse_step, _posterior_sample],
+    "reverse_step_": [_reverse_step],
     "row_combination": [
         lambda m, p, q, y: m.add_noise(p, y, _row_scalars(p), _row_scalars(p)),
         lambda m, p, q, y: m.prediction_to_x0(p, y, _row_scalars(p), _row_scalars(p), "v_prediction"),
