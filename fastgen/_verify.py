@@ -74,21 +74,16 @@ def _mean_square(m: ModuleType, p: Tensor, q: Tensor, y: Tensor) -> Tensor:
     return reference.mean_square(p) if m is reference else _analytic_dpm.mean_square(p)
 
 
-def _reverse_step(m: ModuleType, p: Tensor, q: Tensor, y: Tensor) -> Tensor:
-    p, times = p.detach(), torch.arange(len(p), device=p.device)
+def _reverse_step(m: ModuleType, p: Tensor, q: Tensor, y: Tensor, *, in_place: bool = False) -> Tensor:
+    t = 60 * torch.arange(len(p), device=p.device)
     k = fastgen.step_coefficients(
-        fastgen.NoiseSchedule.linear(1000), 60 * times, 60 * times + 300, method="ddim", eta=0.5, dtype=torch.float64
+        fastgen.NoiseSchedule.linear(1000), t, t + 300, method="ddim", eta=0.5, dtype=torch.float64
     )
-    scale = _row_scalars(p)
-    options = {
-        "prediction_type": "v_prediction",
-        "uncond": y,
-        "guidance_scale": scale,
-        "noise": q,
-        "clamp": (-1.0, 1.0),
-    }
-    in_place = fastgen.reverse_step_(p.clone(), q, k, **options) if m is fastgen else m.reverse_step(p, q, k, **options)
-    return torch.cat([in_place, m.reverse_step(p, q, k, **options)])
+    step = fastgen.reverse_step_ if in_place and m is fastgen else m.reverse_step
+    return step(
+        p.detach().clone(), q, k, uncond=y, guidance_scale=_row_scalars(p), noise=q, clamp=(-1.0, 1.0),
+        prediction_type="v_prediction",
+    )  # fmt: skip
 
 
 def _posterior_sample(m: ModuleType, p: Tensor, q: Tensor, y: Tensor) -> Tensor:
@@ -125,7 +120,7 @@ CASES: dict[str, list[Callable[[ModuleType, Tensor, Tensor, Tensor], Tensor]]] =
     ],
     "mean_square": [_mean_square],
     "reverse_step": [_reverse_step, _posterior_sample],
-    "reverse_step_": [_reverse_step],
+    "reverse_step_": [lambda m, p, q, y: _reverse_step(m, p, q, y, in_place=True)],
     "row_combination": [
         lambda m, p, q, y: m.add_noise(p, y, _row_scalars(p), _row_scalars(p)),
         lambda m, p, q, y: m.prediction_to_x0(p, y, _row_scalars(p), _row_scalars(p), "v_prediction"),
