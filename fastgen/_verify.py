@@ -74,6 +74,23 @@ def _mean_square(m: ModuleType, p: Tensor, q: Tensor, y: Tensor) -> Tensor:
     return reference.mean_square(p) if m is reference else _analytic_dpm.mean_square(p)
 
 
+def _reverse_step(m: ModuleType, p: Tensor, q: Tensor, y: Tensor, *, in_place: bool = False) -> Tensor:
+    t = 60 * torch.arange(len(p), device=p.device)
+    k = fastgen.step_coefficients(
+        fastgen.NoiseSchedule.linear(1000), t, t + 300, method="ddim", eta=0.5, dtype=torch.float64
+    )
+    step = fastgen.reverse_step_ if in_place and m is fastgen else m.reverse_step
+    return step(
+        p.detach().clone(), q, k, uncond=y, guidance_scale=_row_scalars(p), noise=q, clamp=(-1.0, 1.0),
+        prediction_type="v_prediction",
+    )  # fmt: skip
+
+
+def _posterior_sample(m: ModuleType, p: Tensor, q: Tensor, y: Tensor) -> Tensor:
+    times = torch.arange(len(p), device=p.device) * 150
+    return m.posterior_sample(fastgen.NoiseSchedule.linear(1000), p, q, times, noise=y)
+
+
 def _trajectory(m: ModuleType, p: Tensor, q: Tensor, y: Tensor) -> Tensor:
     x, h = (t.detach().flatten()[:90].to(torch.promote_types(t.dtype, torch.float32)) for t in (p, q))
     cost = (x[:, None] - h).square()
@@ -97,7 +114,13 @@ CASES: dict[str, list[Callable[[ModuleType, Tensor, Tensor, Tensor], Tensor]]] =
         lambda m, p, q, y: m.diffusion_dpo_loss(p, q, y, beta=50.0),
         lambda m, p, q, y: m.diffusion_dpo_loss(p, q, y, beta=50.0, kind="ipo", reduction="none"),
     ],
+    "guidance": [
+        lambda m, p, q, y: m.guidance(p, q, 7.5),
+        lambda m, p, q, y: m.guidance(q, p, _row_scalars(p)),
+    ],
     "mean_square": [_mean_square],
+    "reverse_step": [_reverse_step, _posterior_sample],
+    "reverse_step_": [lambda m, p, q, y: _reverse_step(m, p, q, y, in_place=True)],
     "row_combination": [
         lambda m, p, q, y: m.add_noise(p, y, _row_scalars(p), _row_scalars(p)),
         lambda m, p, q, y: m.prediction_to_x0(p, y, _row_scalars(p), _row_scalars(p), "v_prediction"),

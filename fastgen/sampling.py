@@ -151,7 +151,7 @@ def reverse_step(
         >>> x_t, pred = torch.ones(1, 3), torch.zeros(1, 3)
         >>> k = fastgen.step_coefficients(schedule, 499, 999, method="ddim")
         >>> fastgen.reverse_step(x_t, pred, k, clamp=(-1.0, 1.0))
-        tensor([[0.2789, 0.2789, 0.2789]])
+        tensor([[0.2803, 0.2803, 0.2803]])
     """
     streams = _ops.check_step(x_t, cond, coefficients, prediction_type, uncond, guidance_scale, noise, clamp)
     backend = _backend.backend_for("reverse_step", x_t.device.type)

@@ -35,11 +35,13 @@ def samples(device):
             (p, q, y, w, True, "mean", True, 5.0, "sigmoid"),
             (p, q, y, None, False, "none", False, 5.0, "ipo"),
         ],
+        "guidance": [(p, q, w), (p.half(), q.transpose(1, 2).contiguous().transpose(1, 2), w[:1])],
         "mean_square": [(p,), (p.half().transpose(1, 2),)],
         **distillation_samples(p, q, y, w),
         "row_combination": [(p, w, q, w), (p.transpose(1, 2), w, None, None)],
         "scale_gradient_": [(p, torch.tensor(0.5, device=device)), (p, torch.tensor(1.0, device=device))],
         **sequence_samples(device),
+        **step_samples(p, q, y, w),
         "trajectory_inspect": [(cost, None, 0, True), (v, v, 1, True)],
         "trajectory_table": [(cost, None, 0, 3, False), (v, v, 1, 2, False)],
         "trajectory_path": [(cost, None, table, 0, 3, False)],
@@ -62,6 +64,16 @@ def distillation_samples(p, q, y, w):
             (q, y, p, *decoupled, *one_pass, "none", False),
         ],
         "decoupled_dmd_backward": [(torch.stack([w, w]), p, *decoupled)],
+    }
+
+
+def step_samples(p, q, y, w):
+    full = (q, y, q, w, w + 1, w, w, w[:1], w, w, "v_prediction", -1.0, 1.0)
+    least = (None, None, w, w, w[:1], w, None, None, None, "sample", -float("inf"), float("inf"))
+    turned = p.half().transpose(1, 2)
+    return {
+        "reverse_step": [(p, *full), (turned, q.transpose(1, 2), *least)],
+        "reverse_step_": [(p.clone(), *full), (turned.clone(), turned, *least)],
     }
 
 
@@ -113,6 +125,7 @@ def losses(device):
     w = torch.rand(4, device=device)
     real = torch.tensor([True, False, True, False], device=device)
     tokens = torch.tensor([1, 5, -100, 0], device=device)
+    schedule, times = fastgen.NoiseSchedule.linear(10), torch.tensor([0, 3, 9, 1], device=device)
     return {
         "elbo_error": lambda p: fastgen.elbo_error(p, y, weight=w).sum(),
         "elbo_difference": lambda p: fastgen.elbo_difference(p, q, y).sum(),
@@ -121,6 +134,8 @@ def losses(device):
         "diffusion_dpo_loss": lambda p: fastgen.diffusion_dpo_loss(p, q, y, beta=3.0),
         "add_noise": lambda p: fastgen.add_noise(p, y, w, w + 1).square().sum(),
         "prediction_to_x0": lambda p: fastgen.prediction_to_x0(p, y, w + 1, w, "v_prediction").square().sum(),
+        "guidance": lambda p: fastgen.guidance(p, y, w + 1).square().sum(),
+        "posterior_sample": lambda p: fastgen.posterior_sample(schedule, p, y, times, noise=q).square().sum(),
         "token_logprob": lambda p: fastgen.token_logprob(p, tokens, temperature=2.0).sum(),
         "generalized_jsd": lambda p: fastgen.generalized_jsd_loss(p, q, tokens, beta=0.3),
         "generalized_jsd-none": lambda p: fastgen.generalized_jsd_loss(p, q, beta=1.0, reduction="none").sum(),

@@ -44,7 +44,7 @@ struct ReverseStep {
   struct Row {
     X0<T> clean;
     Mixture<T> rest;  // x_t and ε̂, which is no less linear in x_t and the prediction
-    T x0, noise, guidance, low, high;
+    T x0, noise, guidance;
   };
   PerRow<T> alpha_t, sigma_t, x0, x_t, eps, noise, guidance;
   Prediction type;
@@ -57,13 +57,14 @@ struct ReverseStep {
       const Mixture<T> e = eps_from(type, alpha, sigma);
       rest = {rest.a + k * e.a, k * e.b};
     }
-    return {x0_from(type, alpha, sigma), rest, x0[row], kNoise ? noise[row] : T(0), kUncond ? guidance[row] : T(1), low, high};
+    return {x0_from(type, alpha, sigma), rest, x0[row], kNoise ? noise[row] : T(0),
+            kUncond ? guidance[row] : T(1)};
   }
   FASTGEN_HD T coefficient(int64_t, int64_t, const Row&, T) const { return T(0); }
   FASTGEN_HD T map(const Row& row, T, const T* v) const {
     const T pred = guided<kUncond>(v[1], row.guidance, v + 2);
     T clean = row.clean(v[0], pred);
-    clean = clean < row.low ? row.low : (clean > row.high ? row.high : clean);  // NaN stays NaN
+    clean = clean < low ? low : (clean > high ? high : clean);  // NaN stays NaN
     const T mean = row.x0 * clean + row.rest(v[0], pred);
     if constexpr (kNoise) return mean + row.noise * v[2 + kUncond];
     else return mean;

@@ -15,6 +15,14 @@ class StepCoefficients(NamedTuple):
 
     ``x_s = x0 · x̂0 + x_t · x_t + eps · ε̂ + noise · z``, where x̂0 and ε̂ are what the network's output means at
     ``x_t = alpha_t x0 + sigma_t ε``, and z is standard normal.
+
+    Example::
+
+        >>> import torch, fastgen
+        >>> one, zero = torch.ones(1), torch.zeros(1)
+        >>> k = fastgen.StepCoefficients(alpha_t=0.6 * one, sigma_t=0.8 * one, x0=one, x_t=zero, eps=zero, noise=zero)
+        >>> fastgen.reverse_step(torch.ones(1, 2), torch.zeros(1, 2), k)  # x0 alone: (1 - 0.8 · 0) / 0.6
+        tensor([[1.6667, 1.6667]])
     """
 
     alpha_t: Tensor

@@ -133,6 +133,39 @@ def check_distillation(case: str) -> None:
     assert not grad[-1].any(), f"{case}: a row that is not finite has a gradient"
 
 
+def check_sampling(case: str) -> None:
+    """Reverse steps and guidance; dtypes of x_t, of the predictions and of the noise."""
+    rows, size, dtypes, _ = case.split(",")
+    shape = (int(rows), int(size))
+    arithmetic = "d" if "d" in dtypes else "f"
+    x_t, cond, noise = (torch.randn(shape, dtype=torch.float64).to(DTYPES[d]) for d in dtypes)
+    uncond = torch.randn(shape, dtype=torch.float64).to(cond.dtype)
+    numbers = [torch.rand(shape[0], dtype=torch.float64) + 0.5 for _ in range(6)]
+    each = fastgen.StepCoefficients(*(n.to(DTYPES[arithmetic]) for n in numbers))
+    scale = (torch.rand(shape[0], dtype=torch.float64) * 3).to(DTYPES[arithmetic])
+    sets = [each, each._replace(eps=torch.zeros_like(each.eps))]
+    if shape[0] > 0:  # one number for all rows
+        sets.append(fastgen.StepCoefficients(*(n[:1] for n in each)))
+    for kind in ("epsilon", "sample", "v_prediction", "flow_prediction"):
+        for k in sets:
+            for guide in ({}, {"uncond": uncond, "guidance_scale": scale}, {"uncond": uncond, "guidance_scale": 2.0}):
+                for z, clamp in ((None, None), (noise, (-0.5, 1.0))):
+                    doubles = {n: v.double() if isinstance(v, torch.Tensor) else v for n, v in guide.items()}
+                    options = {"prediction_type": kind, "clamp": clamp}
+                    want = reference.reverse_step(
+                        x_t.double(), cond.double(), k, **options, **doubles, noise=None if z is None else z.double()
+                    )
+                    what = f"{case} reverse_step {kind} {sorted(guide)} noise={z is not None}"
+                    got = fastgen.reverse_step(x_t, cond, k, **options, **guide, noise=z)
+                    compare(what, got, want, dtypes[0])
+                    x = x_t.clone()
+                    fastgen.reverse_step_(x, cond, k, **options, **guide, noise=z)
+                    assert torch.equal(x, got), f"{what}: in place differs"
+    mixed = torch.promote_types(cond.dtype, x_t.dtype)
+    want = reference.guidance(x_t.double(), cond.double(), scale.double())
+    compare(f"{case} guidance", fastgen.guidance(x_t, cond, scale), want, {v: n for n, v in DTYPES.items()}[mixed])
+
+
 if __name__ == "__main__":
     torch.ops.load_library(sys.argv[1])
     torch.manual_seed(0)
@@ -140,4 +173,7 @@ if __name__ == "__main__":
         check(case)
     for case in sys.argv[2:]:
         check_distillation(case)
+    with fastgen.use_backend("native"):
+        for case in sys.argv[2:]:
+            check_sampling(case)
     print(f"{len(sys.argv) - 2} cases agree")

@@ -5,6 +5,7 @@
 #include "operators/analytic_dpm.h"
 #include "operators/elbo.h"
 #include "operators/gradient.h"
+#include "operators/sampling.h"
 #include "operators/schedule.h"
 #include "operators/score_distillation.h"
 #include "operators/sequence.h"
@@ -26,6 +27,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastgen, CPU, m) {
   fastgen::register_analytic_dpm<fastgen::cuda::Device>(m);
   fastgen::register_elbo<fastgen::cuda::Device>(m);
   fastgen::register_gradient<fastgen::cuda::Device>(m);
+  fastgen::register_sampling<fastgen::cuda::Device>(m);
   fastgen::register_schedule<fastgen::cuda::Device>(m);
   fastgen::cuda::register_trajectory(m);
   fastgen::register_score_distillation<fastgen::cuda::Device>(m);
