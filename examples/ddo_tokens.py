@@ -14,8 +14,6 @@ For each it prints the NLL of held-out text; how a larger model, the judge, rate
 difference, all in nats a character; the share of sampled words that the training text has; and how many of those are
 different.
 
-RESULTS
-
 Needs scikit-learn, matplotlib and tqdm besides fastgen. Results repeat exactly for one seed, thread count, machine and
 version of Python, whose text it is.
 """
@@ -58,7 +56,7 @@ class Config:
     judge_width: int = 256
     judge_steps: int = 600
     judge_lr: float = 3e-3
-    rounds: int = 4
+    rounds: int = 3
     steps: int = 200  # of each round
     lr: float = 1e-3
     fakes: int = 3200  # that the reference writes for a round

@@ -9,8 +9,8 @@ many steps by each of
 
 - "NLL": more of the same, without the teacher: the control;
 - "sequence-level KD": by NLL on continuations that the teacher wrote (`token_logprob`);
-- `generalized_jsd_loss` to the teacher, on continuations of prompts that are, with probability λ, sampled by the student
-  itself, otherwise the text's. λ = 0 is supervised, λ = 1 on-policy distillation; β = 0 is forward KL, which covers the
+- `generalized_jsd_loss` to the teacher, on continuations of prompts that are, with probability λ, sampled by the
+  student itself, otherwise the text's. λ = 0 is supervised, λ = 1 on-policy distillation; β = 0 is forward KL, which covers the
   teacher's modes, β = 1 reverse KL, which seeks them, between is the generalized Jensen-Shannon divergence.
 
 For each it prints the NLL of held-out text; the teacher's NLL of the student's samples, their entropy, and the
