@@ -10,8 +10,8 @@ many steps by each of
 - "NLL": more of the same, without the teacher: the control;
 - "sequence-level KD": by NLL on continuations that the teacher wrote (`token_logprob`);
 - `generalized_jsd_loss` to the teacher, on continuations of prompts that are, with probability λ, sampled by the
-  student itself, otherwise the text's. λ = 0 is supervised, λ = 1 on-policy distillation; β = 0 is forward KL, which covers the
-  teacher's modes, β = 1 reverse KL, which seeks them, between is the generalized Jensen-Shannon divergence.
+  student itself, otherwise the text's. λ = 0 is supervised, λ = 1 on-policy distillation; β = 0 is forward KL, which
+  covers the teacher's modes, β = 1 reverse KL, which seeks them, between is the generalized Jensen-Shannon divergence.
 
 For each it prints the NLL of held-out text; the teacher's NLL of the student's samples, their entropy, and the
 difference, which estimates KL(student‖teacher): all in nats a character; the share of sampled words that the training
@@ -150,7 +150,7 @@ def draw(table: Table, cfg: Config, path: Path) -> None:
         for lam, colour in colours.items():
             rows = [table[row_name(lam, beta)] for beta in cfg.betas]
             ax.plot([r[column] for r in rows], [r["judge's NLL"] for r in rows], "o-", color=colour, label=f"λ = {lam}")
-            for beta, row in zip(cfg.betas, rows, strict=True):
+            for beta, row in zip(cfg.betas, rows, strict=True) if lam == cfg.lambdas[-1] else ():
                 ax.annotate(f"β={beta:g}", (row[column], row["judge's NLL"]), xytext=(4, 4), textcoords="offset points")
         for name, marker in (("student, start", "s"), ("NLL", "D"), ("sequence-level KD", "^"), ("teacher", "*")):
             row = table[name]
