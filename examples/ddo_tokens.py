@@ -1,7 +1,7 @@
 """Fine-tune a character model of real text by self-play: DDO for autoregressive models, beside more of its training.
 
-python examples/ddo_tokens.py                 # the whole demo
-python examples/ddo_tokens.py --smoke         # the same path in seconds; its numbers mean nothing
+    python examples/ddo_tokens.py                 # the whole demo
+    python examples/ddo_tokens.py --smoke         # the same path in seconds; its numbers mean nothing
 
 The script trains a small GRU on Python's language reference by NLL: the *base*; then, from there, for as many steps
 

@@ -1,7 +1,7 @@
 """Distil a character model of real text into a smaller one: by NLL, sequence-level, supervised, on-policy and GKD.
 
-python examples/gkd_text.py                 # the whole demo
-python examples/gkd_text.py --smoke         # the same path in seconds; its numbers mean nothing
+    python examples/gkd_text.py                 # the whole demo
+    python examples/gkd_text.py --smoke         # the same path in seconds; its numbers mean nothing
 
 The teacher is a GRU of 437 000 parameters, trained on 270 000 characters of Python's language reference; the student
 has 36 000. It is first trained a little on the text itself, as in GKD (arXiv 2306.13649), and then, from there, for as
