@@ -1,7 +1,7 @@
 """Fine-tune a character model of real text by self-play: DDO for autoregressive models, beside more of its training.
 
-python examples/ddo_tokens.py                 # the whole demo
-python examples/ddo_tokens.py --smoke         # the same path in seconds; its numbers mean nothing
+    python examples/ddo_tokens.py                 # the whole demo
+    python examples/ddo_tokens.py --smoke         # the same path in seconds; its numbers mean nothing
 
 The script trains a small GRU on Python's language reference by NLL: the *base*; then, from there, for as many steps
 
@@ -14,7 +14,12 @@ For each it prints the NLL of held-out text; how a larger model, the judge, rate
 difference, all in nats a character; the share of sampled words that the training text has; and how many of those are
 different.
 
-RESULTS
+With seed 0 and two threads DDO gains nothing over the control here. Held-out NLL is 1.588 at the base, then 1.588,
+1.585 and 1.587 after DDO's rounds, 1.580, 1.578 and 1.571 after as much NLL; the judge's NLL of the samples is 2.043,
+then 2.081, 2.022 and 2.060 with DDO, 2.036, 2.024 and 2.012 with NLL. With β below 1 a round extrapolates (its fixed
+point is p_ref^{1-1/β} p_data^{1/β}), and rounds go up and down by turns: with `--alpha 1` the judge's NLL is 2.20,
+1.96 and 2.22, at held-out NLLs of 1.61, 1.61 and 1.62. With α = 1 and β = 1, two rounds end at 1.581 and 2.042. Runs
+took 90 and 184 s on a machine that did other work too.
 
 Needs scikit-learn, matplotlib and tqdm besides fastgen. Results repeat exactly for one seed, thread count, machine and
 version of Python, whose text it is.
@@ -58,7 +63,7 @@ class Config:
     judge_width: int = 256
     judge_steps: int = 600
     judge_lr: float = 3e-3
-    rounds: int = 4
+    rounds: int = 3
     steps: int = 200  # of each round
     lr: float = 1e-3
     fakes: int = 3200  # that the reference writes for a round
@@ -111,7 +116,7 @@ def draw(table: Table, gaps: list[float], rounds: int, path: Path) -> None:
         ax.set(xlabel="round", xticks=range(rounds + 1), title=f"{column} (nats a character)")
         ax.legend()
     axes[2].plot(range(len(gaps)), gaps, linewidth=0.6)
-    axes[2].set(xlabel="step", title="log-ratio of text minus that of fakes (nats a text)")
+    axes[2].set(xlabel="step", title="DDO: log-ratio of text minus fakes")
     for ax in axes:
         ax.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
