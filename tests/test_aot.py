@@ -29,7 +29,7 @@ SPILL_BYTES = {80: 0, 90: 0, 100: 16}
 
 TYPICAL = (
     "^(mean square held|ddo held grad|ddo looped grad|ddo split grad|dpo sigmoid small grad|error huber held"
-    "|error backward l1|combination|scale in place|vsd masked looped|dmd guided small|dmd masked mixed split"
+    "|step epsilon full|mix|guidance|error backward l1|combination|scale in place|vsd masked looped|dmd guided small|dmd masked mixed split"
     "|decoupled looped|trajectory .*|token odd|token backward var|jsd mixed llm grad|jsd reverse few grad)$"
 )
 
