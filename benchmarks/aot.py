@@ -259,9 +259,25 @@ def _calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "combination", partial(schedule.row_combination, x, weight, x, weight)
     yield "combination of one", partial(schedule.row_combination, x, weight)
     yield "scale in place", partial(gradient.scale_gradient_, x, weight[0])
+    yield from _sampling_calls(dtype)
     yield from _sequence_calls(dtype)
     if dtype == torch.float32:
         yield from _trajectory_calls()
+
+
+def _sampling_calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """With every optional stream and none; "mix" is a posterior's or Langevin's, of three numbers."""
+    from fastgen.triton_kernels import sampling
+
+    x, w = _images(dtype, *SHAPES["held"]), _vector(SHAPES["held"][0])
+    one, free = w[:1], (-float("inf"), float("inf"))
+    for kind in ("epsilon", "sample", "v_prediction", "flow_prediction"):
+        yield f"step {kind} plain", partial(sampling.reverse_step, x, x, None, None, *(6 * [one]), None, kind, *free)
+        full = (x, x, x, x, *(7 * [w]), kind, -1.0, 1.0)
+        yield f"step {kind} full", partial(sampling.reverse_step, *full)
+        yield f"step {kind} in place", partial(sampling.reverse_step_, *full)
+    yield "mix", partial(sampling.reverse_step, x, x, None, x, w, w, w, w, None, w, None, "sample", *free)
+    yield "guidance", partial(sampling.guidance, x, x, w)
 
 
 def _sequence_calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:

@@ -191,6 +191,10 @@ def check_step(
     if uncond is None and (isinstance(guidance_scale, Tensor) or guidance_scale != 1):
         raise ValueError("guidance_scale other than 1 needs uncond")
     if clamp is not None:
+        if not isinstance(clamp, (tuple, list)):
+            raise TypeError(f"clamp must be (low, high) or None, got {type(clamp).__name__}")
+        if len(clamp) != 2:
+            raise ValueError(f"clamp must be (low, high), got {len(clamp)} numbers")
         low, high = (_checks.number("clamp", bound) for bound in clamp)
         if low > high:
             raise ValueError(f"clamp must be (low, high) with low <= high, got {clamp}")

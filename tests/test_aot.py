@@ -22,14 +22,17 @@ REGISTERS |= {
     "_divergence_finish": 32,
     "_divergence_backward": 80,
 }
+# A step with its seven numbers and four half-precision streams: four programs of 256 threads.
 # More streams and sums: two programs of 256 threads with those of a field with one term, one with those of two terms.
-MORE_REGISTERS = {"sds": 112, "vsd": 112, "dmd": 128, "decoupled": 192}
-# ptxas for sm_100 trades registers of a few looped kernels, and of float32 beside bfloat16 logits, for occupancy.
+MORE_REGISTERS = {"step": 64, "mix": 64, "sds": 112, "vsd": 112, "dmd": 128, "decoupled": 192}
+# ptxas for sm_100 trades registers of a few looped kernels, of steps of four streams and of float32 beside bfloat16
+# logits, for occupancy.
 SPILL_BYTES = {80: 0, 90: 0, 100: 16}
 
 TYPICAL = (
     "^(mean square held|ddo held grad|ddo looped grad|ddo split grad|dpo sigmoid small grad|error huber held"
     "|error backward l1|combination|scale in place|vsd masked looped|dmd guided small|dmd masked mixed split"
+    "|step epsilon full|mix|guidance"
     "|decoupled looped|trajectory .*|token odd|token backward var|jsd mixed llm grad|jsd reverse few grad)$"
 )
 

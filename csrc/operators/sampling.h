@@ -68,8 +68,8 @@ template <class Device>
 Tensor reverse_step(const Tensor& x_t, const Tensor& cond, const std::optional<Tensor>& uncond,
                     const std::optional<Tensor>& noise, const Tensor& alpha_t, const Tensor& sigma_t,
                     const Tensor& k_x0, const Tensor& k_x_t, const std::optional<Tensor>& k_eps,
-                    const std::optional<Tensor>& k_noise, const std::optional<Tensor>& guidance, const std::string& type, double low,
-                    double high) {
+                    const std::optional<Tensor>& k_noise, const std::optional<Tensor>& guidance,
+                    const std::string& type, double low, double high) {
   return sampling::Step{x_t,   cond,  uncond,  noise,    alpha_t, sigma_t, k_x0,
                         k_x_t, k_eps, k_noise, guidance, type,    low,     high}
       .template run<Device>(nullptr);
@@ -79,8 +79,8 @@ template <class Device>
 void reverse_step_(const Tensor& x_t, const Tensor& cond, const std::optional<Tensor>& uncond,
                    const std::optional<Tensor>& noise, const Tensor& alpha_t, const Tensor& sigma_t,
                    const Tensor& k_x0, const Tensor& k_x_t, const std::optional<Tensor>& k_eps,
-                   const std::optional<Tensor>& k_noise, const std::optional<Tensor>& guidance, const std::string& type, double low,
-                   double high) {
+                   const std::optional<Tensor>& k_noise, const std::optional<Tensor>& guidance,
+                   const std::string& type, double low, double high) {
   sampling::Step{x_t,   cond,  uncond,  noise,    alpha_t, sigma_t, k_x0,
                  k_x_t, k_eps, k_noise, guidance, type,    low,     high}
       .template run<Device>(&x_t);
