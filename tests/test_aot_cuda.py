@@ -58,8 +58,8 @@ def test_kernels_move_16_bytes_at_a_time_and_use_no_atomics(report):
     for row in wide:
         assert row["wide_loads"], row
         maps = r"map<|on_chip<.*(?<!Sequence)(?<!SequenceDdo)Loss|sweep_rows<(?!.*TokenLogprob<)"
-        writes = re.match(maps, row["kernel"]) is not None
-        assert row["wide_stores"] == writes, row
+        if re.match(maps, row["kernel"]):
+            assert row["wide_stores"], row
     for row in report:
         assert not row["atomics"], row
 
