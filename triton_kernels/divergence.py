@@ -26,6 +26,7 @@ from .sweep import (
     LOG2E,
     PLAIN,
     LogitRows,
+    both,
     combined_normalizer,
     edge_elements,
     launch_sweep,
@@ -194,8 +195,8 @@ def _sweep(
             values = _divergence_gradient(s, t, norms, numbers, center, factor, KIND, data[2].dtype.element_ty, T)
             store_tiles(data[2], starts[2], chunk, end, values, LANES, TILES, WIDTH)
     if EDGES:
-        s = load_edge(data[0], starts[0], element, mask & read, T)
-        t = load_edge(data[1], starts[1], element, mask & read, T)
+        s = load_edge(data[0], starts[0], element, both(mask, read), T)
+        t = load_edge(data[1], starts[1], element, both(mask, read), T)
         if SUM:
             sums = _divergence_add(sums, s, t, norms, numbers, KIND, T)
         if GRAD:
@@ -269,7 +270,7 @@ def _divergence_rows(
         begin,
         tl.where(read, end, begin),
         element,
-        mask & read,
+        both(mask, read),
         number(numbers.scale, T),
         LANES,
         TILES,
@@ -312,7 +313,7 @@ def _divergence_normalizers(
     element, mask = edge_elements(span, LANES, WIDTH)
     begin, end, edge = segment_of(segment, program % segments, span, _is_read(labels, row, ignore))
     student, teacher = _normalizers(
-        data, starts, begin, end, element, mask & edge, number(numbers.scale, T), LANES, TILES, WIDTH, EDGES, T
+        data, starts, begin, end, element, both(mask, edge), number(numbers.scale, T), LANES, TILES, WIDTH, EDGES, T
     )
     part = partials + 4 * program.to(tl.int64)
     tl.store(part, student[0])
@@ -344,8 +345,8 @@ def _divergence_sums(
     student, teacher = _combined_pair(partials, row, segments, SEGMENTS, numbers, T)
     norms = _norms(student, teacher, T)
     own = _sweep(
-        data, starts, begin, end, element, mask & edge, True, norms, numbers, norms[1], norms[1], True, True, False,
-        True, KIND, LANES, TILES, WIDTH, EDGES, T,
+        data, starts, begin, end, element, both(mask, edge), True, norms, numbers, norms[1], norms[1], True, True,
+        False, True, KIND, LANES, TILES, WIDTH, EDGES, T,
     )  # fmt: skip
     tl.store(sums + 2 * program.to(tl.int64), own[0])
     tl.store(sums + 2 * program.to(tl.int64) + 1, own[1])
@@ -388,7 +389,7 @@ def _divergence_backward(
     center = tl.load(stats + 4 * rows + row)
     factor = _factor(grad, scale, row, numbers, KIND, T)
     _sweep(
-        data, starts, begin, end, element, mask & edge, read, norms, numbers, center, factor, False, False, True,
+        data, starts, begin, end, element, both(mask, edge), read, norms, numbers, center, factor, False, False, True,
         False, KIND, LANES, TILES, WIDTH, EDGES, T,
     )  # fmt: skip
     if index == segments - 1:

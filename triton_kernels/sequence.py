@@ -20,6 +20,7 @@ from .sweep import (
     LOG2E,
     PLAIN,
     LogitRows,
+    both,
     combined_normalizer,
     edge_elements,
     launch_sweep,
@@ -63,7 +64,7 @@ def _store_logprob(
     logits, start, size, token, read, largest, total, logprob, stats, rows, row, numbers, T: tl.constexpr
 ):
     inside = (token >= 0) & (token < size)
-    picked = tl.load(logits + start + token, mask=inside & read, other=float("nan")).to(T)
+    picked = tl.load(logits + start + token, mask=both(inside, read), other=float("nan")).to(T)
     value = (picked - largest) * number(numbers.slope, T) - tl.log(tl.where(read, total, 1.0))
     tl.store(logprob + row, tl.where(read, value, 0.0))
     tl.store(stats + row, tl.where(read, largest, 0.0))
@@ -92,7 +93,7 @@ def _token_rows(
         )
     if EDGES:
         element, mask = edge_elements(span, LANES, WIDTH)
-        normalizer = normalizer_add(normalizer, load_edge(data[0], start, element, mask & edge, T), scale)
+        normalizer = normalizer_add(normalizer, load_edge(data[0], start, element, both(mask, edge), T), scale)
     largest, total = normalizer_total(normalizer, scale)
     if partials is None:
         _store_logprob(data[0], start, size, token, read, largest, total, logprob, stats, rows, row, numbers, T)
@@ -156,9 +157,9 @@ def _token_backward(
         store_tiles(data[1], out, chunk, end, values, LANES, TILES, WIDTH)
     if EDGES:
         element, mask = edge_elements(span, LANES, WIDTH)
-        tiles = load_edge(data[0], start, element, mask & edge & read, T)
+        tiles = load_edge(data[0], start, element, both(both(mask, edge), read), T)
         values = _token_gradient(tiles, (element, 0), token, largest, share, picked, scale, OUT)
-        tl.store(data[1] + out + element, values[0], mask=mask & edge)
+        tl.store(data[1] + out + element, values[0], mask=both(mask, edge))
 
 
 def token_logprob(logits: Tensor, tokens: Tensor, temperature: float, ignore_index: int) -> tuple[Tensor, Tensor]:

@@ -215,6 +215,12 @@ def edge_elements(span, LANES: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def both(mask, flag):
+    """mask & flag. The comparison is for the interpreter of Triton 3.9, where a scalar makes integers of a mask."""
+    return (mask & flag) != 0
+
+
+@triton.jit
 def load_edge(data, start, element, mask, T: tl.constexpr):
     return (tl.load(data + start + element, mask=mask, other=float("-inf")).to(T),)
 
