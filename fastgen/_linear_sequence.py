@@ -17,7 +17,7 @@ from . import _sequence
 from ._autograd import once_differentiable
 from ._gradient import scale_gradient
 
-MAX_CHUNK_BYTES = 64 << 20
+MAX_CHUNK_BYTES = 96 << 20
 
 Head = tuple[Tensor, Tensor, Tensor | None]
 
