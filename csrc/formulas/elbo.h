@@ -24,14 +24,17 @@ struct L2 {
 };
 struct L1 {
   template <class T> FASTGEN_HD static T value(T d) { return std::abs(d); }
-  template <class T> FASTGEN_HD static T slope(T d) { return d > T(0) ? T(1) : (d < T(0) ? T(-1) : d); }
+  template <class T> FASTGEN_HD static T slope(T d) {
+    const T sign = d > T(0) ? T(1) : d;  // as in clamped()
+    return d < T(0) ? T(-1) : sign;
+  }
 };
 struct Huber {  // threshold 1, as torch.nn.functional.huber_loss
   template <class T> FASTGEN_HD static T value(T d) {
     const T a = std::abs(d);
     return a < T(1) ? T(0.5) * d * d : a - T(0.5);
   }
-  template <class T> FASTGEN_HD static T slope(T d) { return d > T(1) ? T(1) : (d < T(-1) ? T(-1) : d); }
+  template <class T> FASTGEN_HD static T slope(T d) { return clamped(d, T(-1), T(1)); }
 };
 
 template <class T>

@@ -49,6 +49,13 @@ struct Groups {
   static Groups halves(int64_t rows) { return {rows / 2, 2, 1, rows / 2}; }                  // i and i + B/2
 };
 
+// One choice after the other, which compilers vectorise; nested ones become branches. NaN stays NaN.
+template <class T>
+FASTGEN_HD T clamped(T v, T low, T high) {
+  v = v < low ? low : v;
+  return v > high ? high : v;
+}
+
 template <class F>
 constexpr bool kMasks = requires { requires F::kMasks; };
 

@@ -64,7 +64,7 @@ struct ReverseStep {
   FASTGEN_HD T map(const Row& row, T, const T* v) const {
     const T pred = guided<kUncond>(v[1], row.guidance, v + 2);
     T clean = row.clean(v[0], pred);
-    clean = clean < low ? low : (clean > high ? high : clean);  // NaN stays NaN
+    clean = clamped(clean, low, high);
     const T mean = row.x0 * clean + row.rest(v[0], pred);
     if constexpr (kNoise) return mean + row.noise * v[2 + kUncond];
     else return mean;

@@ -80,7 +80,7 @@ struct ScoreField {
   }
   FASTGEN_HD T element(const Row& row, const T* v) const {
     const T g = unclipped(row, v);
-    return g > clip ? clip : (g < -clip ? -clip : g);
+    return clamped(g, -clip, clip);
   }
   FASTGEN_HD T residual(const Row& row, const T* v) const { return unclipped(row, v); }
   // Not finite where G was not before the clip, which would hide it.
