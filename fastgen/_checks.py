@@ -19,6 +19,16 @@ def tensor(name: str, value: object) -> None:
 def streams(**tensors: Tensor) -> None:
     """Floating-point tensors of one shape [B, …] on one device; dtypes may differ."""
     first_name, first = next(iter(tensors.items()))
+    if type(first) is Tensor and first.numel() != 0:  # all well, as nearly always: said in few steps
+        shape, device = first.shape, first.device
+        for value in tensors.values():
+            if type(value) is not Tensor or value.shape != shape or value.device != device:
+                break
+            if value.dtype not in FLOATING:
+                break
+        else:
+            if shape:
+                return
     for name, value in tensors.items():
         _floating(name, value)
         if value.shape != first.shape:

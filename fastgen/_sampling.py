@@ -180,12 +180,19 @@ def check_step(
     noise: Tensor | None,
     clamp: tuple[float, float] | None,
 ) -> list[Tensor]:
-    streams = {"x_t": x_t, "cond": cond, **given(uncond=uncond, noise=noise)}
+    streams = {"x_t": x_t, "cond": cond}
+    if uncond is not None:
+        streams["uncond"] = uncond
+    if noise is not None:
+        streams["noise"] = noise
     _checks.streams(**streams)
     if not isinstance(coefficients, StepCoefficients):
         raise TypeError(f"coefficients must be a fastgen.StepCoefficients, got {type(coefficients).__name__}")
-    for name, value in coefficients._asdict().items():
-        check_row_numbers(f"coefficients.{name}", value, x_t)
+    vectors, device = ((1,), x_t.shape[:1]), x_t.device
+    for name, value in zip(coefficients._fields, coefficients, strict=True):
+        well = type(value) is Tensor and value.shape in vectors and value.device == device
+        if not (well and value.dtype is torch.float32):
+            check_row_numbers(f"coefficients.{name}", value, x_t)
     _checks.choice("prediction_type", prediction_type, PREDICTION_TYPES)
     check_number_or_rows("guidance_scale", guidance_scale, x_t)
     if uncond is None and (isinstance(guidance_scale, Tensor) or guidance_scale != 1):
@@ -223,10 +230,12 @@ def langevin_numbers(
 
 
 def needs_grad(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return torch.is_grad_enabled() and any([t.requires_grad for t in tensors])
 
 
 def in_place(x: Tensor, *others: Tensor) -> bool:
     """Whether the kernel can write its rows over those of `x`."""
+    if x.is_contiguous() and all([t.is_contiguous() for t in others]):
+        return True
     packed = x.shape[0] <= 1 or x.stride(0) == x[0].numel()
     return packed and _layout.shared_row_strides(x, *others) is not None
