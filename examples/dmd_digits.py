@@ -27,24 +27,21 @@ Needs scikit-learn, matplotlib and tqdm besides fastgen. Results repeat exactly 
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from common import Table, Trainer, argument_parser, farewell, print_table, start
 from digits import (
-    CLASSES,
+    IN_PICTURES,
     PIXELS,
     Classifier,
     Denoiser,
-    Table,
-    Trainer,
-    argument_parser,
+    accuracy,
     denoising_loss,
-    farewell,
-    frechet,
+    distances,
+    edm_schedule,
     load_images,
-    print_table,
     sample,
     save_grid,
     train_classifier,
@@ -80,9 +77,7 @@ class Config:
     sampler_steps: int = 18
 
 
-SMOKE = Config(
-    batch=64, teacher_steps=20, steps=3, classifier_steps=10, eval_samples=128, sampler_steps=4
-)  # fmt: skip
+SMOKE = Config(batch=64, teacher_steps=20, steps=3, classifier_steps=10, eval_samples=128, sampler_steps=4)
 
 
 @dataclass(frozen=True)
@@ -165,26 +160,16 @@ def distil(
     return student.ema
 
 
-def measure(x: Tensor, wanted: Tensor, images: Tensor, classifier: Classifier) -> dict[str, float]:
-    """One row of the table."""
-    return {
-        "feature distance": frechet(classifier.features(x), classifier.features(images)),
-        "pixel distance": frechet(x, images),
-        "accuracy": float((classifier(x).argmax(1) == wanted).double().mean()),
-    }
-
-
 def main(argv: list[str] | None = None) -> Table:
     """Run the demo; return the table as {row: {column: number}}."""
     parser = argument_parser("Distil a diffusion model of the digits into a one-step generator.")
     parser.add_argument("--reward", type=float, default=0.005, help="weight of DMDR's reward term; 0 leaves it out")
-    args = parser.parse_args(argv)
-    torch.set_num_threads(args.threads)
-    cfg, began = SMOKE if args.smoke else Config(), time.perf_counter()
+    args = start(parser, argv)
+    cfg = SMOKE if args.smoke else Config()
     images, labels = load_images()
     torch.manual_seed(args.seed)  # for the initial weights; all else draws from explicit generators
     gen = torch.Generator().manual_seed(10 * args.seed)
-    schedule = NoiseSchedule.edm(sigma_data=float(images.std()), log_mean=-0.8, log_std=1.2)
+    schedule = edm_schedule(images)
     classifier = train_classifier(images, labels, cfg.classifier_steps, gen)
     teacher = train_denoiser(
         Denoiser(schedule.sigma_data), images, labels, schedule, gen, steps=cfg.teacher_steps, batch=cfg.batch,
@@ -212,10 +197,14 @@ def main(argv: list[str] | None = None) -> Table:
         return rows
 
     wanted = labels[torch.randint(len(labels), (cfg.eval_samples,), generator=gen)]
-    table = {name: measure(x, wanted, images, classifier) for name, x in draw(wanted).items()}
-    save_grid(draw(torch.arange(CLASSES).repeat_interleave(8)), args.out / "dmd_digits.png")
+    table = {
+        name: distances(x, images, classifier) | {"accuracy": accuracy(classifier(x), wanted)}
+        for name, x in draw(wanted).items()
+    }
+    picture = args.out / "dmd_digits.png"
+    save_grid(draw(IN_PICTURES), picture)
     print_table("Frechet distances to the real digits (lower is better), accuracy of the wanted digit", table)
-    farewell(args.out / "dmd_digits.png", began, args.smoke)
+    farewell(args, picture)
     return table
 
 
