@@ -1,7 +1,7 @@
-"""Fine-tune a real diffusion model with Direct Discriminative Optimization (DDO), on a laptop, in minutes.
+"""Fine-tune a real diffusion model with Direct Discriminative Optimization (DDO).
 
-    python examples/ddo_digits.py                 # the whole demo
-    python examples/ddo_digits.py --smoke         # the same path in seconds; its numbers mean nothing
+    python examples/ddo_digits.py            # the whole demo: a minute and a half on a quiet machine
+    python examples/ddo_digits.py --smoke    # the same path in seconds; its numbers mean nothing
 
 The data are scikit-learn's digits (1797 real 8x8 images). The script
 
@@ -18,9 +18,6 @@ The row "floor" is about what fresh real digits would score: the distance betwee
 scaled to the sizes of the samples compared in the other rows. The distances are to the training images, as is usual
 for FID, so a model that fits just these images can go below the floor. (The gain is not only that: with a quarter of
 the digits held out from all training, DDO came nearer to those too, while the control hardly moved.)
-
-Needs torch, numpy, scikit-learn, matplotlib and tqdm besides fastgen. Results repeat exactly for one seed, one
-thread count and one machine; other thread counts add up in another order and drift apart.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Which modes a generator finds: the KL divergences, GANs and WGAN on mixtures of Gaussians, in a minute.
+"""Which modes a generator finds: the KL divergences, GANs and WGAN on mixtures of Gaussians.
 
-    python examples/gan_modes.py                 # the whole demo
-    python examples/gan_modes.py --smoke         # the same path in seconds; its numbers mean nothing
+    python examples/gan_modes.py            # the whole demo: a minute on a quiet machine
+    python examples/gan_modes.py --smoke    # the same path in seconds; its numbers mean nothing
 
 First, one Gaussian is fitted to a mixture of two that are apart. The forward KL(p ‖ q) covers both modes and the gap
 between them; the reverse KL(q ‖ p) takes the nearer mode and drops the other. These two are computed from the

@@ -1,6 +1,6 @@
 """Train a classifier of digits as an energy model too (JEM), beside the same net trained by cross-entropy alone.
 
-    python examples/jem_digits.py                 # the whole demo
+    python examples/jem_digits.py                 # the whole demo: a minute and a half on a quiet machine
     python examples/jem_digits.py --smoke         # the same path in seconds; its numbers mean nothing
     python examples/jem_digits.py --images 200    # with fewer digits to learn from
 
@@ -24,8 +24,6 @@ of 1.0; those of the net trained by cross-entropy are patterns, at 23 to 24, of 
 JEM's training can diverge: the energies of data and samples then part, without end. The script prints both energies
 as it trains, says so where it happened, and draws the gap. With 200 digits and the paper's step of 1 and noise of 0.01
 it diverged in a trial before step 750; the script's steps are shorter and noisier.
-
-Needs scikit-learn, matplotlib and tqdm besides fastgen. Results repeat exactly for one seed, thread count and machine.
 """
 
 from __future__ import annotations
