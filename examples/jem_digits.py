@@ -173,6 +173,7 @@ def main(argv: list[str] | None = None) -> list[Table]:
     images, labels = load_images()
     test, rest = torch.randperm(len(images), generator=gen).tensor_split([cfg.held_out])
     chosen = rest[: args.images]
+    torch.manual_seed(args.seed)  # for the judge's initial weights
     judge = train_classifier(images[rest], labels[rest], cfg.classifier_steps, gen)
 
     nets: dict[str, nn.Module] = {}
