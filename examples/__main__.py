@@ -2,11 +2,11 @@
 
     python examples                     # all of them, as `make examples`
     python examples ddo_digits          # some; the page keeps what the others printed when they last ran
-    python examples --smoke --folder /tmp/x
+    python examples --smoke --folder /tmp/x   # all in a minute or two; another page, as the numbers mean nothing
 
 An example is a file here that can be run, takes `--out DIR` and `--smoke`, saves PNGs in DIR and prints tables as
-Markdown (`digits.print_table` does). Each has a folder in `results`, with its pictures and what it printed; the page
-is `README.md`.
+Markdown (`common.py` has the means). Each has a folder in `results`, with its pictures and what it printed; only a run
+that succeeds replaces it. The page, `README.md`, is written anew after each.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ import argparse
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 INTRODUCTION = """# Examples
 
 Each method at work on data that come with scikit-learn or Python, or made up on the spot, on a CPU. `make examples`
@@ -30,23 +32,31 @@ runs all of them and writes this page: its tables and pictures are from those ru
 
 def names() -> list[str]:
     """Every example, by its file."""
-    return sorted(p.stem for p in HERE.glob("*.py") if p.stem != "__main__" and "\nif __name__ ==" in p.read_text())
+    found = {p.stem: p.read_text(encoding="utf-8") for p in HERE.glob("*.py")}
+    return sorted(name for name, code in found.items() if name != "__main__" and "\nif __name__ ==" in code)
 
 
 def run(name: str, folder: Path, smoke: bool) -> bool:
-    """Run one example; keep its output and pictures if it succeeds."""
-    results = folder / "results" / name
-    results.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(HERE / f"{name}.py"), "--out", str(results.relative_to(folder))]
+    """Run one example aside; if it succeeds, its output and pictures take the place of those of the last run."""
     began = time.perf_counter()
-    done = subprocess.run(
-        command + ["--smoke"] * smoke, cwd=folder, stdout=subprocess.PIPE, text=True, check=False,
-        env={**os.environ, "PYTHONIOENCODING": "utf-8"},
-    )  # fmt: skip
-    print(f"{name}: {'done' if done.returncode == 0 else 'FAILED'} in {time.perf_counter() - began:.0f} s", flush=True)
-    if done.returncode == 0:
-        (results / "output.md").write_text(markdown(done.stdout) + f"\n\n{machine()}\n")
-    return done.returncode == 0
+    with tempfile.TemporaryDirectory() as aside:
+        made = Path(aside, "results", name)
+        made.mkdir(parents=True)
+        done = subprocess.run(
+            [sys.executable, str(HERE / f"{name}.py"), "--out", f"results/{name}", *["--smoke"] * smoke],
+            cwd=aside, stdout=subprocess.PIPE, encoding="utf-8", check=False,
+            env={**os.environ, "PYTHONIOENCODING": "utf-8"},
+        )  # fmt: skip
+        good = done.returncode == 0
+        print(f"{name}: {'done' if good else 'FAILED'} in {time.perf_counter() - began:.0f} s", flush=True)
+        if good:
+            (made / "output.md").write_text(f"{markdown(done.stdout)}\n\n{machine()}\n", encoding="utf-8")
+            kept = folder / "results" / name
+            shutil.rmtree(kept, ignore_errors=True)
+            shutil.copytree(made, kept)
+        else:
+            print(done.stdout, end="")
+    return good
 
 
 def machine() -> str:
@@ -68,11 +78,11 @@ def page(folder: Path) -> str:
         output = folder / "results" / name / "output.md"
         if not output.exists():
             continue
-        summary = re.match(r'"""(.*)', (HERE / f"{name}.py").read_text())
+        summary = re.match(r'"""(.*)', (HERE / f"{name}.py").read_text(encoding="utf-8"))
         assert summary is not None
         headline = summary[1].removesuffix('"""')
         parts.append(f"## {name}\n\n{headline}\n\n    python examples/{name}.py\n")
-        parts.append(output.read_text())
+        parts.append(output.read_text(encoding="utf-8"))
         parts.extend(f"![{p.stem}](results/{name}/{p.name})\n" for p in sorted(output.parent.glob("*.png")))
     return "\n".join(parts)
 
@@ -85,10 +95,15 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if unknown := set(args.names) - set(names()):
         parser.error(f"no such example: {', '.join(sorted(unknown))}; there are {', '.join(names())}")
-    folder = args.folder.resolve()
+    folder, failed = args.folder.resolve(), []
+    if args.smoke and folder == HERE:
+        parser.error("--smoke needs a --folder of its own: its numbers would replace the page's, and mean nothing")
     began = time.perf_counter()
-    failed = [name for name in args.names or names() if not run(name, folder, args.smoke)]
-    (folder / "README.md").write_text(page(folder))
+    for name in args.names or names():
+        if not run(name, folder, args.smoke):
+            failed.append(name)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "README.md").write_text(page(folder), encoding="utf-8")
     print(f"{folder / 'README.md'} written, after {time.perf_counter() - began:.0f} s")
     if failed:
         print(f"failed: {', '.join(failed)}; the page has what they printed when they last succeeded, if ever")

@@ -1,6 +1,7 @@
 """Analytic-DPM (arXiv 2201.06503) on scikit-learn's digits: what optimal variances and trajectories are worth.
 
-    python examples/analytic_dpm_digits.py
+    python examples/analytic_dpm_digits.py            # the whole demo: a minute and a half on a quiet machine
+    python examples/analytic_dpm_digits.py --smoke    # the same path in seconds; its numbers mean nothing
 
 Two DDPMs of N = 1000 steps, both told the class: a network trained on the digits, and the exact score of Gaussians, one
 fitted to each class. Of each, the moments are gathered with ``ScoreMoments``; then K = 10, 25 and 50 steps are sampled
@@ -25,26 +26,15 @@ What to look for; it held for seeds 0 and 1:
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from digits import (
-    CLASSES,
-    PIXELS,
-    Denoiser,
-    Table,
-    Trainer,
-    frechet,
-    load_images,
-    plt,
-    print_table,
-)
+from common import Table, Trainer, argument_parser, farewell, plt, print_table, save_picture, start
+from digits import CLASSES, PIXELS, Denoiser, frechet, load_images
 from torch import Tensor
 from tqdm import tqdm
 
@@ -62,6 +52,8 @@ Model = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x_t, t, class) -> noise
 
 @dataclass(frozen=True)
 class Config:
+    """Every number one may want to change; the defaults are the demo's."""
+
     train_steps: int = 4000
     batch: int = 256
     lr: float = 2e-3
@@ -167,28 +159,24 @@ def nodes_of(schedule: NoiseSchedule, subject: Subject, steps: int, trajectory: 
     return found
 
 
-@torch.no_grad()
 def sample(
     schedule: NoiseSchedule, subject: Subject, nodes: Tensor, method: str, cap: float | None, label: Tensor, seed: int
 ) -> Tensor:
     """From noise to data over `nodes`; `cap` bounds the standard deviation of the last noise."""
     gen = torch.Generator().manual_seed(seed)
-    mean = "ddpm" if "DDPM" in method else "ddim"
-    data_range = (-1.0, 1.0) if subject.bounded else None
-    x = torch.randn(len(label), PIXELS, generator=gen)
-    path = [0, *nodes.tolist()]
-    for s, t in reversed(list(itertools.pairwise(path))):
-        variance: Tensor | str = "beta" if method == "DDPM β" else "beta_tilde"
-        if "Analytic" in method:
-            eta = 1.0 if mean == "ddpm" else 0.0
-            variance = fastgen.reverse_variance(schedule, subject.ms_eps, s, t, eta=eta, data_range=data_range)[None]
-        k = fastgen.step_coefficients(schedule, s - 1, t - 1, method=mean, variance=variance)  # type: ignore[arg-type]
-        if cap is not None and s == path[1]:
-            k = k._replace(noise=k.noise.clamp(max=cap))
-        noise = None if s == 0 else torch.randn(x.shape, generator=gen)
-        pred = subject.model(x, torch.full((len(x),), t - 1), label)
-        fastgen.reverse_step_(x, pred, k, noise=noise, clamp=data_range)
-    return x
+    return fastgen.sample(
+        lambda x, t: subject.model(x, t, label),
+        schedule,
+        torch.randn(len(label), PIXELS, generator=gen),
+        method=method.split()[0].lower(),  # type: ignore[arg-type]
+        steps=nodes,
+        variance="beta" if method == "DDPM β" else "beta_tilde",
+        ms_eps=subject.ms_eps if "Analytic" in method else None,
+        max_last_std=cap,
+        data_range=(-1.0, 1.0) if subject.bounded else None,
+        generator=gen,
+        progress=False,
+    )
 
 
 def distances(schedule: NoiseSchedule, subject: Subject, cfg: Config, label: Tensor, seed: int) -> Table:
@@ -251,21 +239,13 @@ def draw_picture(schedule: NoiseSchedule, subjects: Sequence[Subject], cfg: Conf
         for ax in (left, middle, right):
             ax.legend(fontsize=8)
     fig.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path, dpi=120)
-    plt.close(fig)
+    save_picture(fig, path)
 
 
 def main(argv: list[str] | None = None) -> dict[str, Table]:
     """Run the demo; return its tables as {title: {row: {column: number}}}."""
-    parser = argparse.ArgumentParser(description="Optimal variances and trajectories for a diffusion model of digits.")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1, help="pinned, because it decides the order of sums")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "output", help="folder for the picture")
-    parser.add_argument("--smoke", action="store_true", help="a few steps of everything, in seconds")
-    args = parser.parse_args(argv)
-    torch.set_num_threads(args.threads)
-    cfg, began = SMOKE if args.smoke else Config(), time.perf_counter()
+    args = start(argument_parser("Optimal variances and trajectories for a diffusion model of digits."), argv)
+    cfg = SMOKE if args.smoke else Config()
     images, labels = load_images()
     torch.manual_seed(args.seed)  # for the initial weights; all else draws from explicit generators
     gen = torch.Generator().manual_seed(10 * args.seed)
@@ -293,13 +273,12 @@ def main(argv: list[str] | None = None) -> dict[str, Table]:
         tables[f"{subject.name}: Frechet distance"] = distances(schedule, subject, cfg, label, 10 * args.seed + 1)
         tables[f"{subject.name}: bound, bits per dimension"] = bounds(schedule, subject, cfg)
     floor = frechet(synthetic(cfg.eval_samples)[0], subjects[1].reference)
-    draw_picture(schedule, subjects, cfg, args.out / "analytic_dpm_digits.png")
+    picture = args.out / "analytic_dpm_digits.png"
+    draw_picture(schedule, subjects, cfg, picture)
     for title, table in tables.items():
         print_table(f"{title} (lower is better)", table)
     print(f"\nAs many exact samples of the Gaussians are {floor:.4f} from the reference: the least to be had.")
-    print(f"Picture: {args.out / 'analytic_dpm_digits.png'}. Took {time.perf_counter() - began:.0f} s.")
-    if args.smoke:
-        print("Smoke run: the numbers mean nothing.")
+    farewell(args, picture)
     return tables
 
 

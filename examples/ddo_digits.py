@@ -1,7 +1,7 @@
-"""Fine-tune a real diffusion model with Direct Discriminative Optimization (DDO), on a laptop, in minutes.
+"""Fine-tune a real diffusion model with Direct Discriminative Optimization (DDO).
 
-    python examples/ddo_digits.py                 # the whole demo
-    python examples/ddo_digits.py --smoke         # the same path in seconds; its numbers mean nothing
+    python examples/ddo_digits.py            # the whole demo: a minute and a half on a quiet machine
+    python examples/ddo_digits.py --smoke    # the same path in seconds; its numbers mean nothing
 
 The data are scikit-learn's digits (1797 real 8x8 images). The script
 
@@ -18,33 +18,33 @@ The row "floor" is about what fresh real digits would score: the distance betwee
 scaled to the sizes of the samples compared in the other rows. The distances are to the training images, as is usual
 for FID, so a model that fits just these images can go below the floor. (The gain is not only that: with a quarter of
 the digits held out from all training, DDO came nearer to those too, while the control hardly moved.)
-
-Needs torch, numpy, scikit-learn, matplotlib and tqdm besides fastgen. Results repeat exactly for one seed, one
-thread count and one machine; other thread counts add up in another order and drift apart.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
-import time
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from digits import print_table
-from matplotlib.figure import Figure
-from sklearn.datasets import load_digits
+from common import Table, argument_parser, farewell, print_table, start
+from digits import (
+    CLASSES,
+    IN_PICTURES,
+    PIXELS,
+    Denoiser,
+    edm_schedule,
+    eight_of_each,
+    frechet,
+    load_images,
+    sample,
+    save_grid,
+)
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastgen import NoiseSchedule, ddo_loss
-
-PIXELS, CLASSES = 64, 10
-Table = dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class Config:
     """Every number one may want to change; the defaults are the demo's."""
 
     batch: int = 512  # rows a step; half of them are fakes in DDO
+    width: int = 128
     base_steps: int = 10000
     base_lr: float = 4e-3
     rounds: int = 2
@@ -68,63 +69,17 @@ class Config:
 SMOKE = Config(batch=64, base_steps=20, tune_steps=3, fakes=64, classifier_steps=10, eval_samples=128, sampler_steps=4)
 
 
-# ---------------------------------------------------------------- model and sampler
-
-
-class Denoiser(nn.Module):
-    """Class-conditional residual MLP under EDM preconditioning: (noisy x, sigma, class) -> estimate of the clean x."""
-
-    def __init__(self, sigma_data: float, width: int = 128, blocks: int = 3) -> None:
-        super().__init__()
-        self.sigma_data = sigma_data
-        self.embed_class = nn.Embedding(CLASSES, width)
-        self.embed_noise = nn.Sequential(nn.Linear(1, width), nn.SiLU(), nn.Linear(width, width))
-        self.inp, self.out = nn.Linear(PIXELS, width), nn.Linear(width, PIXELS)
-        self.blocks = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
-            for _ in range(blocks)
-        )
-
-    def forward(self, noisy: Tensor, sigma: Tensor, label: Tensor) -> Tensor:
-        s, sd = sigma[:, None], self.sigma_data
-        norm = (s**2 + sd**2).sqrt()
-        cond = self.embed_noise(s.log() / 4) + self.embed_class(label)
-        h = self.inp(noisy / norm)
-        for block in self.blocks:
-            h = h + block(h + cond)
-        return noisy * (sd / norm) ** 2 + self.out(F.silu(h)) * (s * sd / norm)
-
-
-@torch.no_grad()
-def sample(model: Denoiser, labels: Tensor, steps: int, gen: torch.Generator) -> Tensor:
-    """EDM's deterministic Heun sampler, without guidance; nothing is clamped."""
-    ramp = torch.linspace(0, 1, steps)
-    hi, lo, rho = 80.0, 0.002, 7.0
-    sigmas = torch.cat([(hi ** (1 / rho) + ramp * (lo ** (1 / rho) - hi ** (1 / rho))) ** rho, torch.zeros(1)])
-    x = torch.randn(len(labels), PIXELS, generator=gen) * sigmas[0]
-    for now, after in pairwise(sigmas):
-        slope = (x - model(x, now.expand(len(x)), labels)) / now
-        euler = x + (after - now) * slope
-        if after > 0:
-            slope = (slope + (euler - model(euler, after.expand(len(x)), labels)) / after) / 2
-        x = x + (after - now) * slope
-    return x
-
-
-# ---------------------------------------------------------------- training
-
-
 def warm_up_then_decay(opt: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
     """Raise the learning rate over a few steps, then lower it to zero: the last weights need no averaging."""
     return torch.optim.lr_scheduler.LambdaLR(opt, lambda step: min(1.0, (step + 1) / 50, 1 - step / steps))
 
 
-def train_denoiser(
-    start: Denoiser, images: Tensor, labels: Tensor, schedule: NoiseSchedule, gen: torch.Generator,
+def train(
+    initial: Denoiser, images: Tensor, labels: Tensor, schedule: NoiseSchedule, gen: torch.Generator,
     *, steps: int, batch: int, lr: float, desc: str,
 ) -> Denoiser:  # fmt: skip
     """Ordinary EDM training: gives the base from fresh weights, and the control from the base."""
-    model = copy.deepcopy(start)
+    model = copy.deepcopy(initial)
     opt = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
     lr_steps = warm_up_then_decay(opt, steps)
     for _ in tqdm(range(steps), desc=desc):
@@ -173,10 +128,7 @@ def finetune_with_ddo(
     return models[1:]
 
 
-# ---------------------------------------------------------------- measuring
-
-
-def train_classifier(images: Tensor, labels: Tensor, steps: int, gen: torch.Generator) -> nn.Module:
+def train_features(images: Tensor, labels: Tensor, steps: int, gen: torch.Generator) -> nn.Module:
     """Train a small digit classifier and return it without its last layer: 64 features an image.
 
     A convolutional network with global pooling, like FID's Inception. Features of a plain MLP say little here: under
@@ -197,17 +149,6 @@ def train_classifier(images: Tensor, labels: Tensor, steps: int, gen: torch.Gene
         F.cross_entropy(model(images[rows]), labels[rows]).backward()
         opt.step()
     return body.requires_grad_(False)
-
-
-def frechet(a: Tensor, b: Tensor) -> float:
-    """Frechet distance between Gaussians fitted to the rows of a and of b."""
-    a, b = a.double(), b.double()
-    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
-    # tr sqrt(A B) = sum of the square roots of the eigenvalues of sqrt(A) B sqrt(A), which is symmetric.
-    val, vec = torch.linalg.eigh(cov_a)
-    root = vec * val.clamp(min=0).sqrt() @ vec.T
-    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
-    return float((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
 
 
 def to_greys(x: Tensor) -> Tensor:
@@ -236,40 +177,16 @@ def floor(real: Tensor, features: nn.Module, samples: int, gen: torch.Generator,
     return {column: scale * sum(row[column] for row in rows) / splits for column in rows[0]}
 
 
-def save_grid(panels: dict[str, Tensor], path: Path) -> None:
-    """One panel a model, one row a class; the same cell of two models starts from the same noise."""
-    fig = Figure(figsize=(3.2 * len(panels), 4.2))
-    axes = fig.subplots(1, len(panels))
-    for ax, (name, x) in zip(axes, panels.items(), strict=True):
-        tiles = np.pad(x.reshape(CLASSES, -1, 8, 8).numpy(), ((0, 0), (0, 0), (0, 1), (0, 1)), constant_values=1)
-        ax.imshow(tiles.transpose(0, 2, 1, 3).reshape(CLASSES * 9, -1), cmap="gray", vmin=-1, vmax=1)
-        ax.set_title(name)
-        ax.axis("off")
-    fig.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path, dpi=150)
-
-
-# ---------------------------------------------------------------- the demo
-
-
-def load_images() -> tuple[Tensor, Tensor]:
-    """The digits as rows of 64 pixels in [-1, 1], with their classes."""
-    digits = load_digits()
-    return torch.tensor(digits.data / 8 - 1, dtype=torch.float32), torch.tensor(digits.target, dtype=torch.long)
-
-
 def train_all(images: Tensor, labels: Tensor, seed: int, cfg: Config) -> dict[str, Denoiser]:
     """Train the base, the control and the DDO rounds."""
     torch.manual_seed(seed)  # for the initial weights; all else draws from explicit generators
-    sigma_data = float(images.std())
-    schedule = NoiseSchedule.edm(sigma_data=sigma_data, log_mean=-0.8, log_std=1.2)
+    schedule = edm_schedule(images)
     base_gen, control_gen, ddo_gen = (torch.Generator().manual_seed(10 * seed + k) for k in range(3))
-    base = train_denoiser(
-        Denoiser(sigma_data), images, labels, schedule, base_gen,
+    base = train(
+        Denoiser(schedule.sigma_data, width=cfg.width, classes=CLASSES), images, labels, schedule, base_gen,
         steps=cfg.base_steps, batch=cfg.batch // 2, lr=cfg.base_lr, desc="base",
     )  # fmt: skip
-    control = train_denoiser(
+    control = train(
         base, images, labels, schedule, control_gen,
         steps=cfg.rounds * cfg.tune_steps, batch=cfg.batch, lr=cfg.tune_lr, desc="control",
     )  # fmt: skip
@@ -280,7 +197,7 @@ def train_all(images: Tensor, labels: Tensor, seed: int, cfg: Config) -> dict[st
 def evaluate(models: dict[str, Denoiser], images: Tensor, labels: Tensor, seed: int, cfg: Config) -> Table:
     """The table: the floor first, then a row a model, all from the same starting noise and classes."""
     gen = torch.Generator().manual_seed(10 * seed + 3)
-    features = train_classifier(images, labels, cfg.classifier_steps, gen)
+    features = train_features(images, labels, cfg.classifier_steps, gen)
     table = {"floor": floor(images, features, cfg.eval_samples, gen)}
     wanted = labels[torch.randint(len(labels), (cfg.eval_samples,), generator=gen)]
     for name, model in tqdm(models.items(), desc="sampling"):
@@ -291,10 +208,9 @@ def evaluate(models: dict[str, Denoiser], images: Tensor, labels: Tensor, seed: 
 
 def draw(models: dict[str, Denoiser], images: Tensor, labels: Tensor, seed: int, cfg: Config, path: Path) -> None:
     """Save the picture: eight digits a class, real ones and each model's."""
-    wanted = torch.arange(CLASSES).repeat_interleave(8)
-    panels = {"real": torch.cat([images[labels == c][:8] for c in range(CLASSES)])}
+    panels = {"real": images[eight_of_each(labels)]}
     for name, model in models.items():
-        panels[name] = sample(model, wanted, cfg.sampler_steps, torch.Generator().manual_seed(10 * seed + 5))
+        panels[name] = sample(model, IN_PICTURES, cfg.sampler_steps, torch.Generator().manual_seed(10 * seed + 5))
     save_grid(panels, path)
 
 
@@ -308,24 +224,16 @@ def verdict(table: Table) -> str:
 
 def main(argv: list[str] | None = None) -> Table:
     """Run the demo; return the table as {row: {column: distance}}."""
-    parser = argparse.ArgumentParser(description="Fine-tune a diffusion model of the digits with DDO.")
-    parser.add_argument("--seed", type=int, default=0)
-    # Pinned, since it decides the order of sums. More threads hardly help networks this small, and on a busy machine
-    # they spend their time waiting for one another.
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "output", help="folder for the picture")
-    parser.add_argument("--smoke", action="store_true", help="a few steps of everything, in seconds")
-    args = parser.parse_args(argv)
-    torch.set_num_threads(args.threads)
-    cfg, began = SMOKE if args.smoke else Config(), time.perf_counter()
+    args = start(argument_parser("Fine-tune a diffusion model of the digits with DDO."), argv)
+    cfg = SMOKE if args.smoke else Config()
     images, labels = load_images()
     models = train_all(images, labels, args.seed, cfg)
     table = evaluate(models, images, labels, args.seed, cfg)
     picture = args.out / "ddo_digits.png"
     draw(models, images, labels, args.seed, cfg, picture)
     print_table("Frechet distance to the real digits (lower is better)", table)
-    print(f"\nPicture: {picture}. Took {time.perf_counter() - began:.0f} s on {args.threads} thread(s).")
-    print("Smoke run: the numbers mean nothing." if args.smoke else verdict(table))
+    print(f"\n{verdict(table)}")
+    farewell(args, picture)
     return table
 
 

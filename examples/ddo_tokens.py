@@ -1,7 +1,8 @@
 """Fine-tune a character model of real text by self-play: DDO for autoregressive models, beside more of its training.
 
-    python examples/ddo_tokens.py                 # the whole demo
-    python examples/ddo_tokens.py --smoke         # the same path in seconds; its numbers mean nothing
+    python examples/ddo_tokens.py                       # the whole demo: a minute and a half on a quiet machine
+    python examples/ddo_tokens.py --smoke               # the same path in seconds; its numbers mean nothing
+    python examples/ddo_tokens.py --alpha 1 --beta 1    # with other weights of the loss
 
 The script trains a small GRU on Python's language reference by NLL: the *base*; then, from there, for as many steps
 
@@ -18,33 +19,18 @@ With seed 0 and two threads DDO gains nothing over the control here. Held-out NL
 1.585 and 1.587 after DDO's rounds, 1.580, 1.578 and 1.571 after as much NLL; the judge's NLL of the samples is 2.043,
 then 2.081, 2.022 and 2.060 with DDO, 2.036, 2.024 and 2.012 with NLL. With β below 1 a round extrapolates (its fixed
 point is p_ref^{1-1/β} p_data^{1/β}), and rounds go up and down by turns: with `--alpha 1` the judge's NLL is 2.20,
-1.96 and 2.22, at held-out NLLs of 1.61, 1.61 and 1.62. With α = 1 and β = 1, two rounds end at 1.581 and 2.042. Runs
-took 90 and 184 s on a machine that did other work too.
-
-Needs scikit-learn, matplotlib and tqdm besides fastgen. Results repeat exactly for one seed, thread count, machine and
-version of Python, whose text it is.
+1.96 and 2.22, at held-out NLLs of 1.61, 1.61 and 1.62. With α = 1 and β = 1, two rounds end at 1.581 and 2.042.
 """
 
 from __future__ import annotations
 
 import copy
-import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from digits import Table, Trainer, argument_parser, farewell, plt, print_table
-from text import (
-    CharModel,
-    Corpus,
-    Windows,
-    continuation_logits,
-    known_words,
-    load_corpus,
-    model_figures,
-    show_samples,
-    train_nll,
-)
+from common import Table, Trainer, argument_parser, farewell, plt, save_picture, start
+from text import CharModel, Corpus, Recipe, Windows, continuation_logits, load_corpus, report, train_nll
 from torch import Tensor
 from tqdm import tqdm
 
@@ -55,14 +41,9 @@ from fastgen import sequence_ddo_loss
 class Config:
     """Every number one may want to change; the defaults are the demo's."""
 
-    windows: Windows = field(default_factory=Windows)
-    batch: int = 32
-    width: int = 64
-    base_steps: int = 1200
-    base_lr: float = 4e-3
-    judge_width: int = 256
-    judge_steps: int = 600
-    judge_lr: float = 3e-3
+    windows: Windows = Windows()
+    base: Recipe = Recipe(width=64, steps=1200, lr=4e-3)
+    judge: Recipe = Recipe(width=256, steps=600, lr=3e-3)
     rounds: int = 3
     steps: int = 200  # of each round
     lr: float = 1e-3
@@ -70,10 +51,7 @@ class Config:
     samples: int = 1000
 
 
-SMOKE = Config(
-    windows=Windows(4, 12), batch=8, width=16, base_steps=3, judge_width=24, judge_steps=3, rounds=2, steps=2,
-    fakes=20, samples=20,
-)  # fmt: skip
+SMOKE = Config(Windows(4, 12, 8), Recipe(16, 3, 4e-3), Recipe(24, 3, 3e-3), rounds=2, steps=2, fakes=20, samples=20)
 
 
 def self_play(
@@ -88,11 +66,11 @@ def self_play(
     prompts = windows.draw(text, cfg.fakes, gen)[:, : windows.prompt]
     written = reference.continue_(prompts, windows.length, gen)
     trainer, gaps = Trainer(reference, cfg.lr, warmup=20, ema_decay=0.98), []
-    is_real = torch.arange(2 * cfg.batch) < cfg.batch
+    is_real = torch.arange(2 * windows.batch) < windows.batch
     progress = tqdm(range(cfg.steps), desc=desc)
     for _ in progress:
-        fake = written[torch.randint(len(written), (cfg.batch,), generator=gen)]
-        tokens = torch.cat([windows.draw(text, cfg.batch, gen), fake])
+        fake = written[torch.randint(len(written), (windows.batch,), generator=gen)]
+        tokens = torch.cat([windows.draw(text, windows.batch, gen), fake])
         with torch.no_grad():
             ref_logits = continuation_logits(reference, tokens, windows.prompt)
         logits = continuation_logits(trainer.model, tokens, windows.prompt)
@@ -119,33 +97,24 @@ def draw(table: Table, gaps: list[float], rounds: int, path: Path) -> None:
     axes[2].set(xlabel="step", title="DDO: log-ratio of text minus fakes")
     for ax in axes:
         ax.grid(alpha=0.3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path, dpi=110)
-    plt.close(fig)
+    save_picture(fig, path)
 
 
 def train_all(
     corpus: Corpus, seed: int, cfg: Config, alpha: float, beta: float
 ) -> tuple[dict[str, CharModel], list[float]]:
     """The models, row by row of the table, and the gaps of all rounds."""
-    text, windows, size = corpus.train, cfg.windows, len(corpus.alphabet)
     torch.manual_seed(seed)  # for the initial weights; all else draws from explicit generators
     gen = torch.Generator().manual_seed(10 * seed)
-    judge = train_nll(
-        CharModel(size, cfg.judge_width), text, windows, gen, steps=cfg.judge_steps, batch=cfg.batch, lr=cfg.judge_lr,
-        desc="judge",
-    )  # fmt: skip
-    base = train_nll(
-        CharModel(size, cfg.width), text, windows, gen, steps=cfg.base_steps, batch=cfg.batch, lr=cfg.base_lr,
-        desc="base",
-    )  # fmt: skip
+    judge = cfg.judge.train(corpus, cfg.windows, gen, "judge")
+    base = cfg.base.train(corpus, cfg.windows, gen, "base")
     models, gaps = {"judge": judge, "base": base}, list[float]()
     played = control = base
     for k in range(cfg.rounds):
         own = 100 * seed + k + 1
-        played, found = self_play(played, text, cfg, own, alpha, beta, f"DDO, round {k + 1}")
+        played, found = self_play(played, corpus.train, cfg, own, alpha, beta, f"DDO, round {k + 1}")
         control = train_nll(
-            control, text, windows, torch.Generator().manual_seed(own), steps=cfg.steps, batch=cfg.batch, lr=cfg.lr,
+            control, corpus.train, cfg.windows, torch.Generator().manual_seed(own), steps=cfg.steps, lr=cfg.lr,
             desc=f"NLL, round {k + 1}",
         )  # fmt: skip
         gaps += found
@@ -155,31 +124,18 @@ def train_all(
 
 def main(argv: list[str] | None = None) -> Table:
     """Run the demo; return the table as {row: {column: number}}."""
-    parser = argument_parser("Fine-tune a character model by self-play.")
-    parser.set_defaults(threads=2)  # four are little faster, and far slower where something else runs too
+    parser = argument_parser("Fine-tune a character model by self-play.", threads=2)
     parser.add_argument("--alpha", type=float, default=0.5, help="weight of the fakes")
     parser.add_argument("--beta", type=float, default=0.1, help="inverse temperature of the log-ratio")
-    args = parser.parse_args(argv)
-    torch.set_num_threads(args.threads)
-    cfg, began = SMOKE if args.smoke else Config(), time.perf_counter()
+    args = start(parser, argv)
+    cfg = SMOKE if args.smoke else Config()
     corpus = load_corpus()
     models, gaps = train_all(corpus, args.seed, cfg, args.alpha, args.beta)
-    gen = torch.Generator().manual_seed(10 * args.seed + 2)
-    real = cfg.windows.draw(corpus.held_out, cfg.samples, gen)
-    prompts = real[:, : cfg.windows.prompt]
-    table = {
-        name: model_figures(model, models["judge"], corpus, cfg.windows, prompts, 10 * args.seed + 3)
-        for name, model in models.items()
-    }
+    shown = ["base", f"NLL, round {cfg.rounds}", f"DDO, round {cfg.rounds}"]
+    table = report(models, "judge", shown, corpus, cfg.windows, cfg.samples, args.seed)
     picture = args.out / "ddo_tokens.png"
     draw(table, gaps, cfg.rounds, picture)
-    print_table("In nats a character (lower NLL is better); the judge is a larger model", table)
-    known, different = known_words(real, corpus, cfg.windows.prompt)
-    print(f"\nOf the held-out text's own words after those prompts {known:.3f} are known, {different} different ones.")
-    last = f"round {cfg.rounds}"
-    shown = ["base", f"NLL, {last}", f"DDO, {last}"]
-    show_samples({name: models[name] for name in shown}, corpus, prompts[0], 80, args.seed)
-    farewell(picture, began, args.smoke)
+    farewell(args, picture)
     return table
 
 

@@ -1,33 +1,26 @@
-"""What the digit examples share: the data, a small EDM denoiser and its sampler, training, Frechet distances, pictures.
+"""What the digit examples share: the data, a small EDM denoiser and its sampler, training, scores, pictures.
 
 The data are scikit-learn's digits: 1797 real 8x8 images, as rows of 64 pixels in [-1, 1].
 """
 
 from __future__ import annotations
 
-import argparse
-import copy
 import itertools
-import time
 from pathlib import Path
-from typing import Generic, TypeVar
 
-import matplotlib
-import numpy as np
 import torch
 import torch.nn.functional as F
+from common import Trainer, plt, save_picture
+from matplotlib.axes import Axes
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastgen import NoiseSchedule, fake_score_loss
 
-matplotlib.use("Agg")  # writes a file, needs no display
-import matplotlib.pyplot as plt
-
 PIXELS, CLASSES = 64, 10
 NO_CLASS = CLASSES  # the label that stands for none
-Table = dict[str, dict[str, float]]
+IN_PICTURES = torch.arange(CLASSES).repeat_interleave(8)  # the classes of a grid, row by row
 
 
 def load_images() -> tuple[Tensor, Tensor]:
@@ -36,13 +29,26 @@ def load_images() -> tuple[Tensor, Tensor]:
     return torch.tensor(digits.data / 8 - 1, dtype=torch.float32), torch.tensor(digits.target, dtype=torch.long)
 
 
-class Denoiser(nn.Module):
-    """Class-conditional residual MLP under EDM preconditioning: (noisy x, sigma, class) -> estimate of the clean x."""
+def eight_of_each(labels: Tensor) -> Tensor:
+    """Where the first eight of each class are: real digits for a grid."""
+    return torch.cat([(labels == c).nonzero()[:8, 0] for c in range(CLASSES)])
 
-    def __init__(self, sigma_data: float, width: int = 256, blocks: int = 3) -> None:
+
+def edm_schedule(images: Tensor) -> NoiseSchedule:
+    """EDM's schedule, at noise levels a little above those for photographs: the log-mean is -0.8, there -1.2."""
+    return NoiseSchedule.edm(sigma_data=float(images.std()), log_mean=-0.8, log_std=1.2)
+
+
+class Denoiser(nn.Module):
+    """Class-conditional residual MLP under EDM preconditioning: (noisy x, sigma, class) -> estimate of the clean x.
+
+    `classes` counts NO_CLASS, which a model needs that is also trained or sampled without classes.
+    """
+
+    def __init__(self, sigma_data: float, width: int = 256, blocks: int = 3, classes: int = CLASSES + 1) -> None:
         super().__init__()
         self.sigma_data = sigma_data
-        self.embed_class = nn.Embedding(CLASSES + 1, width)
+        self.embed_class = nn.Embedding(classes, width)
         self.embed_noise = nn.Sequential(nn.Linear(1, width), nn.SiLU(), nn.Linear(width, width))
         self.inp, self.out = nn.Linear(PIXELS, width), nn.Linear(width, PIXELS)
         self.blocks = nn.ModuleList(
@@ -87,31 +93,6 @@ def sample(model: Denoiser, labels: Tensor, steps: int, gen: torch.Generator, gu
             first = (first + slope(euler, after)) / 2
         x = x + (after - now) * first
     return x
-
-
-Model = TypeVar("Model", bound=nn.Module)
-
-
-class Trainer(Generic[Model]):
-    """Adam with warm-up and a running average of the weights."""
-
-    def __init__(
-        self, model: Model, lr: float, warmup: int, ema_decay: float, betas: tuple[float, float] = (0.9, 0.999)
-    ) -> None:
-        self.model, self.decay = copy.deepcopy(model).requires_grad_(True), ema_decay
-        self.ema, self.steps = copy.deepcopy(model).requires_grad_(False), 0
-        self.opt = torch.optim.Adam(self.model.parameters(), lr=lr, betas=betas)
-        self.warmup = torch.optim.lr_scheduler.LambdaLR(self.opt, lambda step: min(1.0, (step + 1) / warmup))
-
-    def step(self, loss: Tensor) -> None:
-        self.opt.zero_grad()
-        loss.backward()
-        self.opt.step()
-        self.warmup.step()
-        self.steps += 1
-        decay = min(self.decay, self.steps / (self.steps + 10))  # short at first, so that the start is forgotten
-        with torch.no_grad():
-            torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
 
 
 def train_denoiser(
@@ -172,43 +153,30 @@ def frechet(a: Tensor, b: Tensor) -> float:
     return float((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
 
 
-def print_table(title: str, table: Table) -> None:
-    """As Markdown that reads well in a terminal too: the page of all examples takes it as it is."""
-    columns = list(next(iter(table.values())))
-    cells = [["", *columns], *([name, *(f"{row[c]:.4g}" for c in columns)] for name, row in table.items())]
-    first, *others = (max(len(row[k]) for row in cells) for k in range(len(columns) + 1))
-    cells.insert(1, ["-" * first, *("-" * (n - 1) + ":" for n in others)])
-    print(f"\n{title}\n")
-    for name, *numbers in cells:
-        print(" | ".join([f"| {name:<{first}}", *(f"{x:>{n}}" for x, n in zip(numbers, others, strict=True))]) + " |")
+def distances(x: Tensor, images: Tensor, classifier: Classifier) -> dict[str, float]:
+    """Frechet distances between samples and images, of features and of pixels: the first columns of many a table."""
+    return {
+        "feature distance": frechet(classifier.features(x), classifier.features(images)),
+        "pixel distance": frechet(x, images),
+    }
 
 
-def argument_parser(description: str) -> argparse.ArgumentParser:
-    """The options that every example has."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=4, help="pinned, because it decides the order of sums")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "output", help="folder for the picture")
-    parser.add_argument("--smoke", action="store_true", help="a few steps of everything, in seconds")
-    return parser
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    """How often the largest logit is that of the label."""
+    return float((logits.argmax(1) == labels).double().mean())
 
 
-def farewell(picture: Path, began: float, smoke: bool) -> None:
-    """The last lines of an example that started at `began` of ``time.perf_counter()``."""
-    print(f"\nPicture: {picture}. Took {time.perf_counter() - began:.0f} s on {torch.get_num_threads()} thread(s).")
-    if smoke:
-        print("Smoke run: the numbers mean nothing.")
+def show_grid(ax: Axes, title: str, x: Tensor) -> None:
+    """Images in the order of IN_PICTURES: one row a class."""
+    tiles = F.pad(x.reshape(CLASSES, -1, 8, 8), (0, 1, 0, 1), value=1.0)
+    ax.imshow(tiles.permute(0, 2, 1, 3).reshape(CLASSES * 9, -1).numpy(), cmap="gray", vmin=-1, vmax=1)
+    ax.set_title(title, fontsize=9)
+    ax.axis("off")
 
 
 def save_grid(panels: dict[str, Tensor], path: Path) -> None:
-    """One panel a model, one row a class; the same cell of two models starts from the same noise."""
-    fig, axes = plt.subplots(1, len(panels), figsize=(3.2 * len(panels), 3.6))
+    """One panel a model; the same cell of two models starts from the same noise."""
+    fig, axes = plt.subplots(1, len(panels), figsize=(3.2 * len(panels), 4.0), layout="constrained")
     for ax, (name, x) in zip(axes, panels.items(), strict=True):
-        tiles = np.pad(x.reshape(CLASSES, -1, 8, 8).numpy(), ((0, 0), (0, 0), (0, 1), (0, 1)), constant_values=1)
-        ax.imshow(tiles.transpose(0, 2, 1, 3).reshape(CLASSES * 9, -1), cmap="gray", vmin=-1, vmax=1)
-        ax.set_title(name, fontsize=9)
-        ax.axis("off")
-    fig.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path, dpi=150)
-    plt.close(fig)
+        show_grid(ax, name, x)
+    save_picture(fig, path)

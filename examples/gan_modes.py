@@ -1,7 +1,7 @@
-"""Which modes a generator finds: the KL divergences, GANs and WGAN on mixtures of Gaussians, in a minute.
+"""Which modes a generator finds: the KL divergences, GANs and WGAN on mixtures of Gaussians.
 
-    python examples/gan_modes.py                 # the whole demo
-    python examples/gan_modes.py --smoke         # the same path in seconds; its numbers mean nothing
+    python examples/gan_modes.py            # the whole demo: a minute on a quiet machine
+    python examples/gan_modes.py --smoke    # the same path in seconds; its numbers mean nothing
 
 First, one Gaussian is fitted to a mixture of two that are apart. The forward KL(p ‖ q) covers both modes and the gap
 between them; the reverse KL(q ‖ p) takes the nearer mode and drops the other. These two are computed from the
@@ -21,14 +21,12 @@ samples that are of none, WGAN most: half of its samples are near a mode.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import torch
-from digits import Table, argument_parser, farewell, print_table
+from common import Table, argument_parser, farewell, plt, print_table, save_picture, start
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -43,9 +41,7 @@ class Config:
     batch: int = 256
     line_steps: int = 600
     ring_steps: int = 2500
-    critic_steps: int = (
-        5  # for each of the generator's: of WGAN, and of all on the line, where estimates of log p/q count
-    )
+    critic_steps: int = 5  # for each of the generator's: of WGAN, and of all on the line, where log p/q must be right
     clip: float = 0.1
     gamma: float = 0.2  # of R1, on the ring
     r1_every: int = 4
@@ -194,18 +190,13 @@ def draw(fits: dict[str, Gaussian], rings: dict[str, Tensor], path: Path) -> Non
         ax.set(xlim=(-1.5, 1.5), ylim=(-1.5, 1.5), aspect="equal", xticks=[], yticks=[])
         ax.set_title(name, fontsize=9)
     fig.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path, dpi=110)
-    plt.close(fig)
+    save_picture(fig, path)
 
 
 def main(argv: list[str] | None = None) -> dict[str, Table]:
     """Run the demo; return its two tables as {name: {row: {column: number}}}."""
-    parser = argument_parser("Which modes generators find.")
-    parser.set_defaults(threads=1)  # more only wait for one another in networks this small
-    args = parser.parse_args(argv)
-    torch.set_num_threads(args.threads)
-    cfg, began = SMOKE if args.smoke else Config(), time.perf_counter()
+    args = start(argument_parser("Which modes generators find."), argv)
+    cfg = SMOKE if args.smoke else Config()
     torch.manual_seed(args.seed)
     gen = torch.Generator().manual_seed(args.seed)
     fits = {"forward KL": fit_by_density(True, cfg), "reverse KL": fit_by_density(False, cfg)}
@@ -238,14 +229,15 @@ def main(argv: list[str] | None = None) -> dict[str, Table]:
         with torch.no_grad():
             rings[name] = generator(noise(cfg.samples, gen))
     with torch.no_grad():
-        draw(fits, rings, args.out / "gan_modes.png")
+        picture = args.out / "gan_modes.png"
+        draw(fits, rings, picture)
         tables = {
             "line": {name: measure_line(q) for name, q in fits.items()},
             "ring": {name: measure_ring(x) for name, x in rings.items()},
         }
     print_table("One Gaussian fitted to a mixture of two: N(-2, 1/4) with weight 0.6 and N(2, 1/4)", tables["line"])
     print_table("A ring of eight Gaussians", tables["ring"])
-    farewell(args.out / "gan_modes.png", began, args.smoke)
+    farewell(args, picture)
     return tables
 
 

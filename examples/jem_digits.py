@@ -1,6 +1,6 @@
 """Train a classifier of digits as an energy model too (JEM), beside the same net trained by cross-entropy alone.
 
-    python examples/jem_digits.py                 # the whole demo
+    python examples/jem_digits.py                 # the whole demo: a minute and a half on a quiet machine
     python examples/jem_digits.py --smoke         # the same path in seconds; its numbers mean nothing
     python examples/jem_digits.py --images 200    # with fewer digits to learn from
 
@@ -24,21 +24,29 @@ of 1.0; those of the net trained by cross-entropy are patterns, at 23 to 24, of 
 JEM's training can diverge: the energies of data and samples then part, without end. The script prints both energies
 as it trains, says so where it happened, and draws the gap. With 200 digits and the paper's step of 1 and noise of 0.01
 it diverged in a trial before step 750; the script's steps are shorter and noisier.
-
-Needs scikit-learn, matplotlib and tqdm besides fastgen. Results repeat exactly for one seed, thread count and machine.
 """
 
 from __future__ import annotations
 
-import argparse
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from digits import CLASSES, PIXELS, Classifier, Table, frechet, load_images, plt, print_table, train_classifier
+from common import Table, argument_parser, farewell, plt, print_table, save_picture, start
+from digits import (
+    CLASSES,
+    IN_PICTURES,
+    PIXELS,
+    Classifier,
+    accuracy,
+    distances,
+    eight_of_each,
+    load_images,
+    show_grid,
+    train_classifier,
+)
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -122,19 +130,15 @@ def draw_samples(net: nn.Module, wanted: Tensor, cfg: Config, seed: int) -> Tens
 
 
 def sample_scores(x: Tensor, wanted: Tensor, images: Tensor, judge: Classifier) -> dict[str, float]:
-    return {
-        "feature distance": frechet(judge.features(x), judge.features(images)),
-        "pixel distance": frechet(x, images),
-        "wanted digit": float((judge(x).argmax(1) == wanted).double().mean()),
-    }
+    return distances(x, images, judge) | {"wanted digit": accuracy(judge(x), wanted)}
 
 
 def classifier_scores(logits: Tensor, labels: Tensor) -> dict[str, float]:
-    share, accuracy, confidence = confidence_bins(logits, labels)
+    share, right, confidence = confidence_bins(logits, labels)
     return {
-        "accuracy": float((logits.argmax(1) == labels).double().mean()),
+        "accuracy": accuracy(logits, labels),
         "NLL": float(F.cross_entropy(logits, labels)),
-        "ECE": float(share @ (accuracy - confidence).abs()),
+        "ECE": float(share @ (right - confidence).abs()),
         "mean confidence": float(share @ confidence),
     }
 
@@ -144,43 +148,32 @@ def draw(panels: dict[str, Tensor], logits: dict[str, Tensor], labels: Tensor, g
     fig = plt.figure(figsize=(11, 8), layout="constrained")
     grid = fig.add_gridspec(2, 2 * len(panels), height_ratios=[1.2, 1])
     for k, (name, x) in enumerate(panels.items()):
-        ax = fig.add_subplot(grid[0, 2 * k : 2 * k + 2])
-        tiles = F.pad(x.reshape(CLASSES, -1, 8, 8), (0, 1, 0, 1), value=1.0)
-        ax.imshow(tiles.permute(0, 2, 1, 3).reshape(CLASSES * 9, -1).numpy(), cmap="gray", vmin=-1, vmax=1)
-        ax.set_title(name)
-        ax.axis("off")
+        show_grid(fig.add_subplot(grid[0, 2 * k : 2 * k + 2]), name, x)
     reliability, gap = fig.add_subplot(grid[1, : len(panels)]), fig.add_subplot(grid[1, len(panels) :])
     for name, values in logits.items():
-        share, accuracy, confidence = confidence_bins(values, labels, 10)
+        share, right, confidence = confidence_bins(values, labels, 10)
         used = share > 0
-        reliability.plot(confidence[used].numpy(), accuracy[used].numpy(), "o-", label=name)
+        reliability.plot(confidence[used].numpy(), right[used].numpy(), "o-", label=name)
     reliability.plot([0, 1], [0, 1], "k:", linewidth=1)
     reliability.set(xlabel="confidence", ylabel="accuracy", title="reliability on held-out digits")
     reliability.legend()
     gap.plot(np.arange(len(gaps)), gaps, linewidth=0.6)
     gap.set(xlabel="step", title="JEM: mean energy of samples minus that of data", yscale="symlog")
     gap.grid(alpha=0.3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path, dpi=110)
-    plt.close(fig)
+    save_picture(fig, path)
 
 
 def main(argv: list[str] | None = None) -> list[Table]:
     """Run the demo; return its two tables as {row: {column: number}}."""
-    parser = argparse.ArgumentParser(description="Train a classifier of digits as a joint energy model.")
-    parser.add_argument("--seed", type=int, default=0)
+    parser = argument_parser("Train a classifier of digits as a joint energy model.")
     parser.add_argument("--images", type=int, default=1437, help="how many digits to train on")
-    parser.add_argument("--threads", type=int, default=1, help="more only wait for each other here; pinned")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "output", help="folder for the picture")
-    parser.add_argument("--smoke", action="store_true", help="a few steps of everything, in seconds")
-    args = parser.parse_args(argv)
-    torch.set_num_threads(args.threads)
-    cfg, began = SMOKE if args.smoke else Config(), time.perf_counter()
+    args = start(parser, argv)
+    cfg = SMOKE if args.smoke else Config()
     gen = torch.Generator().manual_seed(10 * args.seed)
     images, labels = load_images()
-    order = torch.randperm(len(images), generator=gen)
-    test, rest = order[: cfg.held_out], order[cfg.held_out :]
+    test, rest = torch.randperm(len(images), generator=gen).tensor_split([cfg.held_out])
     chosen = rest[: args.images]
+    torch.manual_seed(args.seed)  # for the judge's initial weights
     judge = train_classifier(images[rest], labels[rest], cfg.classifier_steps, gen)
 
     nets: dict[str, nn.Module] = {}
@@ -193,27 +186,26 @@ def main(argv: list[str] | None = None) -> list[Table]:
     with torch.no_grad():
         logits = {name: net(images[test]) for name, net in nets.items()}
     wanted = torch.arange(CLASSES).repeat(cfg.samples // CLASSES)
-    start = 2 * torch.rand(len(wanted), PIXELS, generator=gen) - 1
+    noise = 2 * torch.rand(len(wanted), PIXELS, generator=gen) - 1
     scores = {name: classifier_scores(values, labels[test]) for name, values in logits.items()}
     samples = {
         "held-out digits": sample_scores(images[test], labels[test], images[rest], judge),
-        "noise": sample_scores(start, wanted, images[rest], judge),
+        "noise": sample_scores(noise, wanted, images[rest], judge),
     }
-    panels = {"real": torch.cat([images[labels == c][:8] for c in range(CLASSES)])}
+    panels = {"real": images[eight_of_each(labels)]}
     for name, net in nets.items():
         samples[name] = sample_scores(draw_samples(net, wanted, cfg, args.seed), wanted, images[rest], judge)
-        panels[name] = draw_samples(net, torch.arange(CLASSES).repeat_interleave(8), cfg, args.seed)
+        panels[name] = draw_samples(net, IN_PICTURES, cfg, args.seed)
 
-    draw(panels, logits, labels[test], gaps, args.out / "jem_digits.png")
+    picture = args.out / "jem_digits.png"
+    draw(panels, logits, labels[test], gaps, picture)
     print_table(f"{len(test)} held-out digits, {len(chosen)} to train on", scores)
     print_table("Samples against the digits: Frechet distances (lower is better), the wanted digit by a judge", samples)
     last = float(np.mean(gaps[-100:]))
     print(f"\nJEM's energy gap over its last steps: {last:.3g} (mean of samples minus mean of data).")
     if not abs(last) < 10:
         print("The energies have parted: this run diverged, and its row says nothing of JEM at its best.")
-    print(f"Picture: {args.out / 'jem_digits.png'}. Took {time.perf_counter() - began:.0f} s.")
-    if args.smoke:
-        print("Smoke run: the numbers mean nothing.")
+    farewell(args, picture)
     return [scores, samples]
 
 

@@ -1,7 +1,7 @@
-"""Sharpen digits of 2x2 pixels with pix2pix: L1 alone blurs, L1 and a discriminator do not; on a laptop, in minutes.
+"""Sharpen digits of 2x2 pixels with pix2pix: L1 alone blurs, L1 and a discriminator do not.
 
-    python examples/pix2pix_digits.py                 # the whole demo
-    python examples/pix2pix_digits.py --smoke         # the same path in seconds; its numbers mean nothing
+    python examples/pix2pix_digits.py            # the whole demo: a minute and a half on a quiet machine
+    python examples/pix2pix_digits.py --smoke    # the same path in seconds; its numbers mean nothing
 
 Of scikit-learn's 8x8 digits only the means of their four quarters are given, which many digits share. A network that
 minimises the L1 error answers with their median, which is no digit. pix2pix (arXiv 1611.07004) adds a discriminator
@@ -18,25 +18,12 @@ small a classifier add nothing to that.
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from digits import (
-    CLASSES,
-    PIXELS,
-    Classifier,
-    Table,
-    Trainer,
-    argument_parser,
-    farewell,
-    frechet,
-    load_images,
-    print_table,
-    save_grid,
-    train_classifier,
-)
+from common import Table, Trainer, argument_parser, farewell, print_table, start
+from digits import PIXELS, Classifier, accuracy, distances, eight_of_each, load_images, save_grid, train_classifier
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -148,22 +135,19 @@ def measure(x: Tensor, real: Tensor, labels: Tensor, images: Tensor, classifier:
     return {
         "L1 error": float((x - real).abs().mean()),
         "sharpness": roughness(x) / roughness(real),
-        "feature distance": frechet(classifier.features(x), classifier.features(images)),
-        "pixel distance": frechet(x, images),
-        "accuracy": float((classifier(x).argmax(1) == labels).double().mean()),
+        **distances(x, images, classifier),
+        "accuracy": accuracy(classifier(x), labels),
     }
 
 
 def main(argv: list[str] | None = None) -> Table:
     """Run the demo; return the table as {row: {column: number}}."""
-    args = argument_parser("Sharpen digits of 2x2 pixels with pix2pix.").parse_args(argv)
-    torch.set_num_threads(args.threads)
-    cfg, began = SMOKE if args.smoke else Config(), time.perf_counter()
+    args = start(argument_parser("Sharpen digits of 2x2 pixels with pix2pix."), argv)
+    cfg = SMOKE if args.smoke else Config()
     images, labels = load_images()
     torch.manual_seed(args.seed)
     gen = torch.Generator().manual_seed(10 * args.seed)
-    order = torch.randperm(len(images), generator=gen)
-    test, rest = order[: len(order) // 5], order[len(order) // 5 :]
+    test, rest = torch.randperm(len(images), generator=gen).tensor_split([len(images) // 5])
     seen, held = images[rest], images[test]
     judge = train_classifier(images, labels, cfg.classifier_steps, gen)  # measures; no network is trained on it
     coach = train_classifier(seen, labels[rest], cfg.classifier_steps, gen)
@@ -176,10 +160,10 @@ def main(argv: list[str] | None = None) -> Table:
         with torch.no_grad():
             pictures[name] = model(coarse, z)
     table = {name: measure(x, held, labels[test], seen, judge) for name, x in pictures.items()}
-    shown = torch.cat([(labels[test] == c).nonzero()[:8, 0] for c in range(CLASSES)])
-    save_grid({name: x[shown] for name, x in pictures.items()}, args.out / "pix2pix_digits.png")
+    shown, picture = eight_of_each(labels[test]), args.out / "pix2pix_digits.png"
+    save_grid({name: x[shown] for name, x in pictures.items()}, picture)
     print_table("Held-out digits from their four quarters", table)
-    farewell(args.out / "pix2pix_digits.png", began, args.smoke)
+    farewell(args, picture)
     return table
 
 

@@ -1,4 +1,4 @@
-"""What the text examples share: the data, a small character model, its training and sampling, and their figures.
+"""What the text examples share: the data, a small character model, its training and sampling, and the report.
 
 The data are the paragraphs of Python's own language reference that `help()` shows (`pydoc_data.topics`), each taken
 once: about 330 000 characters, a fifth of the topics held out. They differ a little between versions of Python.
@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pydoc_data.topics import topics
 
 import torch
-from digits import Trainer
+from common import Table, Trainer, print_table
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -65,6 +66,7 @@ class Windows:
 
     prompt: int = 16
     length: int = 64
+    batch: int = 32  # of them in a step of training
 
     def draw(self, text: Tensor, count: int, gen: torch.Generator) -> Tensor:
         """[count, prompt + length] from random places of the text."""
@@ -110,14 +112,26 @@ def nll(model: nn.Module, tokens: Tensor, prompt: int) -> Tensor:
 
 
 def train_nll(
-    start: CharModel, text: Tensor, windows: Windows, gen: torch.Generator, *, steps: int, batch: int, lr: float,
-    desc: str,
-) -> CharModel:  # fmt: skip
+    start: CharModel, text: Tensor, windows: Windows, gen: torch.Generator, *, steps: int, lr: float, desc: str
+) -> CharModel:
     """Ordinary training by next characters; returns the running average of the weights."""
     trainer = Trainer(start, lr, warmup=min(50, steps // 3 + 1), ema_decay=0.98)
     for _ in tqdm(range(steps), desc=desc):
-        trainer.step(nll(trainer.model, windows.draw(text, batch, gen), windows.prompt))
+        trainer.step(nll(trainer.model, windows.draw(text, windows.batch, gen), windows.prompt))
     return trainer.ema
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A model of real text: its size and its training."""
+
+    width: int
+    steps: int
+    lr: float
+
+    def train(self, corpus: Corpus, windows: Windows, gen: torch.Generator, desc: str) -> CharModel:
+        model = CharModel(len(corpus.alphabet), self.width)
+        return train_nll(model, corpus.train, windows, gen, steps=self.steps, lr=self.lr, desc=desc)
 
 
 def known_words(tokens: Tensor, corpus: Corpus, prompt: int) -> tuple[float, int]:
@@ -146,6 +160,25 @@ def model_figures(
         "known words": known,
         "different ones": float(different),
     }
+
+
+def report(
+    models: dict[str, CharModel], judge: str, shown: Sequence[str], corpus: Corpus, windows: Windows, samples: int,
+    seed: int,
+) -> Table:  # fmt: skip
+    """Measure the models, on `samples` prompts of held-out text; print the table, and what those `shown` write."""
+    real = windows.draw(corpus.held_out, samples, torch.Generator().manual_seed(10 * seed + 2))
+    prompts = real[:, : windows.prompt]
+    table = {
+        name: model_figures(model, models[judge], corpus, windows, prompts, 10 * seed + 3)
+        for name, model in tqdm(models.items(), desc="measuring")
+    }
+    print(f"{len(corpus.train)} characters to train on, {len(corpus.held_out)} held out.")
+    print_table(f"In nats a character (lower NLL is better); the judge is the {judge}", table)
+    known, different = known_words(real, corpus, windows.prompt)
+    print(f"\nOf the held-out text's own words after those prompts {known:.3f} are known, {different} different ones.")
+    show_samples({name: models[name] for name in shown}, corpus, prompts[0], 80, seed)
+    return table
 
 
 def show_samples(models: dict[str, CharModel], corpus: Corpus, prompt: Tensor, length: int, seed: int) -> None:

@@ -72,9 +72,53 @@ def test_the_runner_writes_the_page(tmp_path, capfd):
     )
 
 
-def test_the_runner_reports_what_fails(tmp_path, monkeypatch, capfd):
+EXAMPLE = """\"\"\"{says}\"\"\"
+import pathlib, sys
+
+if __name__ == "__main__":
+    out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
+    (out / "{picture}.png").write_bytes(b"picture")
+    print("{says}")
+    sys.exit({code})
+"""
+
+
+def test_the_runner_keeps_what_did_not_run_or_failed(tmp_path, monkeypatch, capfd):
+    def write(name, **parts):
+        (tmp_path / f"{name}.py").write_text(EXAMPLE.format(**parts))
+
+    def page():
+        text = (tmp_path / "README.md").read_text()
+        pictures = re.findall(r"!\[.*\]\((.*)\)", text)
+        assert all((tmp_path / picture).exists() for picture in pictures)
+        return text, {Path(picture).stem for picture in pictures}
+
     monkeypatch.setattr(RUNNER, "HERE", tmp_path)
-    (tmp_path / "bad.py").write_text('"""Fails."""\n\nif __name__ == "__main__":\n    raise SystemExit(3)\n')
-    assert RUNNER.main(["--folder", str(tmp_path)]) == 1
-    assert "bad: FAILED" in capfd.readouterr().out
-    assert "## bad" not in (tmp_path / "README.md").read_text()
+    write("first", says="first, in May", picture="a", code=0)
+    write("second", says="second, in May", picture="b", code=0)
+    write("third", says="third, in May", picture="c", code=3)
+    run = ["--folder", str(tmp_path)]
+    assert RUNNER.main(run) == 1
+    assert "third: FAILED" in capfd.readouterr().out
+    text, pictures = page()
+    assert "## third" not in text
+    assert pictures == {"a", "b"}
+
+    write("first", says="first, in June", picture="d", code=1)  # fails after it saved another picture
+    write("second", says="second, in June", picture="e", code=0)
+    assert RUNNER.main([*run, "second"]) == 0
+    text, pictures = page()
+    assert "\nfirst, in May\n\nRun on" in text
+    assert "\nsecond, in June\n\nRun on" in text
+    assert pictures == {"a", "e"}
+    assert RUNNER.main([*run, "first"]) == 1
+    text, pictures = page()
+    assert "\nfirst, in May\n\nRun on" in text
+    assert pictures == {"a", "e"}
+
+
+def test_the_runner_refuses(capsys):
+    for argv, says in ((["none_such"], "no such example: none_such"), (["--smoke"], "--smoke needs a --folder")):
+        with pytest.raises(SystemExit):
+            RUNNER.main(argv)
+        assert says in capsys.readouterr().err
