@@ -160,12 +160,12 @@ struct WholeGroups {
         slope = run_epilogue<F, T>(job.formula, g, total);
       }
       if constexpr (F::kMapStreams > 0)
-        for (int64_t r = 0; r < job.groups.rows; ++r) {
+        for (int64_t r = job.groups.rows; r-- > 0;) {  // backwards: what was read last is still in the cache
           const int64_t row = job.groups.row(g, r);
           const auto constants = job.formula.row(row, r);
           const T coefficient = job.formula.coefficient(row, r, constants, slope);
           if (job.out.data)
-            for (int64_t s = 0; s < job.segments(); ++s) map_segment(job, row, constants, coefficient, s);
+            for (int64_t s = job.segments(); s-- > 0;) map_segment(job, row, constants, coefficient, s);
         }
     }
     if (job.streaming) stream_fence();
@@ -192,7 +192,7 @@ template <class F, class T, int N>
 struct MapSegments {
   static FASTGEN_HD void run(const Job<F, T, N>& job, double* scratch, int64_t begin, int64_t end) {
     if constexpr (F::kMapStreams > 0)
-      for (int64_t i = end; i-- > begin;) {  // backwards: what the reduction read last is still in the cache
+      for (int64_t i = end; i-- > begin;) {  // backwards too
         const int64_t index = i / job.segments(), rank = index % job.groups.rows;
         const int64_t row = job.groups.row(index / job.groups.rows, rank);
         map_segment(job, row, job.formula.row(row, rank), static_cast<T>(scratch[index]), i % job.segments());
