@@ -75,6 +75,9 @@ def operator(schema: str) -> Callable[[Callable[..., Any]], Operator]:
 
         for namespace, library in _libraries.items():
             library.define(schema)
+            # Derivatives are those of the Functions around operators. Without this, results of inputs that get no
+            # gradient, such as targets and weights, would pass for differentiable, and torch would warn in backward.
+            library.impl(name, torch_library.fallthrough_kernel, "Autograd")
             torch_library.register_fake(f"{namespace}::{name}", fake, lib=library)
         # On CPU tensors too: that is how the kernels are tested under Triton's interpreter.
         _libraries["fastgen_triton"].impl(name, lambda *args: launcher()(*args), "CompositeExplicitAutograd")

@@ -139,7 +139,7 @@ def reverse_step(
 
     Returns:
         x_s in the dtype of `x_t`, computed in float32 (float64 if an input is). Where gradients are on and an input
-        requires one, plain PyTorch computes it, differentiably but not fused.
+        requires one (a coefficient or `guidance_scale` too), plain PyTorch computes it, differentiably but not fused.
 
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
@@ -155,7 +155,7 @@ def reverse_step(
     """
     streams = _ops.check_step(x_t, cond, coefficients, prediction_type, uncond, guidance_scale, noise, clamp)
     backend = _backend.backend_for("reverse_step", x_t.device.type)
-    if backend == "reference" or _ops.needs_grad(*streams):
+    if backend == "reference" or _needs_grad(streams, coefficients, guidance_scale):
         return reference.reverse_step(
             x_t,
             cond,
@@ -178,6 +178,11 @@ def reverse_step(
         noise=noise,
         clamp=clamp,
     )
+
+
+def _needs_grad(streams: list[Tensor], coefficients: StepCoefficients, guidance_scale: float | Tensor) -> bool:
+    scale = [guidance_scale] if isinstance(guidance_scale, Tensor) else []
+    return _ops.needs_grad(*streams, *coefficients, *scale)
 
 
 def reverse_step_(
@@ -214,7 +219,7 @@ def reverse_step_(
         (True, tensor([[0., 0.]]))
     """
     streams = _ops.check_step(x_t, cond, coefficients, prediction_type, uncond, guidance_scale, noise, clamp)
-    if _ops.needs_grad(*streams):
+    if _needs_grad(streams, coefficients, guidance_scale):
         raise RuntimeError("reverse_step_ has no derivative: use reverse_step, or torch.no_grad()")
     backend = _backend.backend_for("reverse_step_", x_t.device.type)
     if backend == "reference" or not _ops.in_place(*streams):

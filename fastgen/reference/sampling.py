@@ -94,6 +94,7 @@ def reverse_step(
 
 def guidance(cond: Tensor, uncond: Tensor, scale: float | Tensor) -> Tensor:
     """``uncond + scale (cond - uncond)``."""
+    scale = scale.detach() if isinstance(scale, Tensor) else scale
     return _guided(widened(cond), widened(uncond), scale).to(torch.promote_types(cond.dtype, uncond.dtype))
 
 

@@ -196,6 +196,7 @@ def weighted(G: Tensor, weight: Tensor | None) -> Tensor:
     """G times the weight of its sample [B], its frame [B, F] or its element; nothing weighs nothing, even infinity."""
     if weight is None:
         return G
+    weight = weight.detach()
     if weight.shape == G.shape:
         return torch.where(weight == 0, 0, weight.to(G.dtype) * G)
     return trailing(weight.to(G.dtype), G) * G
