@@ -180,6 +180,10 @@ def diffuse_pair(
         True
     """
     _checks.streams(x0=x0)
+    if not isinstance(schedule, NoiseSchedule):
+        raise TypeError(f"schedule must be a NoiseSchedule, got {type(schedule).__name__}")
+    if noise is not None and (not isinstance(noise, (tuple, list)) or len(noise) != 2):
+        raise TypeError("noise must be a pair of tensors, the first step's and the second's")
     for name, value in (("t", t), ("s", s)):
         if value is not None:
             _check_steps(name, value, schedule, x0)
@@ -280,7 +284,10 @@ class NoiseSchedule:
         s = _checks.number("s", s, low=0)
         t = torch.linspace(0, 1, num_timesteps + 1, dtype=torch.float64)
         alpha_bar = torch.cos((t + s) / (1 + s) * math.pi / 2) ** 2
-        beta = (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=_checks.number("max_beta", max_beta, low=0))
+        max_beta = _checks.number("max_beta", max_beta, low=0, open_low=True)
+        if max_beta >= 1:
+            raise ValueError(f"max_beta must be below 1, got {max_beta}")
+        beta = (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=max_beta)
         return cls.from_alphas_cumprod(torch.cumprod(1 - beta, 0))
 
     @classmethod
@@ -341,10 +348,12 @@ class NoiseSchedule:
         return self._coefficients(t)[1]
 
     def edm_weight(self, t: Tensor) -> Tensor:
-        """EDM's weight of x0-errors: ``(s² + sigma_data²) / (s sigma_data)²``, s = sigma_t / alpha_t."""
+        """EDM's weight of x0-errors: ``(s² + sigma_data²) / (s sigma_data)²``, s = sigma_t / alpha_t.
+
+        It goes to ``1 / sigma_data²`` where all is noise, alpha_t = 0, and is inf where there is none.
+        """
         alpha, sigma = self._coefficients(t)
-        level = sigma / alpha
-        return (level.square() + self.sigma_data**2) / (level * self.sigma_data).square()
+        return (alpha / sigma).square() + 1 / self.sigma_data**2
 
     def sample_t(
         self, n: int, *, generator: torch.Generator | None = None, device: torch.device | str | None = None
