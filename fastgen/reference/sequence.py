@@ -134,9 +134,7 @@ def kl_divergence(log_a: Tensor, log_b: Tensor) -> Tensor:
     return (a * torch.where(a > 0, log_a - log_b, 0.0)).sum(-1)
 
 
-def item_count(
-    rows: Tensor, labels: Tensor | None, num_items: int | Tensor | None, ignore_index: int
-) -> int | Tensor:
+def item_count(rows: Tensor, labels: Tensor | None, num_items: int | Tensor | None, ignore_index: int) -> int | Tensor:
     """`num_items`, or how many rows are not ignored; 1 instead of 0, where there is nothing to divide."""
     if isinstance(num_items, Tensor):
         return torch.where(num_items == 0, 1, num_items.detach())
