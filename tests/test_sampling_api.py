@@ -258,6 +258,16 @@ def test_no_sync(kernel_backend: str, device: str) -> None:
     assert syncs.count == 0
 
 
+@pytest.mark.parametrize("clipped", [False, True])
+@pytest.mark.parametrize("method", ["ddpm", "ddim"])
+def test_a_schedule_may_start_without_noise(method: Any, clipped: bool, backend: str, device: str) -> None:
+    schedule = NoiseSchedule.from_alphas_cumprod(torch.tensor([1.0, 0.5]))
+    k = fastgen.step_coefficients(schedule, -1, 0, method=method, use_clipped_model_output=clipped, device=device)
+    x = torch.randn(2, 3, device=device)
+    for kind, pred in (("sample", x), ("epsilon", torch.randn_like(x))):
+        assert torch.equal(fastgen.reverse_step(x, pred, k, prediction_type=kind, noise=pred), x)
+
+
 X, K = torch.zeros(2, 3), fastgen.step_coefficients(SCHEDULE, 3, 5)
 TWO = torch.tensor([0, 1])
 
