@@ -88,7 +88,10 @@ def nodes_of_steps(s: int | Tensor, t: int | Tensor, last: int) -> tuple[Tensor,
         elif isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{name} must be an int or a tensor of ints, got {type(value).__name__}")
         nodes.append(torch.as_tensor(value).detach().long().cpu())
-    lower, upper = torch.broadcast_tensors(*nodes)
+    try:
+        lower, upper = torch.broadcast_tensors(*nodes)
+    except RuntimeError:
+        raise ValueError(f"s and t have shapes {list(nodes[0].shape)} and {list(nodes[1].shape)}") from None
     if bool(((lower < 0) | (lower >= upper) | (upper > last)).any()):
         raise ValueError(f"s and t must satisfy 0 <= s < t <= {last}")
     return lower, upper

@@ -195,6 +195,9 @@ def backward_simulation(
         >>> out.x0.requires_grad, out.x_t.requires_grad, out.t
         (True, False, tensor([0.5000, 0.5000]))
     """
+    _checks.function("generator", generator)
+    if not isinstance(schedule, NoiseSchedule):
+        raise TypeError(f"schedule must be a NoiseSchedule, got {type(schedule).__name__}")
     _checks.streams(noise=noise)
     _checks.choice("prediction_type", prediction_type, PREDICTION_TYPES)
     _checks.tensor("times", times)
@@ -202,8 +205,10 @@ def backward_simulation(
         raise ValueError(f"times must have shape [K] with K >= 1, got {list(times.shape)}")
     if step is None:
         step = _random_step(len(times), rng)
-    elif not 0 <= step < len(times):
-        raise ValueError(f"step must be from 0 to {len(times) - 1}, got {step}")
+    else:
+        _checks.integer("step", step)
+        if not 0 <= step < len(times):
+            raise ValueError(f"step must be from 0 to {len(times) - 1}, got {step}")
     times = times.to(noise.device)
 
     def at(k: int) -> Tensor:

@@ -161,6 +161,13 @@ def test_backward_simulation_draws_every_step_and_converts_predictions() -> None
     torch.testing.assert_close(epsilon.x0, epsilon.x_t)
     with pytest.raises(ValueError, match="step must be from 0 to 2"):
         backward_simulation(zero, schedule, times, noise, step=3)
+    for step in (True, 1.5, "1", torch.tensor(1)):
+        with pytest.raises(TypeError, match="step must be an int"):
+            backward_simulation(zero, schedule, times, noise, step=step)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="generator must be callable"):
+        backward_simulation(None, schedule, times, noise)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="schedule must be a NoiseSchedule"):
+        backward_simulation(zero, None, times, noise)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="times must have shape"):
         backward_simulation(zero, schedule, times[:0], noise)
 
