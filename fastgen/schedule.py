@@ -129,11 +129,12 @@ def prediction_to_x0(
 
 
 def prediction_target(x0: Tensor, noise: Tensor, alpha_t: Tensor, sigma_t: Tensor, prediction_type: str) -> Tensor:
-    """What a network of this prediction type is trained to return."""
+    """What a network of this prediction type is trained to return; of half-precision images not rounded again."""
     if prediction_type == "epsilon":
         return noise
     if prediction_type == "sample":
         return x0
+    noise = reference.schedule.widened(noise)
     if prediction_type == "v_prediction":
         return add_noise(noise, x0, alpha_t, -sigma_t)
     return add_noise(noise, x0, torch.ones_like(alpha_t), -torch.ones_like(sigma_t))

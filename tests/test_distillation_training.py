@@ -93,6 +93,20 @@ def test_fake_score_loss(kind: str, reduction: Any, dtype: torch.dtype) -> None:
     torch.testing.assert_close(got[0].double(), exact[0], rtol=2e-2 if dtype == torch.bfloat16 else 1e-6, atol=0)
 
 
+@pytest.mark.parametrize("module", [fastgen, reference], ids=["public", "reference"])
+@pytest.mark.parametrize("kind", ["v_prediction", "flow_prediction"])
+def test_targets_of_half_precision_images_are_not_rounded(kind: str, module: Any) -> None:
+    x0, noise, error = (torch.randn(4, 999, device=DEVICE).bfloat16() for _ in range(3))
+    alpha, sigma = (torch.full((4,), value, device=DEVICE) for value in (0.6, 0.8))
+    a, s = (0.6, 0.8) if kind == "v_prediction" else (1.0, 1.0)
+    target = a * noise.double() - s * x0.double()
+    pred = (target + 0.02 * error.double()).bfloat16().requires_grad_()
+    module.fake_score_loss(pred, x0, noise, alpha, sigma, prediction_type=kind, reduction="sum").backward()
+    assert pred.grad is not None
+    expected = 2 * (pred.detach().double() - target) / 999
+    assert (pred.grad.double() - expected).norm() < 0.004 * expected.norm()  # what rounding the gradient costs
+
+
 def test_a_perfect_fake_network_has_no_loss() -> None:
     x0, noise = torch.randn(2, 8, device=DEVICE), torch.randn(2, 8, device=DEVICE)
     sigma = torch.tensor([0.3, 0.7], device=DEVICE)

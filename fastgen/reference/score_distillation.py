@@ -179,7 +179,7 @@ def fake_score_loss(
     target = {
         "epsilon": lambda: noise,
         "sample": lambda: x0,
-        "v_prediction": lambda: add_noise(noise, x0, alpha_t, -sigma_t),
+        "v_prediction": lambda: add_noise(widened(noise), x0, alpha_t, -sigma_t),
         "flow_prediction": lambda: widened(noise) - widened(x0),
     }[prediction_type]()
     error = elbo_error(pred, target, weight=weight)
