@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -225,7 +226,8 @@ def backward_simulation(
     return Simulated(denoise(x_t, step), x_t, at(step), step)
 
 
-_shared_steps: dict[int, torch.Generator] = {}
+# By process group, and gone with it: ranks that took a new group for an old one would wait for each other for ever.
+_shared_steps: weakref.WeakKeyDictionary[Any, torch.Generator] = weakref.WeakKeyDictionary()
 
 
 def _random_step(steps: int, rng: torch.Generator | None) -> int:
@@ -234,7 +236,7 @@ def _random_step(steps: int, rng: torch.Generator | None) -> int:
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()):
         return int(torch.randint(steps, ()))
-    world = id(distributed.group.WORLD)
+    world = distributed.group.WORLD
     if world not in _shared_steps:
         seed = [int(torch.randint(1 << 62, ()))]
         distributed.broadcast_object_list(seed, src=0)

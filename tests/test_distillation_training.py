@@ -198,6 +198,7 @@ for _ in range(12):
     steps.append(fastgen.backward_simulation(lambda x, t: x, fastgen.NoiseSchedule.flow(), times, noise).step)
 print(steps)
 torch.distributed.destroy_process_group()
+assert not fastgen.distillation_training._shared_steps
 """
 
 
@@ -207,5 +208,6 @@ def test_every_rank_draws_the_same_step(tmp_path: Any) -> None:
     where = f"file://{tmp_path / 'store'}"
     runs = [subprocess.Popen([*command, str(rank), where], stdout=subprocess.PIPE, text=True) for rank in range(2)]
     outputs = [run.communicate(timeout=120)[0] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0]
     assert outputs[0] == outputs[1] != ""
     assert len(set(outputs[0].strip("[]\n").split(", "))) > 3
