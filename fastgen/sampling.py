@@ -247,7 +247,15 @@ def reverse_step_(
         noise=noise,
         clamp=clamp,
     )
+    _tell_autograd(x_t)
     return x_t
+
+
+def _tell_autograd(x: Tensor) -> None:
+    """That a kernel has written to x: else a backward that has saved x would use what is no longer there."""
+    # A compiled graph copies its results to what it changes; tensors of inference mode have no version.
+    if not torch.compiler.is_compiling() and not x.is_inference():
+        torch.autograd.graph.increment_version(x)
 
 
 def guidance(cond: Tensor, uncond: Tensor, scale: float | Tensor) -> Tensor:
@@ -421,4 +429,5 @@ def langevin_step_(
             return x.copy_(langevin_step(x, grad, step_size, noise_scale, noise=noise))
         numbers = _ops.langevin_numbers(x, grad, step_size, noise_scale, noise)
         _ops.launch_mix(_ops.reverse_step_, backend, x, grad, noise, *numbers)
+    _tell_autograd(x)
     return x
