@@ -197,7 +197,18 @@ def is_automatic(name: str, backend: str, device_type: str) -> bool:
 
 
 def build_info() -> dict[str, Any]:
-    """What the compiled extensions say of themselves, or the ImportError that kept them from loading."""
+    """What the compiled extensions say of themselves, or the ImportError that kept them from loading.
+
+    Returns:
+        A dict with the keys ``"_C"`` (CPU) and ``"_C_cuda"``: a dict of facts such as the compiler and its flags, or
+        the exception. ``python -m fastgen info`` prints it.
+
+    Example::
+
+        >>> import fastgen
+        >>> sorted(fastgen.build_info())
+        ['_C', '_C_cuda']
+    """
     info: dict[str, Any] = {}
     for name, (module, error) in _extensions.items():
         info[name] = module.build_info() if module is not None else error

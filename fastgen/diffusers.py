@@ -1,4 +1,4 @@
-"""Analytic-DPM for pipelines of diffusers. Needs that package: ``pip install "fastgen-kernels[diffusers]"``."""
+"""Analytic-DPM for pipelines of diffusers. Needs that package: ``pip install diffusers``."""
 
 from __future__ import annotations
 

@@ -105,7 +105,8 @@ def fake_score_loss(
 
     .. math:: L = mean_i w_i \\, mean_D (pred - target)^2
 
-    with the target ε, x0, v = α ε - σ x0 or u = ε - x0 (:func:`fastgen.prediction_to_x0`).
+    as in VSD (arXiv 2305.16213) and DMD2 (arXiv 2405.14867), with the target ε, x0, v = α ε - σ x0 or u = ε - x0
+    (:func:`fastgen.prediction_to_x0`).
 
     Args:
         pred: the fake network's output at ``add_noise(x0, noise, alpha_t, sigma_t)``, [B, …]. Gradients flow to it

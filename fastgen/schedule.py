@@ -46,7 +46,7 @@ def _combine(x: Tensor, a: Tensor, y: Tensor, b: Tensor, backend: str) -> Tensor
 
 
 def add_noise(x0: Tensor, noise: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Tensor:
-    """The forward process, fused and differentiable: ``x_t = alpha_t x0 + sigma_t noise``.
+    """The forward process (arXiv 2006.11239), fused and differentiable: ``x_t = alpha_t x0 + sigma_t noise``.
 
     Args:
         x0: images [B, …], any floating dtype.
@@ -88,7 +88,7 @@ def prediction_to_x0(
 
         "epsilon"          (x_t - sigma_t pred) / alpha_t
         "sample"           pred
-        "v_prediction"     (alpha_t x_t - sigma_t pred) / (alpha_t² + sigma_t²)
+        "v_prediction"     (alpha_t x_t - sigma_t pred) / (alpha_t² + sigma_t²)      arXiv 2202.00512
         "flow_prediction"  x_t - sigma_t pred             (alpha_t = 1 - sigma_t; time 1 is noise)
 
     Args:
