@@ -177,9 +177,9 @@ def regularize_moments(schedule: NoiseSchedule, ms_eps: Tensor, *, data_range: D
 def trajectory_cost(schedule: NoiseSchedule, ms_eps: Tensor) -> FactoredCost:
     """What a step from node t to s costs the likelihood bound, ``F[s,t] = log(1 - β_{t|s} Γ_t)``, in factored form.
 
-    Of Analytic-DPM (arXiv 2201.06503): the bound of a DDPM with optimal variances on nodes ``τ_1 < … < τ_K`` is ``½ Σ
-    F[τ_{k-1}, τ_k]`` nats a dimension, up to what all trajectories share. With ``v = β̄/ᾱ`` and ``h = (1 - ms_eps)/(ᾱ
-    Γ) = v (1 - ms_eps)/ms_eps``, ``F[s,t] = log((v_s + h_t)/(v_t + h_t))``.
+    The bound of a DDPM with optimal variances (arXiv 2201.06503) on nodes ``τ_1 < … < τ_K`` is
+    ``½ Σ F[τ_{k-1}, τ_k]`` nats a dimension, up to what all trajectories share. With ``v = β̄/ᾱ`` and
+    ``h = (1 - ms_eps)/(ᾱ Γ) = v (1 - ms_eps)/ms_eps``, ``F[s,t] = log((v_s + h_t)/(v_t + h_t))``.
 
     Args:
         schedule: a discrete one.
