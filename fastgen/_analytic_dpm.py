@@ -121,13 +121,6 @@ def radius_of(data_range: DataRange) -> float:
     return (high - low) / 2
 
 
-def checked_eta(eta: float) -> float:
-    eta = _checks.number("eta", eta, low=0)
-    if eta > 1:
-        raise ValueError(f"eta must be <= 1, got {eta}")
-    return eta
-
-
 def isotonic(y: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """The non-decreasing sequence with the least weighted squared distance to y, by pooling adjacent violators."""
     means: list[float] = []

@@ -132,6 +132,13 @@ def number(name: str, value: float, *, low: float = -math.inf, open_low: bool = 
     return float(value)
 
 
+def share(name: str, value: float) -> float:
+    """A Python number from 0 to 1."""
+    if number(name, value, low=0) > 1:
+        raise ValueError(f"{name} must be <= 1, got {value}")
+    return float(value)
+
+
 def positive_int(name: str, value: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")

@@ -20,7 +20,6 @@ from . import _checks, _distributed, _layout
 from ._analytic_dpm import (
     DataRange,
     Step,
-    checked_eta,
     checked_moments,
     isotonic,
     mean_square,
@@ -301,7 +300,7 @@ def reverse_variance(
     unknown = ~torch.isfinite(ms[t])
     if bool(unknown.any()):
         raise ValueError(f"ms_eps is not finite at t = {int(t[unknown].flatten()[0])}: were samples seen there?")
-    step = Step.of(alpha_bar, s, t, checked_eta(eta))
+    step = Step.of(alpha_bar, s, t, _checks.share("eta", eta))
     cov = (step.ratio * (1 - ms[t])).clamp(0, radius_of(data_range) ** 2)
     return (step.floor + step.gain.square() * cov).to(ms_eps.device)
 
@@ -348,7 +347,7 @@ def pixel_reverse_variance(
     if t.dim() > 1 or (t.dim() == 1 and len(t) != len(head)):
         raise ValueError(f"s and t must be ints or have shape [{len(head)}], got {list(t.shape)}")
     dtype = _layout.arithmetic_dtype(*(x for x in (head, pred) if x is not None))
-    step = Step.of(alpha_bar, s, t, checked_eta(eta))
+    step = Step.of(alpha_bar, s, t, _checks.share("eta", eta))
     # Numbers stay where they are: as zero-dimensional tensors they go into a GPU's operations without a copy.
     floor, gain, ratio = (
         x if x.dim() == 0 else x.to(head.device, dtype).reshape(-1, *[1] * (head.dim() - 1))

@@ -13,7 +13,6 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from . import _checks
-from ._analytic_dpm import checked_eta
 from .analytic_dpm import analytic_trajectory
 from .sampler import plan_steps
 from .sampling import reverse_step
@@ -87,7 +86,7 @@ class AnalyticDPMScheduler(SchedulerMixin, ConfigMixin):
         for name, value in (("thresholding", thresholding), ("rescale_betas_zero_snr", rescale_betas_zero_snr)):
             if value:
                 raise ValueError(f"{name} is not supported by Analytic-DPM")
-        checked_eta(eta)
+        _checks.share("eta", eta)
         _checks.number("clip_sample_range", clip_sample_range, low=0, open_low=True)
         if not isinstance(ms_eps, (list, tuple, type(None))):
             raise TypeError(f"ms_eps must be a list, as moments.ms_eps.tolist(); got {type(ms_eps).__name__}")

@@ -65,9 +65,7 @@ def renoise_times(
     low, high = _checks.number("low", low, low=0), _checks.number("high", high, low=0)
     if not low < high <= 1:
         raise ValueError(f"low and high must satisfy 0 <= low < high <= 1, got {low} and {high}")
-    progress = _checks.number("progress", progress, low=0)
-    if progress > 1:
-        raise ValueError(f"progress must be <= 1, got {progress}")
+    progress = _checks.share("progress", progress)
     if (generator_times is None) == (rule == "cleaner"):
         raise ValueError("generator_times is for rule='cleaner', which needs it")
     if device is None:

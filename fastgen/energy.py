@@ -292,9 +292,7 @@ class ReplayBuffer:
         self.low, self.high = _checks.number("low", low), _checks.number("high", high)
         if self.low >= self.high:
             raise ValueError(f"low must be below high, got {low} and {high}")
-        self.reinit_rate = _checks.number("reinit_rate", reinit_rate, low=0)
-        if self.reinit_rate > 1:
-            raise ValueError(f"reinit_rate must be <= 1, got {reinit_rate}")
+        self.reinit_rate = _checks.share("reinit_rate", reinit_rate)
         if dtype not in _checks.FLOATING:
             raise TypeError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype}")
         _checks.integer("seed", seed)

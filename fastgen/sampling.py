@@ -81,9 +81,7 @@ def step_coefficients(
     """
     _ops.check_discrete(schedule)
     _checks.choice("method", method, ("ddpm", "ddim"))
-    eta = _checks.number("eta", eta, low=0)
-    if eta > 1:
-        raise ValueError(f"eta must be <= 1, got {eta}")
+    eta = _checks.share("eta", eta)
     if dtype not in (torch.float32, torch.float64):
         raise TypeError(f"dtype must be float32 or float64, got {dtype}")
     s, t = _ops.checked_times(schedule, s, t)
@@ -94,15 +92,9 @@ def step_coefficients(
         if method == "ddim" and variance != "beta_tilde":
             raise ValueError("variance 'beta' is DDPM's; DDIM's is set by eta")
     k = reference.step_coefficients(
-        schedule,
-        s,
-        t,
-        method=method,
-        eta=eta,
-        variance=variance,
-        use_clipped_model_output=use_clipped_model_output,
+        schedule, s, t, method=method, eta=eta, variance=variance, use_clipped_model_output=use_clipped_model_output,
         dtype=dtype,
-    )
+    )  # fmt: skip
     return k if device is None else StepCoefficients(*(v.to(device) for v in k))
 
 
@@ -157,27 +149,13 @@ def reverse_step(
     backend = _backend.backend_for("reverse_step", x_t.device.type)
     if backend == "reference" or _needs_grad(streams, coefficients, guidance_scale):
         return reference.reverse_step(
-            x_t,
-            cond,
-            coefficients,
-            prediction_type=prediction_type,
-            uncond=uncond,
-            guidance_scale=guidance_scale,
-            noise=noise,
-            clamp=clamp,
-        )
+            x_t, cond, coefficients, prediction_type=prediction_type, uncond=uncond, guidance_scale=guidance_scale,
+            noise=noise, clamp=clamp,
+        )  # fmt: skip
     return _ops.launch_step(
-        _ops.reverse_step,
-        backend,
-        x_t,
-        cond,
-        coefficients,
-        prediction_type=prediction_type,
-        uncond=uncond,
-        guidance_scale=_ops.scale_vector(guidance_scale, uncond, streams),
-        noise=noise,
-        clamp=clamp,
-    )
+        _ops.reverse_step, backend, x_t, cond, coefficients, prediction_type=prediction_type, uncond=uncond,
+        guidance_scale=_ops.scale_vector(guidance_scale, uncond, streams), noise=noise, clamp=clamp,
+    )  # fmt: skip
 
 
 def _needs_grad(streams: list[Tensor], coefficients: StepCoefficients, guidance_scale: float | Tensor) -> bool:
@@ -223,30 +201,15 @@ def reverse_step_(
         raise RuntimeError("reverse_step_ has no derivative: use reverse_step, or torch.no_grad()")
     backend = _backend.backend_for("reverse_step_", x_t.device.type)
     if backend == "reference" or not _ops.in_place(*streams):
-        return x_t.copy_(
-            reverse_step(
-                x_t,
-                cond,
-                coefficients,
-                prediction_type=prediction_type,
-                uncond=uncond,
-                guidance_scale=guidance_scale,
-                noise=noise,
-                clamp=clamp,
-            )
-        )
+        x_s = reverse_step(
+            x_t, cond, coefficients, prediction_type=prediction_type, uncond=uncond, guidance_scale=guidance_scale,
+            noise=noise, clamp=clamp,
+        )  # fmt: skip
+        return x_t.copy_(x_s)
     _ops.launch_step(
-        _ops.reverse_step_,
-        backend,
-        x_t,
-        cond,
-        coefficients,
-        prediction_type=prediction_type,
-        uncond=uncond,
-        guidance_scale=_ops.scale_vector(guidance_scale, uncond, streams),
-        noise=noise,
-        clamp=clamp,
-    )
+        _ops.reverse_step_, backend, x_t, cond, coefficients, prediction_type=prediction_type, uncond=uncond,
+        guidance_scale=_ops.scale_vector(guidance_scale, uncond, streams), noise=noise, clamp=clamp,
+    )  # fmt: skip
     _tell_autograd(x_t)
     return x_t
 
