@@ -119,13 +119,13 @@ class ScoreMoments:
         self._reduced = True
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The sums, to be saved and loaded with a model."""
-        return {"sums": self._sums.clone()}
+        """The sums, to be saved and loaded with a model, and whether they are those of all ranks already."""
+        return {"sums": self._sums.clone(), "reduced": torch.tensor(self._reduced)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Takes over the sums of :meth:`state_dict`; they come to this object's device."""
-        if set(state) != {"sums"}:
-            raise ValueError(f"state must have the key 'sums' alone, got {sorted(state)}")
+        if set(state) != {"sums", "reduced"}:
+            raise ValueError(f"state must have the keys 'sums' and 'reduced', got {sorted(state)}")
         sums = state["sums"]
         _checks.tensor("state['sums']", sums)
         if sums.shape != self._sums.shape or sums.dtype != torch.float64:
@@ -134,6 +134,7 @@ class ScoreMoments:
                 f" got {sums.dtype} {list(sums.shape)}"
             )
         self._sums.copy_(sums)
+        self._reduced = bool(state["reduced"])
 
 
 def regularize_moments(schedule: NoiseSchedule, ms_eps: Tensor, *, data_range: DataRange = (-1.0, 1.0)) -> Tensor:
