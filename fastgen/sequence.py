@@ -36,8 +36,8 @@ def token_logprob(
 
     Returns:
         [...], float32 (float64 for float64), computed in that precision, with the maximum split off: logits of ±10⁴
-        lose nothing. -inf where the token's logit is; NaN (with gradient 0) where a token is neither in [0, V) nor
-        `ignore_index`, and in a row without a finite logit. Once differentiable.
+        lose nothing. -inf where the token's logit is; NaN, with gradient 0, where a token is neither in [0, V) nor
+        `ignore_index`; NaN with a NaN gradient in a row with NaN or +inf, or of -inf alone. Once differentiable.
 
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
