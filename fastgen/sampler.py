@@ -49,6 +49,7 @@ def sample(
 
     Args:
         model: ``model(x_t, t)``, with t the schedule's times, int64 [B]; bind conditions with ``functools.partial``.
+            x_t is one tensor that every step overwrites: a model that keeps it must clone it.
         schedule: a discrete one.
         noise: x at the noisiest node [B, …], standard normal, in any floating dtype. It is not written to.
         method: whose mean a step has, and whose variance.
