@@ -178,7 +178,7 @@ def reverse_step_(
 
     Args:
         x_t: written to. Its rows must be packed and all streams laid out alike, as contiguous ones or those of one
-            memory format are; else a copy is made.
+            memory format are; else a copy is made. Other tensors may be `x_t` itself, but must not overlap it shifted.
         cond, coefficients, prediction_type, uncond, guidance_scale, noise, clamp: as of :func:`reverse_step`.
 
     Returns:
@@ -369,7 +369,7 @@ def langevin_step_(
 
     Args:
         x: written to, also where it is a leaf that requires a gradient. Its rows must be packed and all streams laid
-            out alike; else a copy is made.
+            out alike; else a copy is made. Other tensors may be `x` itself, but must not overlap it shifted.
         grad, step_size, noise_scale, noise, generator: as of :func:`langevin_step`.
 
     Returns:
