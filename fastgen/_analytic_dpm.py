@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _backend, _checks, _layout, reference
-from .schedule import NoiseSchedule
+from .schedule import NoiseSchedule, check_schedule
 
 DataRange = tuple[float, float] | None
 
@@ -50,8 +50,7 @@ def with_data_node(values: Tensor) -> Tensor:
 
 def node_alphas(schedule: NoiseSchedule) -> Tensor:
     """ᾱ of nodes 0 … N, float64, on the CPU."""
-    if not isinstance(schedule, NoiseSchedule):
-        raise TypeError(f"schedule must be a NoiseSchedule, got {type(schedule).__name__}")
+    check_schedule(schedule)
     if schedule.alphas_cumprod is None:
         raise ValueError(f"schedule must be discrete (linear, cosine, from_alphas_cumprod), got {schedule.kind!r}")
     if bool(schedule.alphas_cumprod[0] == 1):

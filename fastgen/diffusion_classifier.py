@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from . import _checks
 from .elbo import elbo_error
-from .schedule import PREDICTION_TYPES, NoiseSchedule, prediction_target
+from .schedule import PREDICTION_TYPES, NoiseSchedule, check_schedule, prediction_target
 
 
 @dataclass
@@ -140,8 +140,7 @@ class DiffusionClassifier:
         progress: bool = False,
     ) -> None:
         _checks.function("model", model)
-        if not isinstance(schedule, NoiseSchedule):
-            raise TypeError(f"schedule must be a NoiseSchedule, got {type(schedule).__name__}")
+        check_schedule(schedule)
         if weighting is not None:
             _checks.function("weighting", weighting)
         _checks.choice("prediction_type", prediction_type, PREDICTION_TYPES)

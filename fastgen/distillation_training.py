@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import _checks
 from .elbo import elbo_error
-from .schedule import PREDICTION_TYPES, NoiseSchedule, prediction_target
+from .schedule import PREDICTION_TYPES, NoiseSchedule, check_schedule, prediction_target
 
 RULES = ("uniform", "cleaner", "beta")
 
@@ -196,8 +196,7 @@ def backward_simulation(
         (True, False, tensor([0.5000, 0.5000]))
     """
     _checks.function("generator", generator)
-    if not isinstance(schedule, NoiseSchedule):
-        raise TypeError(f"schedule must be a NoiseSchedule, got {type(schedule).__name__}")
+    check_schedule(schedule)
     _checks.streams(noise=noise)
     _checks.choice("prediction_type", prediction_type, PREDICTION_TYPES)
     _checks.tensor("times", times)

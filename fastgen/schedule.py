@@ -181,8 +181,7 @@ def diffuse_pair(
         True
     """
     _checks.streams(x0=x0)
-    if not isinstance(schedule, NoiseSchedule):
-        raise TypeError(f"schedule must be a NoiseSchedule, got {type(schedule).__name__}")
+    check_schedule(schedule)
     if noise is not None and (not isinstance(noise, (tuple, list)) or len(noise) != 2):
         raise TypeError("noise must be a pair of tensors, the first step's and the second's")
     for name, value in (("t", t), ("s", s)):
@@ -443,3 +442,8 @@ class NoiseSchedule:
             one = self.alphas_cumprod.new_ones(1)
             self._nodes[t.device] = torch.cat([one, self.alphas_cumprod]).to(t.device)
         return self._nodes[t.device][t.long() + 1]
+
+
+def check_schedule(schedule: object) -> None:
+    if not isinstance(schedule, NoiseSchedule):
+        raise TypeError(f"schedule must be a NoiseSchedule, got {type(schedule).__name__}")
