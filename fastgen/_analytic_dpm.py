@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _backend, _checks, _layout, reference
-from .schedule import NoiseSchedule
+from .schedule import NoiseSchedule, check_schedule
 
 DataRange = tuple[float, float] | None
 
@@ -50,8 +50,7 @@ def with_data_node(values: Tensor) -> Tensor:
 
 def node_alphas(schedule: NoiseSchedule) -> Tensor:
     """ᾱ of nodes 0 … N, float64, on the CPU."""
-    if not isinstance(schedule, NoiseSchedule):
-        raise TypeError(f"schedule must be a NoiseSchedule, got {type(schedule).__name__}")
+    check_schedule(schedule)
     if schedule.alphas_cumprod is None:
         raise ValueError(f"schedule must be discrete (linear, cosine, from_alphas_cumprod), got {schedule.kind!r}")
     if bool(schedule.alphas_cumprod[0] == 1):
@@ -88,7 +87,10 @@ def nodes_of_steps(s: int | Tensor, t: int | Tensor, last: int) -> tuple[Tensor,
         elif isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{name} must be an int or a tensor of ints, got {type(value).__name__}")
         nodes.append(torch.as_tensor(value).detach().long().cpu())
-    lower, upper = torch.broadcast_tensors(*nodes)
+    try:
+        lower, upper = torch.broadcast_tensors(*nodes)
+    except RuntimeError:
+        raise ValueError(f"s and t have shapes {list(nodes[0].shape)} and {list(nodes[1].shape)}") from None
     if bool(((lower < 0) | (lower >= upper) | (upper > last)).any()):
         raise ValueError(f"s and t must satisfy 0 <= s < t <= {last}")
     return lower, upper
@@ -116,13 +118,6 @@ def radius_of(data_range: DataRange) -> float:
     if not low < high:
         raise ValueError(f"data_range must be (a, b) with a < b, got {data_range}")
     return (high - low) / 2
-
-
-def checked_eta(eta: float) -> float:
-    eta = _checks.number("eta", eta, low=0)
-    if eta > 1:
-        raise ValueError(f"eta must be <= 1, got {eta}")
-    return eta
 
 
 def isotonic(y: np.ndarray, weight: np.ndarray) -> np.ndarray:

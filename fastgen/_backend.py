@@ -75,6 +75,9 @@ def operator(schema: str) -> Callable[[Callable[..., Any]], Operator]:
 
         for namespace, library in _libraries.items():
             library.define(schema)
+            # Derivatives are those of the Functions around operators. Without this, results of inputs that get no
+            # gradient, such as targets and weights, would pass for differentiable, and torch would warn in backward.
+            library.impl(name, torch_library.fallthrough_kernel, "Autograd")
             torch_library.register_fake(f"{namespace}::{name}", fake, lib=library)
         # On CPU tensors too: that is how the kernels are tested under Triton's interpreter.
         _libraries["fastgen_triton"].impl(name, lambda *args: launcher()(*args), "CompositeExplicitAutograd")
@@ -194,7 +197,18 @@ def is_automatic(name: str, backend: str, device_type: str) -> bool:
 
 
 def build_info() -> dict[str, Any]:
-    """What the compiled extensions say of themselves, or the ImportError that kept them from loading."""
+    """What the compiled extensions say of themselves, or the ImportError that kept them from loading.
+
+    Returns:
+        A dict with the keys ``"_C"`` (CPU) and ``"_C_cuda"``: a dict of facts such as the compiler and its flags, or
+        the exception. ``python -m fastgen info`` prints it.
+
+    Example::
+
+        >>> import fastgen
+        >>> sorted(fastgen.build_info())
+        ['_C', '_C_cuda']
+    """
     info: dict[str, Any] = {}
     for name, (module, error) in _extensions.items():
         info[name] = module.build_info() if module is not None else error

@@ -30,7 +30,7 @@ def streams(**tensors: Tensor) -> None:
             if shape:
                 return
     for name, value in tensors.items():
-        _floating(name, value)
+        floating(name, value)
         if value.shape != first.shape:
             raise ValueError(f"{name} has shape {tuple(value.shape)}, but {first_name} has {tuple(first.shape)}")
         if value.device != first.device:
@@ -43,10 +43,22 @@ def streams(**tensors: Tensor) -> None:
         raise ValueError(f"{first_name} has rows of no elements: shape {tuple(first.shape)}")
 
 
-def _floating(name: str, value: Tensor) -> None:
+def floating(name: str, value: Tensor) -> None:
     tensor(name, value)
     if value.dtype not in FLOATING:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {value.dtype}")
+
+
+def function(name: str, value: object) -> None:
+    if not callable(value):
+        raise TypeError(f"{name} must be callable, got {type(value).__name__}")
+
+
+def tensors(name: str, value: object) -> list[Tensor]:
+    """A list or tuple: one tensor would pass for the list of its rows."""
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(f"{name} must be a list of tensors, got {type(value).__name__}")
+    return list(value)
 
 
 def _is_dtensor(value: object) -> bool:
@@ -130,6 +142,13 @@ def number(name: str, value: float, *, low: float = -math.inf, open_low: bool = 
     return float(value)
 
 
+def share(name: str, value: float) -> float:
+    """A Python number from 0 to 1."""
+    if number(name, value, low=0) > 1:
+        raise ValueError(f"{name} must be <= 1, got {value}")
+    return float(value)
+
+
 def positive_int(name: str, value: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
@@ -151,7 +170,7 @@ def logits(**tensors: Tensor) -> None:
     """Floating-point tensors [..., V] on one device whose rows agree; V and dtypes may differ."""
     first_name, first = next(iter(tensors.items()))
     for name, value in tensors.items():
-        _floating(name, value)
+        floating(name, value)
         local(name, value)
         if value.dim() == 0 or value.shape[-1] == 0:
             raise ValueError(f"{name} must have shape [..., V] with V > 0, got {list(value.shape)}")
@@ -174,14 +193,16 @@ def row_indices(name: str, value: Tensor, like: Tensor) -> None:
 
 def head(prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """An output layer and its input: hidden [..., H], weight [V, H], bias [V]; one dtype, except under autocast."""
-    _floating(f"{prefix}hidden", hidden)
+    floating(f"{prefix}hidden", hidden)
+    local(f"{prefix}hidden", hidden)
     if hidden.dim() == 0 or hidden.shape[-1] == 0:
         raise ValueError(f"{prefix}hidden must have shape [..., H] with H > 0, got {list(hidden.shape)}")
     size = hidden.shape[-1]
     for name, value, dims in (("weight", weight, 2), ("bias", bias, 1)):
         if value is None:
             continue
-        _floating(f"{prefix}{name}", value)
+        floating(f"{prefix}{name}", value)
+        local(f"{prefix}{name}", value)
         vocabulary = weight.shape[0] if name == "bias" else value.shape[0] if value.dim() else 0
         expected = (vocabulary, size)[:dims]
         if value.shape != expected or vocabulary == 0:
@@ -189,5 +210,7 @@ def head(prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> No
             raise ValueError(f"{prefix}{name} must have shape {wanted}, got {list(value.shape)}")
         if value.device != hidden.device:
             raise ValueError(f"{prefix}{name} is on {value.device}, but {prefix}hidden is on {hidden.device}")
-        if value.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
+        # Autocast takes no float64 along.
+        cast = torch.is_autocast_enabled(hidden.device.type) and torch.float64 not in (value.dtype, hidden.dtype)
+        if value.dtype != hidden.dtype and not cast:
             raise TypeError(f"{prefix}{name} is {value.dtype}, but {prefix}hidden is {hidden.dtype}")

@@ -60,8 +60,7 @@ def discriminator_loss(real_logits: Logits, fake_logits: Logits, *, kind: Kind =
         (tensor(0.3079), tensor(-4.))
     """
     _checks.choice("kind", kind, KINDS)
-    _check_pair(real_logits, fake_logits, kind)
-    return reference.discriminator_loss(real_logits, fake_logits, kind=kind)
+    return reference.discriminator_loss(*_checked_pair(real_logits, fake_logits, kind), kind=kind)
 
 
 def generator_loss(fake_logits: Logits, real_logits: Logits | None = None, *, kind: Kind = "non_saturating") -> Tensor:
@@ -92,9 +91,8 @@ def generator_loss(fake_logits: Logits, real_logits: Logits | None = None, *, ki
     if (real_logits is None) == (kind == "relativistic"):
         raise ValueError(f"real_logits is for kind='relativistic', which needs it; kind is {kind!r}")
     if real_logits is None:
-        _scales("fake_logits", fake_logits)
-    else:
-        _check_pair(real_logits, fake_logits, kind)
+        return reference.generator_loss(_scales("fake_logits", fake_logits), kind=kind)
+    real_logits, fake_logits = _checked_pair(real_logits, fake_logits, kind)
     return reference.generator_loss(fake_logits, real_logits, kind=kind)
 
 
@@ -136,7 +134,7 @@ def r1_penalty(logits: Logits, images: Tensor, *, gamma: float = 1.0, every: int
     """
     gamma = _checks.number("gamma", gamma, low=0)
     _checks.positive_int("every", every)
-    return 0.5 * every * gamma * _square_gradient(logits, images).mean()
+    return 0.5 * every * gamma * _square_gradient(logits, images).sum() / max(images.shape[0], 1)
 
 
 def approximate_r1_penalty(
@@ -184,7 +182,8 @@ def approximate_r1_penalty(
     gamma = _checks.number("gamma", gamma, low=0)
     _checks.positive_int("every", every)
     _checks.streams(images=images)
-    _check_rows(logits, images)
+    logits = _checked_rows(logits, images)
+    discriminator = _checked_network("discriminator", discriminator)
     return reference.approximate_r1_penalty(
         discriminator, images, logits, sigma=sigma, gamma=gamma, every=every, generator=generator
     )
@@ -224,7 +223,11 @@ def gradient_penalty(
     """
     _checks.streams(real=real, fake=fake)
     return reference.gradient_penalty(
-        critic, real, fake, weight=_checks.number("weight", weight, low=0), generator=generator
+        _checked_network("critic", critic),
+        real,
+        fake,
+        weight=_checks.number("weight", weight, low=0),
+        generator=generator,
     )
 
 
@@ -246,9 +249,11 @@ def clip_weights_(parameters: Iterable[Tensor], bound: float = 0.01) -> None:
         >>> bool(critic.weight.abs().max() <= 0.01)
         True
     """
+    if not isinstance(parameters, Iterable):
+        raise TypeError(f"parameters must be tensors, as critic.parameters(); got {type(parameters).__name__}")
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     for p in parameters:
-        _floating("parameters", p)
+        _checks.floating("parameters", p)
     reference.clip_weights_(parameters, _checks.number("bound", bound, low=0, open_low=True))
 
 
@@ -279,7 +284,8 @@ def feature_distance(
         >>> fastgen.feature_distance(a, b, [0.5, 2.0])
         tensor(2.5000)
     """
-    features, target_features = list(features), list(target_features)
+    features = _checks.tensors("features", features)
+    target_features = _checks.tensors("target_features", target_features)
     weights = [1.0] * len(features) if weights is None else list(weights)
     if not features:
         raise ValueError("features is empty")
@@ -333,7 +339,9 @@ def pix2pix_loss(
     _checks.streams(output=output, target=target)
     loss = generator_loss(fake_logits, kind=kind)
     loss = loss + _weighted_l1([output], [target], [_checks.number("l1_weight", l1_weight, low=0)])
-    if features or target_features or feature_weights:
+    features = _checks.tensors("features", features)
+    target_features = _checks.tensors("target_features", target_features)
+    if features or target_features or (feature_weights is not None and len(feature_weights)):
         loss = loss + feature_distance(features, target_features, feature_weights)
     return loss
 
@@ -350,18 +358,12 @@ def _square_gradient(logits: Logits, images: Tensor) -> Tensor:
     _checks.streams(images=images)
     if not images.requires_grad:
         raise ValueError("images must require a gradient: call images.requires_grad_() before the discriminator")
-    _check_rows(logits, images)
-    try:
-        gradient = reference.input_gradient(logits, images)
-    except RuntimeError as error:
-        if "not have been used" not in str(error) and "does not require grad" not in str(error):
-            raise
-        raise ValueError("logits do not depend on images: were the images copied or detached in between?") from error
+    gradient = reference.input_gradient(_checked_rows(logits, images), images)
     zero = torch.zeros_like(gradient[:1]).expand_as(gradient)
     return elbo_error(gradient, zero, element_reduction="sum")
 
 
-def _check_pair(real_logits: Logits, fake_logits: Logits, kind: str) -> None:
+def _checked_pair(real_logits: Logits, fake_logits: Logits, kind: str) -> tuple[list[Tensor], list[Tensor]]:
     real, fake = _scales("real_logits", real_logits), _scales("fake_logits", fake_logits)
     if len(real) != len(fake):
         raise ValueError(f"real_logits has {len(real)} scales, but fake_logits has {len(fake)}")
@@ -372,24 +374,29 @@ def _check_pair(real_logits: Logits, fake_logits: Logits, kind: str) -> None:
                 raise ValueError(
                     f"real_logits and fake_logits must have one shape for kind='relativistic', got {shapes}"
                 )
+    return real, fake
 
 
-def _check_rows(logits: Logits, images: Tensor) -> None:
-    for t in _scales("logits", logits):
+def _checked_rows(logits: Logits, images: Tensor) -> list[Tensor]:
+    scales = _scales("logits", logits)
+    for t in scales:
         if t.shape[:1] != images.shape[:1]:
             raise ValueError(f"logits must have shape [{images.shape[0]}, ...] as images have, got {list(t.shape)}")
+    return scales
+
+
+def _checked_network(name: str, network: Callable[[Tensor], Logits]) -> Callable[[Tensor], Logits]:
+    """`network`, whose logits must be as many as its images: one for all would be broadcast."""
+    _checks.function(name, network)
+    return lambda images: _checked_rows(network(images), images)
 
 
 def _scales(name: str, logits: Logits) -> list[Tensor]:
+    if not isinstance(logits, (Tensor, list, tuple)):
+        raise TypeError(f"{name} must be a tensor or a list of tensors, got {type(logits).__name__}")
     scales = [logits] if isinstance(logits, Tensor) else list(logits)
     if not scales:
         raise ValueError(f"{name} is an empty list")
     for t in scales:
-        _floating(name, t)
+        _checks.floating(name, t)
     return scales
-
-
-def _floating(name: str, value: Tensor) -> None:
-    _checks.tensor(name, value)
-    if not value.is_floating_point():
-        raise TypeError(f"{name} must be floating-point, got {value.dtype}")

@@ -20,7 +20,6 @@ from . import _checks, _distributed, _layout
 from ._analytic_dpm import (
     DataRange,
     Step,
-    checked_eta,
     checked_moments,
     isotonic,
     mean_square,
@@ -39,9 +38,9 @@ VARIANCES = ("analytic", "beta", "beta_tilde")
 class ScoreMoments:
     """The mean square of a network's noise predictions at every timestep, accumulated over batches in float64.
 
-    ``ms_eps[n] = E‖ε̂(x_t, t)‖² / D = β̄_n Γ_n`` at t = n - 1 is all that Analytic-DPM needs to know of a model; 10
-    to 100 samples a timestep give the paper's quality. Draw t in turn or at random, x_t from data, and call
-    :meth:`update`.
+    ``ms_eps[n] = E‖ε̂(x_t, t)‖² / D = β̄_n Γ_n`` at t = n - 1 is all that Analytic-DPM (arXiv 2201.06503) needs to know
+    of a model; 10 to 100 samples a timestep give the paper's quality. Draw t in turn or at random, x_t from data, and
+    call :meth:`update`.
 
     Args:
         num_timesteps: N, as of the schedule.
@@ -120,13 +119,13 @@ class ScoreMoments:
         self._reduced = True
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The sums, to be saved and loaded with a model."""
-        return {"sums": self._sums.clone()}
+        """The sums, to be saved and loaded with a model, and whether they are those of all ranks already."""
+        return {"sums": self._sums.clone(), "reduced": torch.tensor(self._reduced)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Takes over the sums of :meth:`state_dict`; they come to this object's device."""
-        if set(state) != {"sums"}:
-            raise ValueError(f"state must have the key 'sums' alone, got {sorted(state)}")
+        if set(state) != {"sums", "reduced"}:
+            raise ValueError(f"state must have the keys 'sums' and 'reduced', got {sorted(state)}")
         sums = state["sums"]
         _checks.tensor("state['sums']", sums)
         if sums.shape != self._sums.shape or sums.dtype != torch.float64:
@@ -135,6 +134,7 @@ class ScoreMoments:
                 f" got {sums.dtype} {list(sums.shape)}"
             )
         self._sums.copy_(sums)
+        self._reduced = bool(state["reduced"])
 
 
 def regularize_moments(schedule: NoiseSchedule, ms_eps: Tensor, *, data_range: DataRange = (-1.0, 1.0)) -> Tensor:
@@ -143,7 +143,8 @@ def regularize_moments(schedule: NoiseSchedule, ms_eps: Tensor, *, data_range: D
     ``h = v (1 - ms_eps) / ms_eps``, see :func:`trajectory_cost`, does not decrease with the noise, for any distribution
     (Stam's inequality), and for data in [a, b] it is at most ``((b - a)/2)²``. Here h becomes its isotonic regression,
     weighted by ``1/(v + r²/4)²`` with ``r = (b - a)/2``, about the inverse of the noise's variance, and is then clipped
-    to ``[0, r²]``. An optimal trajectory through raw moments chases their errors; through these it does not.
+    to ``[0, r²]``. An optimal trajectory through raw moments chases their errors; through these it does not. (The
+    paper, arXiv 2201.06503, takes raw moments.)
 
     Args:
         schedule: a discrete one.
@@ -176,9 +177,9 @@ def regularize_moments(schedule: NoiseSchedule, ms_eps: Tensor, *, data_range: D
 def trajectory_cost(schedule: NoiseSchedule, ms_eps: Tensor) -> FactoredCost:
     """What a step from node t to s costs the likelihood bound, ``F[s,t] = log(1 - β_{t|s} Γ_t)``, in factored form.
 
-    The bound of a DDPM with optimal variances on nodes ``τ_1 < … < τ_K`` is ``½ Σ F[τ_{k-1}, τ_k]`` nats a dimension,
-    up to what all trajectories share. With ``v = β̄/ᾱ`` and ``h = (1 - ms_eps)/(ᾱ Γ) = v (1 - ms_eps)/ms_eps``,
-    ``F[s,t] = log((v_s + h_t)/(v_t + h_t))``.
+    The bound of a DDPM with optimal variances (arXiv 2201.06503) on nodes ``τ_1 < … < τ_K`` is
+    ``½ Σ F[τ_{k-1}, τ_k]`` nats a dimension, up to what all trajectories share. With ``v = β̄/ᾱ`` and
+    ``h = (1 - ms_eps)/(ᾱ Γ) = v (1 - ms_eps)/ms_eps``, ``F[s,t] = log((v_s + h_t)/(v_t + h_t))``.
 
     Args:
         schedule: a discrete one.
@@ -219,7 +220,8 @@ def analytic_trajectory(
     """The K timesteps with the best likelihood bound: :func:`regularize_moments`, :func:`trajectory_cost` and
     :func:`fastgen.optimal_trajectory` in a row.
 
-    Such trajectories improve the bound; whether samples look better is another question.
+    Analytic-DPM's (arXiv 2201.06503). Such trajectories improve the bound; whether samples look better is another
+    question.
 
     Args:
         schedule: a discrete one.
@@ -264,7 +266,7 @@ def reverse_variance(
     eta: float = 1.0,
     data_range: DataRange = (-1.0, 1.0),
 ) -> Tensor:
-    """The optimal variance of the reverse step from node t to node s (Analytic-DPM, theorem 1).
+    """The optimal variance of the reverse step from node t to node s (Analytic-DPM, arXiv 2201.06503, theorem 1).
 
     .. math:: σ²(s,t) = λ² + (√ᾱ_s - √((β̄_s - λ²) ᾱ_t/β̄_t))² cov_t, \\quad
               λ² = η² \\tilde β, \\quad cov_t = clip(v_t (1 - ms\\_eps_t), 0, ((b-a)/2)²)
@@ -299,7 +301,7 @@ def reverse_variance(
     unknown = ~torch.isfinite(ms[t])
     if bool(unknown.any()):
         raise ValueError(f"ms_eps is not finite at t = {int(t[unknown].flatten()[0])}: were samples seen there?")
-    step = Step.of(alpha_bar, s, t, checked_eta(eta))
+    step = Step.of(alpha_bar, s, t, _checks.share("eta", eta))
     cov = (step.ratio * (1 - ms[t])).clamp(0, radius_of(data_range) ** 2)
     return (step.floor + step.gain.square() * cov).to(ms_eps.device)
 
@@ -346,7 +348,7 @@ def pixel_reverse_variance(
     if t.dim() > 1 or (t.dim() == 1 and len(t) != len(head)):
         raise ValueError(f"s and t must be ints or have shape [{len(head)}], got {list(t.shape)}")
     dtype = _layout.arithmetic_dtype(*(x for x in (head, pred) if x is not None))
-    step = Step.of(alpha_bar, s, t, checked_eta(eta))
+    step = Step.of(alpha_bar, s, t, _checks.share("eta", eta))
     # Numbers stay where they are: as zero-dimensional tensors they go into a GPU's operations without a copy.
     floor, gain, ratio = (
         x if x.dim() == 0 else x.to(head.device, dtype).reshape(-1, *[1] * (head.dim() - 1))
@@ -390,7 +392,7 @@ def variational_bound(
     data_range: tuple[float, float] = (-1.0, 1.0),
     levels: int | None = None,
 ) -> VariationalBound:
-    """The likelihood bound of a DDPM that samples on a trajectory, for one choice of its variances.
+    """The likelihood bound of a DDPM (arXiv 2006.11239) that samples on a trajectory, for one choice of its variances.
 
     A step's KL, in nats per dimension, is ``½ (log(σ²/β̃) + (β̃ + g² v_t mse_eps_t)/σ² - 1)``, where g is what the step's
     mean is multiplied with of x0, and σ² is

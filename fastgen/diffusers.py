@@ -1,4 +1,4 @@
-"""Analytic-DPM for pipelines of diffusers. Needs that package: ``pip install "fastgen-kernels[diffusers]"``."""
+"""Analytic-DPM for pipelines of diffusers. Needs that package: ``pip install diffusers``."""
 
 from __future__ import annotations
 
@@ -86,6 +86,10 @@ class AnalyticDPMScheduler(SchedulerMixin, ConfigMixin):
         for name, value in (("thresholding", thresholding), ("rescale_betas_zero_snr", rescale_betas_zero_snr)):
             if value:
                 raise ValueError(f"{name} is not supported by Analytic-DPM")
+        _checks.share("eta", eta)
+        _checks.number("clip_sample_range", clip_sample_range, low=0, open_low=True)
+        if not isinstance(ms_eps, (list, tuple, type(None))):
+            raise TypeError(f"ms_eps must be a list, as moments.ms_eps.tolist(); got {type(ms_eps).__name__}")
         if ms_eps is not None and len(ms_eps) != num_train_timesteps + 1:
             raise ValueError(f"ms_eps must have {num_train_timesteps + 1} numbers, of nodes 0 to N; got {len(ms_eps)}")
         self.alphas_cumprod = DDPMScheduler(

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from . import _checks
 from .elbo import elbo_error
-from .schedule import PREDICTION_TYPES, NoiseSchedule, prediction_target
+from .schedule import PREDICTION_TYPES, NoiseSchedule, check_schedule, prediction_target
 
 
 @dataclass
@@ -139,10 +139,10 @@ class DiffusionClassifier:
         seed: int = 0,
         progress: bool = False,
     ) -> None:
-        if not callable(model):
-            raise TypeError(f"model must be callable, got {type(model).__name__}")
-        if weighting is not None and not callable(weighting):
-            raise TypeError(f"weighting must be callable or None, got {type(weighting).__name__}")
+        _checks.function("model", model)
+        check_schedule(schedule)
+        if weighting is not None:
+            _checks.function("weighting", weighting)
         _checks.choice("prediction_type", prediction_type, PREDICTION_TYPES)
         _checks.choice("loss", loss, ("l2", "l1", "huber"))
         _checks.positive_int("batch_size", batch_size)
@@ -307,6 +307,9 @@ def _check_batch(x0: Tensor, conditions: Tensor) -> None:
 
 
 def _checked_stages(stages: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    pair = (tuple, list)
+    if not isinstance(stages, pair) or not all(isinstance(stage, pair) and len(stage) == 2 for stage in stages):
+        raise TypeError(f"stages must be a list of pairs (n_samples, to_keep), got {stages!r}")
     checked = [(stage[0], stage[1]) for stage in stages]
     for n_samples, to_keep in checked:
         _checks.positive_int("stages: n_samples", n_samples)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from . import _checks
 from .elbo import elbo_error
-from .schedule import PREDICTION_TYPES, NoiseSchedule, prediction_target
+from .schedule import PREDICTION_TYPES, NoiseSchedule, check_schedule, prediction_target
 
 RULES = ("uniform", "cleaner", "beta")
 
@@ -64,9 +65,7 @@ def renoise_times(
     low, high = _checks.number("low", low, low=0), _checks.number("high", high, low=0)
     if not low < high <= 1:
         raise ValueError(f"low and high must satisfy 0 <= low < high <= 1, got {low} and {high}")
-    progress = _checks.number("progress", progress, low=0)
-    if progress > 1:
-        raise ValueError(f"progress must be <= 1, got {progress}")
+    progress = _checks.share("progress", progress)
     if (generator_times is None) == (rule == "cleaner"):
         raise ValueError("generator_times is for rule='cleaner', which needs it")
     if device is None:
@@ -104,7 +103,8 @@ def fake_score_loss(
 
     .. math:: L = mean_i w_i \\, mean_D (pred - target)^2
 
-    with the target ε, x0, v = α ε - σ x0 or u = ε - x0 (:func:`fastgen.prediction_to_x0`).
+    as in VSD (arXiv 2305.16213) and DMD2 (arXiv 2405.14867), with the target ε, x0, v = α ε - σ x0 or u = ε - x0
+    (:func:`fastgen.prediction_to_x0`).
 
     Args:
         pred: the fake network's output at ``add_noise(x0, noise, alpha_t, sigma_t)``, [B, …]. Gradients flow to it
@@ -195,6 +195,8 @@ def backward_simulation(
         >>> out.x0.requires_grad, out.x_t.requires_grad, out.t
         (True, False, tensor([0.5000, 0.5000]))
     """
+    _checks.function("generator", generator)
+    check_schedule(schedule)
     _checks.streams(noise=noise)
     _checks.choice("prediction_type", prediction_type, PREDICTION_TYPES)
     _checks.tensor("times", times)
@@ -202,8 +204,10 @@ def backward_simulation(
         raise ValueError(f"times must have shape [K] with K >= 1, got {list(times.shape)}")
     if step is None:
         step = _random_step(len(times), rng)
-    elif not 0 <= step < len(times):
-        raise ValueError(f"step must be from 0 to {len(times) - 1}, got {step}")
+    else:
+        _checks.integer("step", step)
+        if not 0 <= step < len(times):
+            raise ValueError(f"step must be from 0 to {len(times) - 1}, got {step}")
     times = times.to(noise.device)
 
     def at(k: int) -> Tensor:
@@ -220,7 +224,8 @@ def backward_simulation(
     return Simulated(denoise(x_t, step), x_t, at(step), step)
 
 
-_shared_steps: dict[int, torch.Generator] = {}
+# By process group, and gone with it: ranks that took a new group for an old one would wait for each other for ever.
+_shared_steps: weakref.WeakKeyDictionary[Any, torch.Generator] = weakref.WeakKeyDictionary()
 
 
 def _random_step(steps: int, rng: torch.Generator | None) -> int:
@@ -229,7 +234,7 @@ def _random_step(steps: int, rng: torch.Generator | None) -> int:
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()):
         return int(torch.randint(steps, ()))
-    world = id(distributed.group.WORLD)
+    world = distributed.group.WORLD
     if world not in _shared_steps:
         seed = [int(torch.randint(1 << 62, ()))]
         distributed.broadcast_object_list(seed, src=0)

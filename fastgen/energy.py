@@ -24,7 +24,9 @@ class _JointEnergyLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         sweep = _sequence.token_logprob.on(backend)
         labelled = labels != ignore_index
-        tokens = torch.where(labelled, labels, 0)
+        # -1 for any label outside: one that the sweep ignores would go without its row's log-sum-exp.
+        inside = (labels >= 0) & (labels < real.shape[1])
+        tokens = torch.where(labelled, torch.where(inside, labels, -1), 0)
         logprob, stats_real = sweep(real, tokens, 1.0, _sequence.IGNORE_INDEX)
         _, stats_fake = sweep(fake, labels.new_zeros(fake.shape[0]), 1.0, _sequence.IGNORE_INDEX)
         lse_real, lse_fake = (peak + total.log() for peak, total in (stats_real, stats_fake))
@@ -156,7 +158,7 @@ def classifier_guidance(
     Args:
         classifier: f, from x to logits [B, C].
         x: [B, …], any floating dtype. To guide a diffusion model at x_t, pass x_t and a classifier of noisy images.
-        labels: y, int64 [B], each in [0, C); None for ``∇ log p(x)`` alone.
+        labels: y, int64 [B], each in [0, C), or the row becomes NaN; None for ``∇ log p(x)`` alone.
         guidance_scale: γ.
         score: ``∇ log p(x)`` of another model, like `x`. For a noise prediction ε that is ``-ε / sigma_t``, and the
             guided prediction ``-sigma_t`` times the result.
@@ -178,8 +180,9 @@ def classifier_guidance(
     guidance_scale = _checks.number("guidance_scale", guidance_scale)
     if labels is None and score is not None:
         raise ValueError("labels must be given with score: there is nothing to guide to")
-    with torch.enable_grad():
-        leaf = x.detach().requires_grad_()
+    _checks.function("classifier", classifier)
+    with torch.inference_mode(False), torch.enable_grad():
+        leaf = (x.clone() if x.is_inference() else x).detach().requires_grad_()
         logits = classifier(leaf)
     if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[0] != x.shape[0]:
         got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -189,8 +192,12 @@ def classifier_guidance(
     slope = probability * float(score is None)
     if labels is not None:
         _checks.row_indices("labels", labels, logits)
-        slope = slope + guidance_scale * (_onehot(logits, labels).to(probability.dtype) - probability)
-    (grad,) = torch.autograd.grad(logits, leaf, slope.to(logits.dtype))
+        onehot = _onehot(logits, labels).to(probability.dtype)
+        inside = (labels >= 0) & (labels < logits.shape[1])
+        slope = slope + guidance_scale * (torch.where(inside[:, None], onehot, torch.nan) - probability)
+    if not logits.requires_grad:
+        raise ValueError("classifier must return logits that depend on x: are they detached, or made under no_grad?")
+    (grad,) = torch.autograd.grad(logits, leaf, slope.to(logits.dtype), materialize_grads=True)
     return grad if score is None else (score.to(torch.promote_types(score.dtype, torch.float32)) + grad).to(x.dtype)
 
 
@@ -285,12 +292,12 @@ class ReplayBuffer:
         self.low, self.high = _checks.number("low", low), _checks.number("high", high)
         if self.low >= self.high:
             raise ValueError(f"low must be below high, got {low} and {high}")
-        self.reinit_rate = _checks.number("reinit_rate", reinit_rate, low=0)
-        if self.reinit_rate > 1:
-            raise ValueError(f"reinit_rate must be <= 1, got {reinit_rate}")
+        self.reinit_rate = _checks.share("reinit_rate", reinit_rate)
         if dtype not in _checks.FLOATING:
             raise TypeError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype}")
         _checks.integer("seed", seed)
+        if not isinstance(shape, (tuple, list)) or not all(isinstance(n, int) and n >= 0 for n in shape):
+            raise TypeError(f"shape must be a tuple of ints, one sample's, got {shape!r}")
         self.samples = torch.empty((capacity, *shape), dtype=dtype, device=device)
         self.generator = torch.Generator(self.samples.device).manual_seed(seed)
         self.samples.uniform_(self.low, self.high, generator=self.generator)
@@ -313,7 +320,7 @@ class ReplayBuffer:
     def update(self, index: Tensor, samples: Tensor) -> None:
         """Puts the chains' ends back to their places."""
         _checks.tensor("samples", samples)
-        _checks.tensor("index", index)
+        _checks.integers("index", index)
         if index.dim() != 1 or samples.shape != (len(index), *self.samples.shape[1:]):
             raise ValueError(
                 f"samples must have shape {[*index.shape, *self.samples.shape[1:]]}, got {list(samples.shape)}"
@@ -329,7 +336,10 @@ class ReplayBuffer:
 
         The generator's state fits the type of device that it came from alone.
         """
+        if set(state) != {"samples", "generator"}:
+            raise ValueError(f"state must have the keys 'samples' and 'generator', got {sorted(state)}")
         samples = state["samples"]
+        _checks.tensor("state['samples']", samples)
         if samples.shape != self.samples.shape:
             raise ValueError(f"state's samples have shape {list(samples.shape)}, not {list(self.samples.shape)}")
         self.samples.copy_(samples)

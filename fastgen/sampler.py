@@ -13,7 +13,7 @@ from . import _checks
 from ._analytic_dpm import DataRange, node_alphas, radius_of, trajectory_nodes
 from .analytic_dpm import reverse_variance
 from .reference.sampling import randn_like
-from .sampling import StepCoefficients, reverse_step_, step_coefficients
+from .sampling import VARIANCES, StepCoefficients, reverse_step_, step_coefficients
 from .schedule import PREDICTION_TYPES, NoiseSchedule
 from .trajectory import Trajectory
 
@@ -49,6 +49,7 @@ def sample(
 
     Args:
         model: ``model(x_t, t)``, with t the schedule's times, int64 [B]; bind conditions with ``functools.partial``.
+            x_t is one tensor that every step overwrites: a model that keeps it must clone it.
         schedule: a discrete one.
         noise: x at the noisiest node [B, …], standard normal, in any floating dtype. It is not written to.
         method: whose mean a step has, and whose variance.
@@ -81,6 +82,9 @@ def sample(
         >>> fastgen.sample(model, schedule, torch.randn(1, 3), method="ddim", steps=10, progress=False)
         tensor([[0.5000, 0.5000, 0.5000]])
     """
+    _checks.function("model", model)
+    if uncond_model is not None:
+        _checks.function("uncond_model", uncond_model)
     _checks.streams(noise=noise)
     _checks.choice("prediction_type", prediction_type, PREDICTION_TYPES)
     guidance = _checks.number("guidance_scale", guidance_scale)
@@ -123,6 +127,7 @@ def plan_steps(
 ) -> StepCoefficients:
     """The coefficients of the steps between increasing nodes, from the data on: each [K], on the CPU."""
     _checks.choice("method", method, METHODS)
+    _checks.choice("variance", variance, VARIANCES)
     radius_of(data_range)
     mean = method.removeprefix("analytic-")
     before = torch.cat([torch.zeros(1, dtype=torch.long), nodes[:-1]])

@@ -81,9 +81,7 @@ def step_coefficients(
     """
     _ops.check_discrete(schedule)
     _checks.choice("method", method, ("ddpm", "ddim"))
-    eta = _checks.number("eta", eta, low=0)
-    if eta > 1:
-        raise ValueError(f"eta must be <= 1, got {eta}")
+    eta = _checks.share("eta", eta)
     if dtype not in (torch.float32, torch.float64):
         raise TypeError(f"dtype must be float32 or float64, got {dtype}")
     s, t = _ops.checked_times(schedule, s, t)
@@ -94,15 +92,9 @@ def step_coefficients(
         if method == "ddim" and variance != "beta_tilde":
             raise ValueError("variance 'beta' is DDPM's; DDIM's is set by eta")
     k = reference.step_coefficients(
-        schedule,
-        s,
-        t,
-        method=method,
-        eta=eta,
-        variance=variance,
-        use_clipped_model_output=use_clipped_model_output,
+        schedule, s, t, method=method, eta=eta, variance=variance, use_clipped_model_output=use_clipped_model_output,
         dtype=dtype,
-    )
+    )  # fmt: skip
     return k if device is None else StepCoefficients(*(v.to(device) for v in k))
 
 
@@ -139,7 +131,7 @@ def reverse_step(
 
     Returns:
         x_s in the dtype of `x_t`, computed in float32 (float64 if an input is). Where gradients are on and an input
-        requires one, plain PyTorch computes it, differentiably but not fused.
+        requires one (a coefficient or `guidance_scale` too), plain PyTorch computes it, differentiably but not fused.
 
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
@@ -155,29 +147,20 @@ def reverse_step(
     """
     streams = _ops.check_step(x_t, cond, coefficients, prediction_type, uncond, guidance_scale, noise, clamp)
     backend = _backend.backend_for("reverse_step", x_t.device.type)
-    if backend == "reference" or _ops.needs_grad(*streams):
+    if backend == "reference" or _needs_grad(streams, coefficients, guidance_scale):
         return reference.reverse_step(
-            x_t,
-            cond,
-            coefficients,
-            prediction_type=prediction_type,
-            uncond=uncond,
-            guidance_scale=guidance_scale,
-            noise=noise,
-            clamp=clamp,
-        )
+            x_t, cond, coefficients, prediction_type=prediction_type, uncond=uncond, guidance_scale=guidance_scale,
+            noise=noise, clamp=clamp,
+        )  # fmt: skip
     return _ops.launch_step(
-        _ops.reverse_step,
-        backend,
-        x_t,
-        cond,
-        coefficients,
-        prediction_type=prediction_type,
-        uncond=uncond,
-        guidance_scale=_ops.scale_vector(guidance_scale, uncond, streams),
-        noise=noise,
-        clamp=clamp,
-    )
+        _ops.reverse_step, backend, x_t, cond, coefficients, prediction_type=prediction_type, uncond=uncond,
+        guidance_scale=_ops.scale_vector(guidance_scale, uncond, streams), noise=noise, clamp=clamp,
+    )  # fmt: skip
+
+
+def _needs_grad(streams: list[Tensor], coefficients: StepCoefficients, guidance_scale: float | Tensor) -> bool:
+    scale = [guidance_scale] if isinstance(guidance_scale, Tensor) else []
+    return _ops.needs_grad(*streams, *coefficients, *scale)
 
 
 def reverse_step_(
@@ -195,7 +178,7 @@ def reverse_step_(
 
     Args:
         x_t: written to. Its rows must be packed and all streams laid out alike, as contiguous ones or those of one
-            memory format are; else a copy is made.
+            memory format are; else a copy is made. Other tensors may be `x_t` itself, but must not overlap it shifted.
         cond, coefficients, prediction_type, uncond, guidance_scale, noise, clamp: as of :func:`reverse_step`.
 
     Returns:
@@ -214,35 +197,28 @@ def reverse_step_(
         (True, tensor([[0., 0.]]))
     """
     streams = _ops.check_step(x_t, cond, coefficients, prediction_type, uncond, guidance_scale, noise, clamp)
-    if _ops.needs_grad(*streams):
+    if _needs_grad(streams, coefficients, guidance_scale):
         raise RuntimeError("reverse_step_ has no derivative: use reverse_step, or torch.no_grad()")
     backend = _backend.backend_for("reverse_step_", x_t.device.type)
     if backend == "reference" or not _ops.in_place(*streams):
-        return x_t.copy_(
-            reverse_step(
-                x_t,
-                cond,
-                coefficients,
-                prediction_type=prediction_type,
-                uncond=uncond,
-                guidance_scale=guidance_scale,
-                noise=noise,
-                clamp=clamp,
-            )
-        )
+        x_s = reverse_step(
+            x_t, cond, coefficients, prediction_type=prediction_type, uncond=uncond, guidance_scale=guidance_scale,
+            noise=noise, clamp=clamp,
+        )  # fmt: skip
+        return x_t.copy_(x_s)
     _ops.launch_step(
-        _ops.reverse_step_,
-        backend,
-        x_t,
-        cond,
-        coefficients,
-        prediction_type=prediction_type,
-        uncond=uncond,
-        guidance_scale=_ops.scale_vector(guidance_scale, uncond, streams),
-        noise=noise,
-        clamp=clamp,
-    )
+        _ops.reverse_step_, backend, x_t, cond, coefficients, prediction_type=prediction_type, uncond=uncond,
+        guidance_scale=_ops.scale_vector(guidance_scale, uncond, streams), noise=noise, clamp=clamp,
+    )  # fmt: skip
+    _tell_autograd(x_t)
     return x_t
+
+
+def _tell_autograd(x: Tensor) -> None:
+    """That a kernel has written to x: else a backward that has saved x would use what is no longer there."""
+    # A compiled graph copies its results to what it changes; tensors of inference mode have no version.
+    if not torch.compiler.is_compiling() and not x.is_inference():
+        torch.autograd.graph.increment_version(x)
 
 
 def guidance(cond: Tensor, uncond: Tensor, scale: float | Tensor) -> Tensor:
@@ -393,7 +369,7 @@ def langevin_step_(
 
     Args:
         x: written to, also where it is a leaf that requires a gradient. Its rows must be packed and all streams laid
-            out alike; else a copy is made.
+            out alike; else a copy is made. Other tensors may be `x` itself, but must not overlap it shifted.
         grad, step_size, noise_scale, noise, generator: as of :func:`langevin_step`.
 
     Returns:
@@ -416,4 +392,5 @@ def langevin_step_(
             return x.copy_(langevin_step(x, grad, step_size, noise_scale, noise=noise))
         numbers = _ops.langevin_numbers(x, grad, step_size, noise_scale, noise)
         _ops.launch_mix(_ops.reverse_step_, backend, x, grad, noise, *numbers)
+    _tell_autograd(x)
     return x

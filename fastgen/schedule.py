@@ -46,7 +46,7 @@ def _combine(x: Tensor, a: Tensor, y: Tensor, b: Tensor, backend: str) -> Tensor
 
 
 def add_noise(x0: Tensor, noise: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Tensor:
-    """The forward process, fused and differentiable: ``x_t = alpha_t x0 + sigma_t noise``.
+    """The forward process (arXiv 2006.11239), fused and differentiable: ``x_t = alpha_t x0 + sigma_t noise``.
 
     Args:
         x0: images [B, …], any floating dtype.
@@ -88,7 +88,7 @@ def prediction_to_x0(
 
         "epsilon"          (x_t - sigma_t pred) / alpha_t
         "sample"           pred
-        "v_prediction"     (alpha_t x_t - sigma_t pred) / (alpha_t² + sigma_t²)
+        "v_prediction"     (alpha_t x_t - sigma_t pred) / (alpha_t² + sigma_t²)      arXiv 2202.00512
         "flow_prediction"  x_t - sigma_t pred             (alpha_t = 1 - sigma_t; time 1 is noise)
 
     Args:
@@ -129,11 +129,12 @@ def prediction_to_x0(
 
 
 def prediction_target(x0: Tensor, noise: Tensor, alpha_t: Tensor, sigma_t: Tensor, prediction_type: str) -> Tensor:
-    """What a network of this prediction type is trained to return."""
+    """What a network of this prediction type is trained to return; of half-precision images not rounded again."""
     if prediction_type == "epsilon":
         return noise
     if prediction_type == "sample":
         return x0
+    noise = reference.schedule.widened(noise)
     if prediction_type == "v_prediction":
         return add_noise(noise, x0, alpha_t, -sigma_t)
     return add_noise(noise, x0, torch.ones_like(alpha_t), -torch.ones_like(sigma_t))
@@ -180,6 +181,9 @@ def diffuse_pair(
         True
     """
     _checks.streams(x0=x0)
+    check_schedule(schedule)
+    if noise is not None and (not isinstance(noise, (tuple, list)) or len(noise) != 2):
+        raise TypeError("noise must be a pair of tensors, the first step's and the second's")
     for name, value in (("t", t), ("s", s)):
         if value is not None:
             _check_steps(name, value, schedule, x0)
@@ -280,7 +284,10 @@ class NoiseSchedule:
         s = _checks.number("s", s, low=0)
         t = torch.linspace(0, 1, num_timesteps + 1, dtype=torch.float64)
         alpha_bar = torch.cos((t + s) / (1 + s) * math.pi / 2) ** 2
-        beta = (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=_checks.number("max_beta", max_beta, low=0))
+        max_beta = _checks.number("max_beta", max_beta, low=0, open_low=True)
+        if max_beta >= 1:
+            raise ValueError(f"max_beta must be below 1, got {max_beta}")
+        beta = (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=max_beta)
         return cls.from_alphas_cumprod(torch.cumprod(1 - beta, 0))
 
     @classmethod
@@ -341,10 +348,12 @@ class NoiseSchedule:
         return self._coefficients(t)[1]
 
     def edm_weight(self, t: Tensor) -> Tensor:
-        """EDM's weight of x0-errors: ``(s² + sigma_data²) / (s sigma_data)²``, s = sigma_t / alpha_t."""
+        """EDM's weight of x0-errors: ``(s² + sigma_data²) / (s sigma_data)²``, s = sigma_t / alpha_t.
+
+        It goes to ``1 / sigma_data²`` where all is noise, alpha_t = 0, and is inf where there is none.
+        """
         alpha, sigma = self._coefficients(t)
-        level = sigma / alpha
-        return (level.square() + self.sigma_data**2) / (level * self.sigma_data).square()
+        return (alpha / sigma).square() + 1 / self.sigma_data**2
 
     def sample_t(
         self, n: int, *, generator: torch.Generator | None = None, device: torch.device | str | None = None
@@ -433,3 +442,8 @@ class NoiseSchedule:
             one = self.alphas_cumprod.new_ones(1)
             self._nodes[t.device] = torch.cat([one, self.alphas_cumprod]).to(t.device)
         return self._nodes[t.device][t.long() + 1]
+
+
+def check_schedule(schedule: object) -> None:
+    if not isinstance(schedule, NoiseSchedule):
+        raise TypeError(f"schedule must be a NoiseSchedule, got {type(schedule).__name__}")

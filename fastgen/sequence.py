@@ -36,8 +36,8 @@ def token_logprob(
 
     Returns:
         [...], float32 (float64 for float64), computed in that precision, with the maximum split off: logits of ±10⁴
-        lose nothing. -inf where the token's logit is; NaN (with gradient 0) where a token is neither in [0, V) nor
-        `ignore_index`, and in a row without a finite logit. Once differentiable.
+        lose nothing. -inf where the token's logit is; NaN, with gradient 0, where a token is neither in [0, V) nor
+        `ignore_index`; NaN with a NaN gradient in a row with NaN or +inf, or of -inf alone. Once differentiable.
 
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
@@ -172,7 +172,7 @@ def sequence_ddo_loss(
     counts = _distributed.loss_counts(is_real, group) if reduction == "mean" else None
     scale = 1 / max(alpha, 1.0) if normalize else 1.0
     loss, delta = _sequence.SequenceDdoLoss.apply(
-        backend, logits, ref_logits, tokens, is_real, counts, alpha, beta, scale, reduction
+        backend, logits, ref_logits.detach(), tokens, is_real, counts, alpha, beta, scale, reduction
     )
     return (loss, delta) if return_delta else loss
 
@@ -446,7 +446,7 @@ def _scale(
     dtype = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
     factor = 1 / vocabulary if reduction == "mean" else 1.0
     rows = student[..., 0]
-    items = reference.sequence.valid_tokens(rows, labels, ignore_index) if num_items is None else num_items
+    items = reference.sequence.item_count(rows, labels, num_items, ignore_index)
     if isinstance(items, Tensor):
         return factor / items.to(device=student.device, dtype=dtype)
     return student.new_full((), factor / items, dtype=dtype)

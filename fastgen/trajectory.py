@@ -238,7 +238,7 @@ def _step_counts(num_steps: int | Sequence[int] | str, first: int, last: int) ->
         return list(range(low, last + 1))
     if isinstance(num_steps, str):
         raise ValueError(f"num_steps must be an int, a sequence of ints or 'all', got {num_steps!r}")
-    counts = [num_steps] if isinstance(num_steps, int) else list(num_steps)
+    counts = [num_steps] if isinstance(num_steps, (int, float)) else list(num_steps)
     if not counts:
         raise ValueError("num_steps is empty")
     for k in counts:

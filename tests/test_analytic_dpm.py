@@ -377,6 +377,11 @@ BAD_CALLS = {
     "s must hold integers": (TypeError, lambda: fastgen.reverse_variance(S, MS, torch.zeros(1), 3)),
     "t must be an int": (TypeError, lambda: fastgen.reverse_variance(S, MS, 0, 3.0)),
     "0 <= s < t <= 20": (ValueError, lambda: fastgen.reverse_variance(S, MS, 3, torch.tensor([4, 3]))),
+    r"s and t have shapes \[2\] and \[3\]": (
+        ValueError,
+        lambda: fastgen.reverse_variance(S, MS, T, torch.tensor([4, 5, 6])),
+    ),
+    "num_steps must hold ints": (TypeError, lambda: fastgen.analytic_trajectory(S, MS, 3.0)),
     "eta must be <= 1": (ValueError, lambda: fastgen.reverse_variance(S, MS, 3, 4, eta=1.5)),
     "eta must be >= 0": (ValueError, lambda: fastgen.reverse_variance(S, MS, 3, 4, eta=-0.5)),
     r"data_range must be \(a, b\) with": (ValueError, lambda: fastgen.reverse_variance(S, MS, 3, 4, data_range=(1, 1))),

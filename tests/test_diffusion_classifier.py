@@ -324,6 +324,9 @@ def build(**arguments):
 
 BAD_CALLS = {
     "model must be callable": (TypeError, lambda: DiffusionClassifier(None, S)),
+    "schedule must be a NoiseSchedule": (TypeError, lambda: DiffusionClassifier(lambda x, t, c: x, None)),
+    "stages must be a list of pairs": (TypeError, lambda: build(stages=5)),
+    r"stages must be a list of pairs \(": (TypeError, lambda: build(stages=[5, 1])),
     "weighting must be callable": (TypeError, lambda: build(weighting="edm")),
     "prediction_type must be one of": (ValueError, lambda: build(prediction_type="eps")),
     "loss must be one of": (ValueError, lambda: build(loss="l3")),

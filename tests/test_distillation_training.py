@@ -93,6 +93,20 @@ def test_fake_score_loss(kind: str, reduction: Any, dtype: torch.dtype) -> None:
     torch.testing.assert_close(got[0].double(), exact[0], rtol=2e-2 if dtype == torch.bfloat16 else 1e-6, atol=0)
 
 
+@pytest.mark.parametrize("module", [fastgen, reference], ids=["public", "reference"])
+@pytest.mark.parametrize("kind", ["v_prediction", "flow_prediction"])
+def test_targets_of_half_precision_images_are_not_rounded(kind: str, module: Any) -> None:
+    x0, noise, error = (torch.randn(4, 999, device=DEVICE).bfloat16() for _ in range(3))
+    alpha, sigma = (torch.full((4,), value, device=DEVICE) for value in (0.6, 0.8))
+    a, s = (0.6, 0.8) if kind == "v_prediction" else (1.0, 1.0)
+    target = a * noise.double() - s * x0.double()
+    pred = (target + 0.02 * error.double()).bfloat16().requires_grad_()
+    module.fake_score_loss(pred, x0, noise, alpha, sigma, prediction_type=kind, reduction="sum").backward()
+    assert pred.grad is not None
+    expected = 2 * (pred.detach().double() - target) / 999
+    assert (pred.grad.double() - expected).norm() < 0.004 * expected.norm()  # what rounding the gradient costs
+
+
 def test_a_perfect_fake_network_has_no_loss() -> None:
     x0, noise = torch.randn(2, 8, device=DEVICE), torch.randn(2, 8, device=DEVICE)
     sigma = torch.tensor([0.3, 0.7], device=DEVICE)
@@ -161,6 +175,13 @@ def test_backward_simulation_draws_every_step_and_converts_predictions() -> None
     torch.testing.assert_close(epsilon.x0, epsilon.x_t)
     with pytest.raises(ValueError, match="step must be from 0 to 2"):
         backward_simulation(zero, schedule, times, noise, step=3)
+    for step in (True, 1.5, "1", torch.tensor(1)):
+        with pytest.raises(TypeError, match="step must be an int"):
+            backward_simulation(zero, schedule, times, noise, step=step)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="generator must be callable"):
+        backward_simulation(None, schedule, times, noise)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="schedule must be a NoiseSchedule"):
+        backward_simulation(zero, None, times, noise)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="times must have shape"):
         backward_simulation(zero, schedule, times[:0], noise)
 
@@ -177,6 +198,7 @@ for _ in range(12):
     steps.append(fastgen.backward_simulation(lambda x, t: x, fastgen.NoiseSchedule.flow(), times, noise).step)
 print(steps)
 torch.distributed.destroy_process_group()
+assert not fastgen.distillation_training._shared_steps
 """
 
 
@@ -186,5 +208,6 @@ def test_every_rank_draws_the_same_step(tmp_path: Any) -> None:
     where = f"file://{tmp_path / 'store'}"
     runs = [subprocess.Popen([*command, str(rank), where], stdout=subprocess.PIPE, text=True) for rank in range(2)]
     outputs = [run.communicate(timeout=120)[0] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0]
     assert outputs[0] == outputs[1] != ""
     assert len(set(outputs[0].strip("[]\n").split(", "))) > 3

@@ -10,10 +10,9 @@ import torch
 import fastgen
 
 ROOT = Path(__file__).parents[1]
-PUBLIC = [name for name in fastgen.__all__ if name not in ("build_info",)]
 
 
-@pytest.mark.parametrize("name", PUBLIC)
+@pytest.mark.parametrize("name", fastgen.__all__)
 def test_docstring_examples(name):
     tests = doctest.DocTestFinder(recurse=False).find(getattr(fastgen, name), name, globs={})
     assert tests, f"{name} has no docstring"

@@ -113,6 +113,11 @@ def test_edges(loss_backend, device):
     torch.testing.assert_close(grad[others], gradients(fastgen, real, labels, fake, None)[1][others])
     assert loss.isnan()
     assert fastgen.joint_energy_loss(real, torch.full_like(labels, 7), fake).isnan()
+    # Other losses' ignore_index is a label outside like any other.
+    labels[0] = -100
+    loss, energy, _ = fastgen.joint_energy_loss(real, labels, fake, ignore_index=-1, return_energies=True)
+    assert loss.isnan()
+    torch.testing.assert_close(energy, -real.logsumexp(1))
 
 
 def test_compiles_and_does_not_sync(loss_backend, device):
@@ -201,6 +206,17 @@ def gaussians(x):
     return -0.5 * torch.stack([(x - 3).square().sum(1), (x + 3).square().sum(1)], 1)
 
 
+def test_guidance_wherever_it_is_called():
+    x, labels = torch.randn(3, 4), torch.tensor([0, 5, -1])
+    net = torch.nn.Linear(4, 5)
+    expected = fastgen.classifier_guidance(net, x, labels)
+    assert expected.isnan().any(1).tolist() == [False, True, True]  # labels outside are not silently no guidance
+    with torch.inference_mode():
+        assert torch.equal(fastgen.classifier_guidance(net, x + 0, labels)[0], expected[0])
+    constant = fastgen.classifier_guidance(lambda x: net.weight[:3].clone(), x, labels[:1].expand(3))
+    assert torch.equal(constant, torch.zeros_like(x))
+
+
 def test_langevin_samples_a_known_density():
     gen = torch.Generator().manual_seed(0)
     start = torch.randn(4000, 1, generator=gen)
@@ -277,6 +293,8 @@ BAD_CALLS = {
     "labels must be given": (ValueError, lambda: fastgen.classifier_guidance(NET, X, score=X)),
     "labels must be int64 ": (TypeError, lambda: fastgen.classifier_guidance(NET, X, Y.float())),
     "classifier must return logits": (ValueError, lambda: fastgen.classifier_guidance(lambda x: x.sum(1), X)),
+    "classifier must be callable": (TypeError, lambda: fastgen.classifier_guidance(None, X)),
+    "logits that depend on x": (ValueError, lambda: fastgen.classifier_guidance(lambda x: NET(x).detach(), X)),
     "guidance_scale must be finite": (ValueError, lambda: fastgen.langevin_sample(NET, X, Y, guidance_scale=math.nan)),
     "steps must be at least 1": (ValueError, lambda: fastgen.langevin_sample(NET, X, steps=0)),
     "x must be a torch.Tensor": (TypeError, lambda: fastgen.langevin_sample(NET, [1.0])),
@@ -286,6 +304,10 @@ BAD_CALLS = {
     "dtype must be float32": (TypeError, lambda: ReplayBuffer(4, (2,), dtype=torch.int64)),
     "seed must be an int": (TypeError, lambda: ReplayBuffer(4, (2,), seed=None)),
     "n must be at most the capacity": (ValueError, lambda: ReplayBuffer(4, (2,)).sample(5)),
+    "shape must be a tuple of ints": (TypeError, lambda: ReplayBuffer(4, 2)),
+    "shape must be a tuple": (TypeError, lambda: ReplayBuffer(4, (-1,))),
+    "index must hold integers": (TypeError, lambda: ReplayBuffer(4, (2,)).update(Y > 0, X)),
+    "state must have the keys": (ValueError, lambda: ReplayBuffer(4, (2,)).load_state_dict({})),
     "samples must have shape": (ValueError, lambda: ReplayBuffer(4, (2,)).update(Y, X)),
     "state's samples have shape": (
         ValueError,

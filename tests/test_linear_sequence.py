@@ -230,12 +230,21 @@ def test_memory_beyond_the_weight_gradient(sizes):
 
 H, W, B, Y = torch.zeros(2, 3, 4), torch.zeros(5, 4), torch.zeros(5), torch.zeros(2, 3, dtype=torch.int64)
 linear, tokens = fastgen.linear_generalized_jsd_loss, fastgen.linear_token_logprob
+
+
+def under_autocast(hidden, weight):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return tokens(hidden, weight, Y)
+
+
 BAD_CALLS = {
     "hidden must be a torch.Tensor": (TypeError, lambda: tokens([1.0], W, Y)),
     "hidden must be float32": (TypeError, lambda: tokens(H.int(), W, Y)),
     r"hidden must have shape \[..., H\]": (ValueError, lambda: tokens(H[..., :0], W, Y)),
     r"weight must have shape \[V, 4\]": (ValueError, lambda: tokens(H, W[:, :3], Y)),
     "weight is torch.bfloat16": (TypeError, lambda: tokens(H, W.bfloat16(), Y)),
+    "weight is torch.float32, but hidden is torch.float64": (TypeError, lambda: under_autocast(H.double(), W)),
+    "weight is torch.float64, but hidden is torch.float32": (TypeError, lambda: under_autocast(H, W.double())),
     "weight is on meta": (ValueError, lambda: tokens(H, W.to("meta"), Y)),
     r"bias must have shape \[5\]": (ValueError, lambda: tokens(H, W, Y, bias=B[:4])),
     r"tokens must have shape \[2, 3\]": (ValueError, lambda: tokens(H, W, Y[:1])),

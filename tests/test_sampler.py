@@ -180,6 +180,8 @@ def test_a_scheduler_of_diffusers_draws_the_same():
         ({"data_range": (1.0, -1.0)}, ValueError, "data_range must be"),
         ({"prediction_type": "x0"}, ValueError, "prediction_type must be one of"),
         ({"variance": "learned"}, ValueError, "variance must be one of"),
+        ({"variance": "learned", "method": "analytic-ddpm"}, ValueError, "variance must be one of"),
+        ({"uncond_model": 3}, TypeError, "uncond_model must be callable"),
     ],
 )
 def test_bad_arguments_are_named(changes, error, message):
@@ -190,6 +192,8 @@ def test_bad_arguments_are_named(changes, error, message):
 def test_other_bad_arguments():
     with pytest.raises(ValueError, match="schedule must be discrete"):
         sample(exact_noise, NoiseSchedule.edm(), start())
+    with pytest.raises(TypeError, match="model must be callable"):
+        sample(None, SCHEDULE, start())
     with pytest.raises(TypeError, match="noise must be float32"):
         run(torch.zeros(2, 3, dtype=torch.int64))
     with pytest.raises(ValueError, match="cond has shape"):

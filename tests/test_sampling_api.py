@@ -258,6 +258,29 @@ def test_no_sync(kernel_backend: str, device: str) -> None:
     assert syncs.count == 0
 
 
+@pytest.mark.parametrize("name", ["reverse_step_", "langevin_step_"])
+def test_a_backward_does_not_use_what_was_overwritten(name: str, backend: str, device: str) -> None:
+    x, weight = torch.randn(2, 3, device=device), torch.randn(2, 3, device=device, requires_grad=True)
+    arguments = {"reverse_step_": (x, K.__class__(*(k.to(device) for k in K))), "langevin_step_": (x, 0.5, 0.1)}[name]
+    loss = (x * weight).sum()
+    with torch.no_grad():
+        getattr(fastgen, name)(x, *arguments)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    with torch.inference_mode():
+        getattr(fastgen, name)(x.clone(), *arguments)
+
+
+@pytest.mark.parametrize("clipped", [False, True])
+@pytest.mark.parametrize("method", ["ddpm", "ddim"])
+def test_a_schedule_may_start_without_noise(method: Any, clipped: bool, backend: str, device: str) -> None:
+    schedule = NoiseSchedule.from_alphas_cumprod(torch.tensor([1.0, 0.5]))
+    k = fastgen.step_coefficients(schedule, -1, 0, method=method, use_clipped_model_output=clipped, device=device)
+    x = torch.randn(2, 3, device=device)
+    for kind, pred in (("sample", x), ("epsilon", torch.randn_like(x))):
+        assert torch.equal(fastgen.reverse_step(x, pred, k, prediction_type=kind, noise=pred), x)
+
+
 X, K = torch.zeros(2, 3), fastgen.step_coefficients(SCHEDULE, 3, 5)
 TWO = torch.tensor([0, 1])
 

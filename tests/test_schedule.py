@@ -54,6 +54,11 @@ def test_vp_integrates_its_beta():
     torch.testing.assert_close(schedule.alpha_t(t), torch.exp(-0.5 * integral))
 
 
+def test_edm_weight_at_the_ends_of_a_flow():
+    weight = NoiseSchedule.flow().edm_weight(torch.tensor([0.0, 0.5, 1.0]))
+    assert weight.tolist() == [float("inf"), 5.0, 4.0]  # all is noise at t = 1, which training draws
+
+
 def test_flow_times():
     generator = torch.Generator().manual_seed(0)
     uniform = NoiseSchedule.flow().sample_t(20_000, generator=generator)
@@ -148,6 +153,7 @@ BAD_CALLS = {
     "num_timesteps must be at least 1": (ValueError, lambda: NoiseSchedule.linear(0)),
     "beta_start must be > 0": (ValueError, lambda: NoiseSchedule.linear(10, 0.0)),
     "must be below 1": (ValueError, lambda: NoiseSchedule.linear(10, 0.1, 1.5)),
+    "max_beta must be below 1": (ValueError, lambda: NoiseSchedule.cosine(10, max_beta=1.0)),
     "sigma_data must be > 0": (ValueError, lambda: NoiseSchedule.edm(sigma_data=0.0)),
     "shift must be > 0": (ValueError, lambda: NoiseSchedule.flow(shift=-1.0)),
     "t must hold integers": (TypeError, lambda: NoiseSchedule.linear().alpha_t(V)),

@@ -113,10 +113,10 @@ def test_moments_save_and_load():
     assert torch.equal(other.ms_eps, moments.ms_eps)
     with pytest.raises(ValueError, match=r"float64 \[2, 3\].*got torch.float64 \[3, 3\]"):
         ScoreMoments(2).load_state_dict(state)
-    with pytest.raises(ValueError, match="key 'sums' alone"):
+    with pytest.raises(ValueError, match="keys 'sums' and 'reduced'"):
         other.load_state_dict({})
     with pytest.raises(TypeError, match=r"must be a torch\.Tensor"):
-        other.load_state_dict({"sums": 3})
+        other.load_state_dict({**state, "sums": 3})
 
 
 def reduce_moments(rank, port, out):
@@ -129,6 +129,10 @@ def reduce_moments(rank, port, out):
     moments.all_reduce(dist.group.WORLD)
     with pytest.raises(RuntimeError, match="once, after all updates"):
         moments.all_reduce()
+    resumed = ScoreMoments(4)
+    resumed.load_state_dict(moments.state_dict())
+    with pytest.raises(RuntimeError, match="once, after all updates"):  # it would count all samples twice
+        resumed.all_reduce()
     torch.save((moments.ms_eps, moments.count, moments.standard_error), f"{out}/{rank}.pt")
     dist.destroy_process_group()
 

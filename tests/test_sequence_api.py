@@ -70,6 +70,17 @@ def test_no_rows_and_none_valid(reduction, backend, device):
     assert torch.autograd.grad(loss, empty)[0].shape == (0, 3, 9)
 
 
+@pytest.mark.parametrize("items", [torch.tensor(0), torch.tensor(0.0)], ids=str)
+def test_no_items_divide_nothing(items, backend, device):
+    """What Transformers passes as num_items_in_batch where every label of a step is masked."""
+    s, t, y = streams((2, 3, 9), device=device)
+    labels = torch.full_like(y, -100)
+    f = lambda x: fastgen.generalized_jsd_loss(x, t, labels, num_items=items.to(device))  # noqa: E731
+    value, grad = value_and_grad(f, s)
+    assert value == 0
+    assert (grad == 0).all()
+
+
 @pytest.mark.parametrize("value", [True, False])
 def test_ddo_with_one_group_only(value, backend, device):
     s, t, y = streams((3, 4, 9), device=device)

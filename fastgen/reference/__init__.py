@@ -17,6 +17,7 @@ from .adversarial import (
 )
 from .analytic_dpm import mean_square
 from .diffusion_classifier import classify
+from .distillation_training import fake_score_loss
 from .elbo import ddo_loss, diffusion_dpo_loss, elbo_difference, elbo_error
 from .energy import joint_energy_loss
 from .sampling import StepCoefficients, guidance, langevin_step, posterior_sample, reverse_step, step_coefficients
@@ -26,7 +27,6 @@ from .score_distillation import (
     ScorePair,
     decoupled_dmd_loss,
     dmd_loss,
-    fake_score_loss,
     sds_loss,
     vsd_loss,
 )

@@ -19,12 +19,12 @@ def discriminator_loss(real_logits: Logits, fake_logits: Logits, *, kind: str = 
 
     def loss(r: Tensor, f: Tensor) -> Tensor:
         if kind == "wgan":
-            return f.mean() - r.mean()
+            return _mean(f) - _mean(r)
         if kind == "hinge":
-            return F.relu(1 - r).mean() + F.relu(1 + f).mean()
+            return _mean(F.relu(1 - r)) + _mean(F.relu(1 + f))
         if kind == "relativistic":
-            return softplus(f - r).mean()
-        return softplus(-r).mean() + softplus(f).mean()
+            return _mean(softplus(f - r))
+        return _mean(softplus(-r)) + _mean(softplus(f))
 
     pairs = zip(_scales(real_logits), _scales(fake_logits), strict=True)
     return torch.stack([loss(r, f) for r, f in pairs]).mean()
@@ -42,12 +42,12 @@ def generator_loss(fake_logits: Logits, real_logits: Logits | None = None, *, ki
 
     fake = _scales(fake_logits)
     real = fake if real_logits is None else _scales(real_logits)
-    return torch.stack([loss(f, r).mean() for f, r in zip(fake, real, strict=True)]).mean()
+    return torch.stack([_mean(loss(f, r)) for f, r in zip(fake, real, strict=True)]).mean()
 
 
 def r1_penalty(logits: Logits, images: Tensor, *, gamma: float = 1.0, every: int = 1) -> Tensor:
     """``every · gamma/2 · mean |∇ℓ|²``."""
-    return 0.5 * every * gamma * widened(input_gradient(logits, images)).flatten(1).square().sum(1).mean()
+    return 0.5 * every * gamma * _mean(square_gradient(logits, images))
 
 
 def approximate_r1_penalty(
@@ -65,7 +65,7 @@ def approximate_r1_penalty(
     noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
     moved = discriminator((x + sigma * noise).to(images.dtype))
     slope = (sample_logits(moved) - sample_logits(logits)) / sigma
-    return 0.5 * every * gamma * slope.square().mean()
+    return 0.5 * every * gamma * _mean(slope.square())
 
 
 def gradient_penalty(
@@ -79,10 +79,10 @@ def gradient_penalty(
     """``weight · mean (|∇ℓ(x̂)| - 1)²`` at ``x̂ = u real + (1 - u) fake``, u uniform per row."""
     u = torch.rand(real.shape[0], generator=generator, device=real.device).reshape(-1, *[1] * (real.dim() - 1))
     between = (u * widened(real.detach()) + (1 - u) * widened(fake.detach())).to(real.dtype).requires_grad_()
-    square = widened(input_gradient(critic(between), between)).flatten(1).square().sum(1)
+    square = square_gradient(critic(between), between)
     # The root's derivative is infinite at 0; below the clamp the gradient is zero.
     norm = square.clamp(min=torch.finfo(square.dtype).tiny).sqrt()
-    return weight * (norm - 1).square().mean()
+    return weight * _mean((norm - 1).square())
 
 
 @torch.no_grad()
@@ -120,12 +120,29 @@ def pix2pix_loss(
 
 def input_gradient(logits: Logits, images: Tensor) -> Tensor:
     """Each sample's ∇ℓ, differentiable again."""
-    return torch.autograd.grad(sample_logits(logits).sum(), images, create_graph=True)[0]
+    try:
+        return torch.autograd.grad(sample_logits(logits).sum(), images, create_graph=True)[0]
+    except RuntimeError as error:
+        if "not have been used" not in str(error) and "does not require grad" not in str(error):
+            raise
+        raise ValueError(
+            "logits do not depend on images: were the images copied or detached in between, or gradients off?"
+        ) from error
+
+
+def square_gradient(logits: Logits, images: Tensor) -> Tensor:
+    """‖∇ℓ‖² [B], differentiable again."""
+    return widened(input_gradient(logits, images)).unsqueeze(-1).flatten(1).square().sum(1)
 
 
 def sample_logits(logits: Logits) -> Tensor:
     """ℓ [B]: the mean of a sample's logits, then over scales."""
     return torch.stack([t.unsqueeze(-1).flatten(1).mean(1) for t in _scales(logits)]).mean(0)
+
+
+def _mean(t: Tensor) -> Tensor:
+    """0 of no elements."""
+    return t.sum() / max(t.numel(), 1)
 
 
 def _scales(logits: Logits) -> list[Tensor]:

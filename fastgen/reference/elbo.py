@@ -114,4 +114,4 @@ def _reduced(penalty: Tensor, element_reduction: str) -> Tensor:
 
 
 def _weighted(rows: Tensor, weight: Tensor | None) -> Tensor:
-    return rows if weight is None else weight.to(rows.dtype) * rows
+    return rows if weight is None else weight.detach().to(rows.dtype) * rows

@@ -60,7 +60,7 @@ def step_coefficients(
         own = eta**2 * small
         x0, x_t, eps = bar_s.sqrt(), zero, (noise_s - own).clamp(min=0).sqrt()
         if use_clipped_model_output:  # ε̂ = (x_t - alpha_t x̂0) / sigma_t of the clamped x̂0
-            x_t = eps / sigma_t
+            x_t = torch.where(sigma_t > 0, eps / sigma_t, 0.0)
             x0, eps = x0 - alpha_t * x_t, zero
     noise = (own if isinstance(variance, str) else variance.to(bar_t)).sqrt()
     return StepCoefficients(*(k.to(dtype) for k in (alpha_t, sigma_t, x0, x_t, eps, noise)))
@@ -94,6 +94,7 @@ def reverse_step(
 
 def guidance(cond: Tensor, uncond: Tensor, scale: float | Tensor) -> Tensor:
     """``uncond + scale (cond - uncond)``."""
+    scale = scale.detach() if isinstance(scale, Tensor) else scale
     return _guided(widened(cond), widened(uncond), scale).to(torch.promote_types(cond.dtype, uncond.dtype))
 
 

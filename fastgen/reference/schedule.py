@@ -63,4 +63,4 @@ def widened(t: Tensor) -> Tensor:
 def _rows(scalar: Tensor, like: Tensor) -> Tensor:
     # The images decide between float32 and float64; a float64 coefficient does not widen them.
     dtype = torch.promote_types(like.dtype, torch.float32)
-    return scalar.to(dtype).reshape(*scalar.shape, *[1] * (like.dim() - scalar.dim()))
+    return scalar.detach().to(dtype).reshape(*scalar.shape, *[1] * (like.dim() - scalar.dim()))

@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .elbo import elbo_error
-from .schedule import add_noise, prediction_to_x0, widened
+from .schedule import prediction_to_x0, widened
 
 
 class ScorePair(NamedTuple):
@@ -163,29 +162,6 @@ def decoupled_dmd_loss(
     return loss_with_gradient(x, G, finite, n, mask, reduction, return_stats, (G_dm, G_ca))
 
 
-def fake_score_loss(
-    pred: Tensor,
-    x0: Tensor,
-    noise: Tensor,
-    alpha_t: Tensor,
-    sigma_t: Tensor,
-    *,
-    prediction_type: str = "epsilon",
-    weight: Tensor | None = None,
-    reduction: str = "mean",
-) -> Tensor:
-    """The denoising loss ``w mean (pred - target)²`` in the network's own prediction type."""
-    x0, noise = x0.detach(), noise.detach()
-    target = {
-        "epsilon": lambda: noise,
-        "sample": lambda: x0,
-        "v_prediction": lambda: add_noise(noise, x0, alpha_t, -sigma_t),
-        "flow_prediction": lambda: widened(noise) - widened(x0),
-    }[prediction_type]()
-    error = elbo_error(pred, target, weight=weight)
-    return error if reduction == "none" else error.sum() / (max(len(error), 1) if reduction == "mean" else 1)
-
-
 def guided(cond: Tensor, uncond: Tensor | None, scale: float) -> Tensor:
     """``uncond + s (cond - uncond)``."""
     c = widened(cond.detach())
@@ -196,6 +172,7 @@ def weighted(G: Tensor, weight: Tensor | None) -> Tensor:
     """G times the weight of its sample [B], its frame [B, F] or its element; nothing weighs nothing, even infinity."""
     if weight is None:
         return G
+    weight = weight.detach()
     if weight.shape == G.shape:
         return torch.where(weight == 0, 0, weight.to(G.dtype) * G)
     return trailing(weight.to(G.dtype), G) * G

@@ -86,8 +86,7 @@ def generalized_jsd_loss(
         return rows
     if reduction == "sum":
         return rows.sum()
-    items = valid_tokens(rows, labels, ignore_index) if num_items is None else num_items
-    return rows.sum() / items / (vocabulary if reduction == "mean" else 1)
+    return rows.sum() / item_count(rows, labels, num_items, ignore_index) / (vocabulary if reduction == "mean" else 1)
 
 
 def linear_token_logprob(
@@ -135,6 +134,10 @@ def kl_divergence(log_a: Tensor, log_b: Tensor) -> Tensor:
     return (a * torch.where(a > 0, log_a - log_b, 0.0)).sum(-1)
 
 
-def valid_tokens(rows: Tensor, labels: Tensor | None, ignore_index: int) -> int | Tensor:
-    """How many rows are not ignored, at least 1."""
+def item_count(rows: Tensor, labels: Tensor | None, num_items: int | Tensor | None, ignore_index: int) -> int | Tensor:
+    """`num_items`, or how many rows are not ignored; 1 instead of 0, where there is nothing to divide."""
+    if isinstance(num_items, Tensor):
+        return torch.where(num_items == 0, 1, num_items.detach())
+    if num_items is not None:
+        return num_items
     return max(rows.numel(), 1) if labels is None else (labels != ignore_index).sum().clamp(min=1)
