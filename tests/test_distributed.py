@@ -79,6 +79,15 @@ def run_dtensor(rank, is_real, reduction, out):
         fastgen.elbo_error(p, y, weight=w).full_tensor(),
         fastgen.elbo_error(p.full_tensor(), y.full_tensor(), weight=w.full_tensor()),
     )
+    losses = {}
+    for sharded in (True, False):
+        leaf, target = (t if sharded else t.full_tensor() for t in (p.detach(), y))
+        losses[sharded] = fastgen.feature_distance([leaf.requires_grad_()] * 2, [target, 2 * target], [0.5, 2.0])
+        (losses[sharded].full_tensor() if sharded else losses[sharded]).backward()
+        losses[sharded] = [losses[sharded].detach(), leaf.grad]
+    for actual, wanted in zip(losses[True], losses[False], strict=True):
+        torch.testing.assert_close(actual.full_tensor(), wanted)
+    assert losses[True][1].placements == (Shard(0),)
     pair = fastgen.diffusion_dpo_loss(p, q, y, beta=3.0)
     torch.testing.assert_close(
         pair.full_tensor(), fastgen.diffusion_dpo_loss(p.full_tensor(), q.full_tensor(), y.full_tensor(), beta=3.0)
