@@ -118,9 +118,9 @@ def test_emulated_kernels_agree_with_the_reference(emulated, gpu):
 
 # Rows of logits on a block or a cluster, read once; odd sizes and mixed dtypes; on one block; too long for the chip.
 LOGITS = {
-    "132,232448,16": ["3,1271,bb", "2,9000,ff", "3,7,ff", "0,40,ff", "2,33,dd", "3,264,hf"],
+    "132,232448,16": ["3,1271,bb", "2,9000,ff", "3,7,ff", "0,40,ff", "2,33,dd", "3,264,hf", "9,4101,fb"],
     "108,166912,1": ["2,8192,bf"],
-    "8,4096,2": ["2,6000,fb", "5,2048,bb"],
+    "8,4096,2": ["2,6000,fb", "5,2048,bb", "3,2051,bb"],
 }
 
 

@@ -74,6 +74,7 @@ struct ElboErrorBackward {
 template <class T, class Penalty>
 struct ElboErrorLoss : ElboError<T, Penalty> {
   static constexpr int kMapStreams = 2;
+  static constexpr bool kMapsAtOnce = true;
 
   FASTGEN_HD T coefficient(int64_t, int64_t, const ScaledRow<T>& row, T) const { return row.scale; }
   FASTGEN_HD T map(const ScaledRow<T>&, T coefficient, const T* v) const {
