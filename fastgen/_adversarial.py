@@ -14,7 +14,7 @@ from ._autograd import once_differentiable
 from ._elbo import elbo_error_backward, l1_distance
 from ._gradient import scale_gradient
 
-# Elements of a row that the nearest cache holds between the sum and the gradient, of both tensors.
+# Elements of a row: a block of a GPU keeps that many between the sum and the gradient, a CPU divides them evenly.
 PIECE = 4096
 
 
@@ -80,10 +80,13 @@ def _distance(backend: str, a: Tensor, b: Tensor, weight: float, keep: bool) -> 
 
 def _piece(a: Tensor, b: Tensor) -> int:
     """Into which rows both can be cut as they lie in memory; 0: into none."""
-    if not (_is_plain(a) and _is_plain(b) and _layout.shared_row_strides(a, b) is not None):
+    if not (_is_plain(a) and _is_plain(b)):
         return 0
-    if len(a) > 1 and not a.stride(0) == b.stride(0) == a.numel() // len(a):
-        return 0
+    if not (a.is_contiguous() and b.is_contiguous()):
+        if _layout.shared_row_strides(a, b) is None:
+            return 0
+        if len(a) > 1 and not a.stride(0) == b.stride(0) == a.numel() // len(a):
+            return 0
     return _divisor(a.numel())
 
 
