@@ -32,9 +32,9 @@ MORE_REGISTERS["distance"] = 128
 SPILL_BYTES = {80: 0, 90: 24, 100: 24}
 
 TYPICAL = (
-    "^(mean square held|distance held grad|ddo held grad|ddo looped grad|ddo split grad|dpo sigmoid small grad|error huber held"
-    "|error backward l1|combination|scale in place|vsd masked looped|dmd guided small|dmd masked mixed split"
-    "|step epsilon full|mix|guidance"
+    "^(mean square held|distance held grad|ddo held grad|ddo looped grad|ddo split grad|dpo sigmoid small grad"
+    "|error huber held|error backward l1|combination|scale in place|vsd masked looped"
+    "|dmd guided small|dmd masked mixed split|step epsilon full|mix|guidance"
     "|decoupled looped|trajectory .*|token odd|token backward var|jsd mixed llm grad|jsd reverse few grad)$"
 )
 
