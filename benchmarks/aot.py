@@ -249,6 +249,8 @@ def _calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
         x, weight = _images(dtype, *shape), _vector(shape[0])
         for loss in ("l2", "l1", "huber"):
             yield f"error {loss} {plan}", partial(elbo.elbo_error, x, x, weight, loss, True)
+        yield f"distance {plan}", partial(elbo.l1_distance, x, x, 0.5, False)
+        yield f"distance {plan} grad", partial(elbo.l1_distance, x, x, 0.5, True)
         yield f"mean square {plan}", partial(analytic_dpm.mean_square, x)
         yield f"difference {plan}", partial(elbo.elbo_difference, x, x, x, weight, False)
         yield from _loss_calls(dtype, plan, shape)

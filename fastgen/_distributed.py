@@ -68,9 +68,19 @@ def register_sharding_rules() -> None:
         # Winners and losers lie half a batch apart: a shard of the batch does not hold its pairs.
         return [([whole] * 4, [placements(v, False) for v in values[:4]] + [None] * (len(values) - 4))]
 
+    def distance_rule(*values: Any) -> list[Any]:
+        rules: list[Any] = []
+        for sharded in (True, False):
+            streams = rows if sharded else whole
+            rules.append(
+                ([share if sharded else whole, streams if values[3] else whole], [streams, streams, None, None])
+            )
+        return rules
+
     rules = {
         "elbo_error": functools.partial(row_rule, 3),
         "elbo_error_backward": functools.partial(row_rule, 4),
+        "l1_distance": distance_rule,
         "elbo_difference": functools.partial(row_rule, 4),
         "row_combination": functools.partial(row_rule, 4),
         "ddo_loss": ddo_rule,

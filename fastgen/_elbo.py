@@ -37,6 +37,17 @@ def elbo_error_backward(
 
 
 @_backend.operator(
+    "l1_distance(Tensor pred, Tensor target, float scale, bool with_grad) -> (Tensor distance, Tensor grad_pred)"
+)
+def l1_distance(pred: Tensor, target: Tensor, scale: float, with_grad: bool) -> tuple[Tensor, Tensor]:
+    """``scale Σ abs(pred - target)`` over all elements, and its gradient from the same pass."""
+    return (
+        pred.new_empty((), dtype=_layout.arithmetic_dtype(pred, target)),
+        _layout.new_output(pred, target, dtype=pred.dtype) if with_grad else pred.new_empty((0,)),
+    )
+
+
+@_backend.operator(
     "elbo_difference(Tensor pred, Tensor ref_pred, Tensor target, Tensor? weight, bool element_mean) -> Tensor"
 )
 def elbo_difference(

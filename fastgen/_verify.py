@@ -108,6 +108,10 @@ CASES: dict[str, list[Callable[[ModuleType, Tensor, Tensor, Tensor], Tensor]]] =
         lambda m, p, q, y: m.elbo_error(p, y, loss="l1", element_reduction="sum"),
     ],
     "elbo_error_backward": [lambda m, p, q, y: m.elbo_error(p, y, weight=_row_scalars(p), loss="huber")],
+    "l1_distance": [
+        lambda m, p, q, y: m.feature_distance([p, y], [q, p], [0.7, 1.0]),
+        lambda m, p, q, y: m.feature_distance([p.transpose(0, -1)], [q.transpose(0, -1)]),
+    ],
     "elbo_difference": [lambda m, p, q, y: m.elbo_difference(p, q, y, weight=_row_scalars(p))],
     "ddo_loss": [_ddo],
     "diffusion_dpo_loss": [

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from . import _checks, reference
+from . import _adversarial, _backend, _checks, reference
 from .elbo import elbo_error
 
 Logits = Tensor | Sequence[Tensor]
@@ -264,7 +264,8 @@ def feature_distance(
 
     .. math:: \\sum_l w_l · mean |φ_l(a) - φ_l(b)|
 
-    Each layer takes one pass forward and one backward, with no temporaries.
+    One pass over a layer gives its distance and, where it requires one, its gradient; nothing else of its size exists.
+    (In float16, which a loss scale has to reach first, and under torch.compile, the gradient takes a pass of its own.)
 
     Args:
         features: φ_l(a), [B, …] a layer, of any floating dtypes. Gradients flow to them alone.
@@ -347,10 +348,10 @@ def pix2pix_loss(
 
 
 def _weighted_l1(a: Sequence[Tensor], b: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    terms = [
-        elbo_error(x, y, loss="l1").sum() * (w / max(x.shape[0], 1)) for x, y, w in zip(a, b, weights, strict=True)
-    ]
-    return torch.stack(terms).sum()
+    backend = _backend.backend_for("l1_distance", a[0].device.type)
+    if backend == "reference":
+        return reference.feature_distance(a, b, weights)
+    return _adversarial.weighted_l1(backend, a, b, weights)
 
 
 def _square_gradient(logits: Logits, images: Tensor) -> Tensor:

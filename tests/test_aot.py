@@ -25,14 +25,16 @@ REGISTERS |= {
 # A step with its seven numbers and four half-precision streams: four programs of 256 threads.
 # More streams and sums: two programs of 256 threads with those of a field with one term, one with those of two terms.
 MORE_REGISTERS = {"step": 64, "mix": 64, "sds": 112, "vsd": 112, "dmd": 128, "decoupled": 192}
+# Two whole rows of 16384 float32: 128 still let one program of 512 threads run. (Features come in rows of 4096.)
+MORE_REGISTERS["distance"] = 128
 # ptxas for sm_100 trades registers of a few looped kernels, of steps of four streams and of float32 beside bfloat16
 # logits, for occupancy. Triton 3.9 does so for sm_90 too, with 24 bytes in the gradient of a mixed divergence; 3.7 not.
 SPILL_BYTES = {80: 0, 90: 24, 100: 24}
 
 TYPICAL = (
-    "^(mean square held|ddo held grad|ddo looped grad|ddo split grad|dpo sigmoid small grad|error huber held"
-    "|error backward l1|combination|scale in place|vsd masked looped|dmd guided small|dmd masked mixed split"
-    "|step epsilon full|mix|guidance"
+    "^(mean square held|distance held grad|ddo held grad|ddo looped grad|ddo split grad|dpo sigmoid small grad"
+    "|error huber held|error backward l1|combination|scale in place|vsd masked looped"
+    "|dmd guided small|dmd masked mixed split|step epsilon full|mix|guidance"
     "|decoupled looped|trajectory .*|token odd|token backward var|jsd mixed llm grad|jsd reverse few grad)$"
 )
 

@@ -26,6 +26,7 @@ def samples(device):
     return {
         "elbo_error": [(p, q, w, "l2", True), (p.bfloat16(), q, None, "huber", False)],
         "elbo_error_backward": [(w, p, q, w, "l1", True), (w, p.half(), q, None, "l2", False)],
+        "l1_distance": [(p, q, 0.3, True), (p.bfloat16().transpose(1, 2), q, 2.0, False)],
         "elbo_difference": [(p, q, y, w, False), (p.double(), q, y, None, True)],
         "ddo_loss": [
             (p, q, y, w, False, "mean", True, real, None, 2.0, 0.1, 1),
@@ -128,6 +129,7 @@ def losses(device):
     schedule, times = fastgen.NoiseSchedule.linear(10), torch.tensor([0, 3, 9, 1], device=device)
     return {
         "elbo_error": lambda p: fastgen.elbo_error(p, y, weight=w).sum(),
+        "l1_distance": lambda p: fastgen.feature_distance([p, p[:2]], [y, q[:2]], [0.3, 2.0]),
         "elbo_difference": lambda p: fastgen.elbo_difference(p, q, y).sum(),
         "ddo_loss": lambda p: fastgen.ddo_loss(p, q, y, real, weight=w, alpha=2.0),
         "ddo_loss-none": lambda p: fastgen.ddo_loss(p, q, y, real, reduction="none").sum(),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from oracle import assert_accurate
-from test_distributed import spawn
+from ranks import spawn
 
 from fastgen import NoiseSchedule, ScoreMoments, _analytic_dpm, reference
 
@@ -119,10 +119,9 @@ def test_moments_save_and_load():
         other.load_state_dict({**state, "sums": 3})
 
 
-def reduce_moments(rank, port, out):
+def reduce_moments(rank, out):
     import torch.distributed as dist
 
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     moments = ScoreMoments(4)
     t, pred = distributed_data()
     moments.update(t[rank::2], pred[rank::2])
@@ -134,7 +133,6 @@ def reduce_moments(rank, port, out):
     with pytest.raises(RuntimeError, match="once, after all updates"):  # it would count all samples twice
         resumed.all_reduce()
     torch.save((moments.ms_eps, moments.count, moments.standard_error), f"{out}/{rank}.pt")
-    dist.destroy_process_group()
 
 
 def distributed_data():

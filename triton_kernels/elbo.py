@@ -128,6 +128,9 @@ ELBO_ERROR_BACKWARD = {
     loss: Formula(Functions(_error_backward_row, coefficient=_scale_coefficient, map=slope), map_streams=2)
     for loss, slope in (("l2", _map_l2), ("l1", _map_l1), ("huber", _map_huber))
 }
+L1_DISTANCE = Formula(
+    Functions(_error_row, _accumulate_l1, _error_epilogue, _scale_coefficient, _map_l1), sums=1, map_streams=2
+)
 
 
 # -- delta[i] = w_i * scale * sum_D (q - p)(q + p - 2y)
@@ -295,6 +298,15 @@ def elbo_error_backward(
     args = ErrorArgs(rows.scalars(weight), _element_scale(rows, element_mean), grad=rows.scalars(grad))
     run(ELBO_ERROR_BACKWARD[loss], Groups(rows.count), rows, args, grad_pred)
     return grad_pred
+
+
+def l1_distance(pred: Tensor, target: Tensor, scale: float, with_grad: bool) -> tuple[Tensor, Tensor]:
+    rows = Rows(pred, target)
+    term = rows.new_vector(rows.count)
+    grad_pred = rows.new_output(pred.dtype) if with_grad else None
+    args = ErrorArgs(None, scalar.argument(scale, rows.dtype), error=term)
+    run(L1_DISTANCE, Groups(rows.count), rows, args, grad_pred)
+    return term.sum(), pred.new_empty((0,)) if grad_pred is None else grad_pred
 
 
 def elbo_difference(

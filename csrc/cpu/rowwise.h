@@ -19,6 +19,10 @@ constexpr int64_t kSegment = 16 * kChunk;  // what a thread takes when it shares
 constexpr int64_t kSerialElements = 32768;  // less work than this is not worth waking threads for
 constexpr int64_t kStreamingBytes = 8 << 20;  // outputs above this bypass the cache
 
+// Whether a row is mapped in the pass that sums it up.
+template <class F>
+constexpr bool kMapsAtOnce = requires { requires F::kMapsAtOnce; };
+
 template <class F, class T, int N>
 struct Job {
   // float64 is for oracles and gradient checks: not worth a third of the time that it takes to build all this.
@@ -47,15 +51,17 @@ FASTGEN_HD void accumulate_element(const F& formula, const typename F::Row& row,
   for (int k = 0; k < F::kSums; ++k) lanes[k][l] = sums[k];
 }
 
-template <class F, class T, class In>
-FASTGEN_HD void accumulate_chunk(const F& formula, const typename F::Row& row, const In* in, int64_t n, double* sums) {
+// Calls also(i) for each element i, while it is in registers.
+template <class F, class T, class In, class Also>
+FASTGEN_HD void accumulate_chunk(const F& formula, const typename F::Row& row, const In* in, int64_t n, double* sums,
+                                 const Also& also) {
   T lanes[F::kSums][kLanes] = {};
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
     for (int s = 0; s < F::kStreams; ++s) prefetch<kLanes>(in[s], i + kChunk);
-    for (int l = 0; l < kLanes; ++l) accumulate_element(formula, row, in, i + l, l, lanes);
+    for (int l = 0; l < kLanes; ++l) accumulate_element(formula, row, in, i + l, l, lanes), also(i + l);
   }
-  for (int l = 0; i + l < n; ++l) accumulate_element(formula, row, in, i + l, l, lanes);
+  for (int l = 0; i + l < n; ++l) accumulate_element(formula, row, in, i + l, l, lanes), also(i + l);
   for (int k = 0; k < F::kSums; ++k) {
     for (int width = kLanes / 2; width > 0; width /= 2)
       for (int l = 0; l < width; ++l) lanes[k][l] += lanes[k][l + width];
@@ -80,17 +86,36 @@ FASTGEN_HD void with_chunk(const Job<F, T, N>& job, int64_t row, int64_t i, int6
   use(in);
 }
 
-template <class F, class T, int N>
-FASTGEN_HD void reduce_segment(const Job<F, T, N>& job, int64_t row, const typename F::Row& constants, int64_t segment,
-                               double* sums) {
+// The sums of a segment; with kMap also its map, which must not wait for them.
+template <bool kMap, class F, class T, int N>
+FASTGEN_HD void sweep_segment(const Job<F, T, N>& job, int64_t row, const typename F::Row& constants, int64_t segment,
+                              double* sums) {
   alignas(64) T buffers[N][kChunk];
+  alignas(64) [[maybe_unused]] T result[kMap ? kChunk : 1];
+  [[maybe_unused]] T coefficient = T(0);
+  if constexpr (kMap) coefficient = job.formula.coefficient(row, 0, constants, T(0));
   const int64_t end = job.end_of(segment);
   for (int64_t i = segment * kSegment; i < end; i += kChunk) {
     const int64_t n = std::min(kChunk, end - i);
     with_chunk<N>(job, row, i, n, buffers, [&](const auto* in) __attribute__((always_inline)) {
-      accumulate_chunk<F, T>(job.formula, constants, in, n, sums);
+      accumulate_chunk<F, T>(job.formula, constants, in, n, sums, [&](int64_t j) __attribute__((always_inline)) {
+        if constexpr (kMap) {
+          T v[F::kMapStreams];
+          for (int s = 0; s < F::kMapStreams; ++s) v[s] = in[s][j];
+          result[j] = job.formula.map(constants, coefficient, v);
+        }
+      });
     });
+    if constexpr (kMap) store<T>(job.out.data, job.out.dtype, row * job.size + i, n, result, job.streaming);
   }
+}
+
+template <class F, class T, int N>
+FASTGEN_HD void reduce_segment(const Job<F, T, N>& job, int64_t row, const typename F::Row& constants, int64_t segment,
+                               double* sums) {
+  if constexpr (kMapsAtOnce<F>)
+    if (job.out.data) return sweep_segment<true>(job, row, constants, segment, sums);
+  sweep_segment<false>(job, row, constants, segment, sums);
 }
 
 template <class F, class T, int N>
@@ -159,7 +184,7 @@ struct WholeGroups {
         }
         slope = run_epilogue<F, T>(job.formula, g, total);
       }
-      if constexpr (F::kMapStreams > 0)
+      if constexpr (F::kMapStreams > 0 && !kMapsAtOnce<F>)
         for (int64_t r = job.groups.rows; r-- > 0;) {  // backwards: what was read last is still in the cache
           const int64_t row = job.groups.row(g, r);
           const auto constants = job.formula.row(row, r);
@@ -184,6 +209,7 @@ struct ReduceSegments {
         reduce_segment(job, row, job.formula.row(row, rank), i % job.segments(), part);
         for (int k = 0; k < F::kSums; ++k) scratch[i * F::kSums + k] = part[k];
       }
+    if (kMapsAtOnce<F> && job.streaming) stream_fence();
   }
 };
 
@@ -191,7 +217,7 @@ struct ReduceSegments {
 template <class F, class T, int N>
 struct MapSegments {
   static FASTGEN_HD void run(const Job<F, T, N>& job, double* scratch, int64_t begin, int64_t end) {
-    if constexpr (F::kMapStreams > 0)
+    if constexpr (F::kMapStreams > 0 && !kMapsAtOnce<F>)
       for (int64_t i = end; i-- > begin;) {  // backwards too
         const int64_t index = i / job.segments(), rank = index % job.groups.rows;
         const int64_t row = job.groups.row(index / job.groups.rows, rank);
@@ -217,7 +243,7 @@ void split_rows(const Job<F, T, N>& job) {
       coefficients[g * job.groups.rows] = static_cast<double>(run_epilogue<F, T>(job.formula, g, total));
     }
   }
-  if constexpr (F::kMapStreams > 0) {
+  if constexpr (F::kMapStreams > 0 && !kMapsAtOnce<F>) {
     for (int64_t g = 0; g < job.groups.count; ++g) {
       const T slope = static_cast<T>(coefficients[g * job.groups.rows]);
       for (int64_t r = 0; r < job.groups.rows; ++r) {

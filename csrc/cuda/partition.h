@@ -40,6 +40,13 @@ FASTGEN_HD Span span_of(int64_t v, int64_t vectors, int64_t size, int width) {
   return span;
 }
 
+// Vector v of a row whose elements `head`, `head` + width, … start at 16 bytes: vector 0 is what comes before them.
+FASTGEN_HD Span peeled_span_of(int64_t v, int head, int64_t size, int width) {
+  if (v == 0) return {0, 1, head < size ? head : static_cast<int>(size)};
+  const int64_t start = head + (v - 1) * width, left = size - start;
+  return {start, 1, left >= width ? width : left > 0 ? static_cast<int>(left) : 0};
+}
+
 // What a device allows a kernel.
 struct Limits {
   int multiprocessors;

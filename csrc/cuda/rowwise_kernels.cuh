@@ -33,7 +33,8 @@ constexpr bool kMaps = F::kMapStreams > 0;
 
 // How a kernel reaches elements. Wide: 16 bytes at a time, where every row of every stream and of the output starts at
 // 16 bytes and is a whole number of vectors. Else one at a time (Span). A template, for the registers that wide saves.
-enum class Access { wide, single };
+// Peeled, which only sweeps have: wide but for the elements before a row's first 16-byte boundary and after its last.
+enum class Access { wide, single, peeled };
 
 // Vectors that a thread loads before it uses the first: two of one stream, to keep loads in flight. More, or two of
 // several streams, would cost registers and with them threads, whose loads are in flight too.

@@ -60,7 +60,14 @@ struct SweepJob {
   TokenStream in[N];
   Output out;
 
-  __device__ __forceinline__ Span span(int64_t v) const { return span_of(v, vectors, size, kWidth<T>); }
+  __device__ __forceinline__ int64_t start(int s, int64_t row) const {
+    return row / in[s].inner * in[s].outer_stride + row % in[s].inner * in[s].inner_stride;
+  }
+  // Of a peeled row: the elements before the first vector, alike in all streams and the output.
+  __device__ __forceinline__ int head(int64_t row) const {
+    const auto element = reinterpret_cast<uintptr_t>(in[0].data) / sizeof(uint16_t) / (bytes_of<false>(in[0].dtype) / 2);
+    return static_cast<int>(-(element + static_cast<uintptr_t>(start(0, row))) % kWidth<T>);
+  }
 };
 
 // What threads of a block, and blocks of a cluster, tell each other: each part has its own place and uses it once.
@@ -88,11 +95,14 @@ struct Sweep {
   char* memory;
   int64_t row, first, last;
   int part;
+  int head;
 
-  __device__ __forceinline__ int64_t start(int s) const {
-    const TokenStream& in = job.in[s];
-    return row / in.inner * in.outer_stride + row % in.inner * in.inner_stride;
+  __device__ __forceinline__ Span span(int64_t v) const {
+    if constexpr (access == Access::peeled) return peeled_span_of(v, head, job.size, kWidth<T>);
+    return span_of(v, job.vectors, job.size, kWidth<T>);
   }
+
+  __device__ __forceinline__ int64_t start(int s) const { return job.start(s, row); }
 
   __device__ __forceinline__ Held<T, false> holder(int stream) const {
     char* base = memory;
@@ -102,13 +112,23 @@ struct Sweep {
     return {base, plan.threads, static_cast<int>(threadIdx.x)};
   }
 
+  // Whether 16-byte accesses reach all of vector v, and from which column on.
+  __device__ __forceinline__ bool whole(int64_t v) const {
+    if constexpr (access == Access::peeled) return v > 0 && span(v).count == kWidth<T>;
+    return access == Access::wide;
+  }
+  __device__ __forceinline__ int64_t begin(int64_t v) const {
+    return access == Access::peeled ? head + (v - 1) * kWidth<T> : v * kWidth<T>;
+  }
+
   template <Use use>
   __device__ __forceinline__ void load(int64_t v, Raw (&raw)[N]) const {
+    const bool wide = whole(v);
 #pragma unroll
     for (int s = 0; s < N; ++s) {
       const Stream in{job.in[s].data, job.in[s].dtype, 0};
-      if constexpr (access == Access::wide) load_wide<T, use, false>(in, start(s) + v * kWidth<T>, raw[s]);
-      else load_single<T, use, false>(in, start(s), job.span(v), raw[s]);
+      if (wide) load_wide<T, use, false>(in, start(s) + begin(v), raw[s]);
+      else load_single<T, use, false>(in, start(s), span(v), raw[s]);
     }
   }
 
@@ -119,18 +139,18 @@ struct Sweep {
   }
 
   __device__ __forceinline__ int count(int64_t v) const {
-    return access == Access::wide ? kWidth<T> : job.span(v).count;
+    return access == Access::wide ? kWidth<T> : span(v).count;
   }
 
   __device__ __forceinline__ int64_t column(int64_t v, int j) const {
     if constexpr (access == Access::wide) return v * kWidth<T> + j;
-    const Span span = job.span(v);
-    return span.start + int64_t{1} * j * span.stride;
+    const Span of = span(v);
+    return of.start + int64_t{1} * j * of.stride;
   }
 
   __device__ __forceinline__ void store(int64_t v, const Raw& raw) const {
-    if constexpr (access == Access::wide) store_wide<T>(job.out, row * job.width + v * kWidth<T>, raw);
-    else store_single<T>(job.out, row * job.width, job.span(v), raw);
+    if (whole(v)) store_wide<T>(job.out, row * job.width + begin(v), raw);
+    else store_single<T>(job.out, row * job.width, span(v), raw);
   }
 
   // Zeros in the columns from `begin` to the output's width.
@@ -336,7 +356,8 @@ __global__ void __launch_bounds__(kSweepThreads<T>, 1) sweep_rows(const __grid_c
                                      row,
                                      first,
                                      min(job.vectors, first + plan.share),
-                                     static_cast<int>(blockIdx.x % plan.parts)};
+                                     static_cast<int>(blockIdx.x % plan.parts),
+                                     access == Access::peeled ? job.head(row) : 0};
   if (job.formula.ignored(row)) {  // all blocks of a cluster find so, before any barrier
     if (sweep.part == 0 && threadIdx.x == 0) job.formula.ignore(row);
     if (job.out.data) sweep.clear();
@@ -359,6 +380,24 @@ bool is_wide(const SweepJob<T, F, N>& job, int64_t rows) {
   return wide && (!job.out.data || is_aligned(job.out.data, rows, job.width, bytes_of<false>(job.out.dtype), kWidth<T>));
 }
 
+// Whether a row's elements of all streams and of the output lie alike to 16-byte boundaries, though rows may differ
+// in it: odd vocabularies, in tensors without gaps.
+template <class T, class F, int N>
+bool is_peelable(const SweepJob<T, F, N>& job, int64_t rows) {
+  const auto phase = [](const void* data, ScalarType dtype) {
+    return reinterpret_cast<uintptr_t>(data) / bytes_of<false>(dtype) % kWidth<T>;
+  };
+  const auto alike = [&](const void* data, ScalarType dtype, int64_t stride) {
+    return phase(data, dtype) == phase(job.in[0].data, job.in[0].dtype) &&
+           (rows <= 1 || (stride - job.in[0].inner_stride) % kWidth<T> == 0);
+  };
+  bool peelable = !job.out.data || alike(job.out.data, job.out.dtype, job.width);
+  for (const TokenStream& s : job.in)
+    peelable &= alike(s.data, s.dtype, s.inner_stride) &&
+                (rows <= s.inner || (s.outer_stride - s.inner * s.inner_stride) % kWidth<T> == 0);
+  return peelable;
+}
+
 // Runs `formula` over rows of logits, writing to `out`, [..., width], if it has data.
 template <class T, class F, int N>
 void sweep(const F& formula, const TokenRows<N>& rows, const Output& out, int64_t width) {
@@ -371,14 +410,17 @@ void sweep(const F& formula, const TokenRows<N>& rows, const Output& out, int64_
   if (F::kSums > 0)
     for (const TokenStream& s : job.in) held_bytes += bytes_of<false>(s.dtype) * kWidth<T>;
   const auto run = [&](auto access) {
+    if (access() == Access::peeled) ++job.vectors;
     const auto kernel = &sweep_rows<access(), T, F, N>;
     const Limits limits = limits_of<&sweep_rows<access(), T, F, N>, kSweepThreads<T>>(launch.device);
     const SweepPlan plan = plan_sweep(rows.count, job.vectors, held_bytes, kGathers<F>, limits);
     launch(kernel, rows.count * plan.parts, dim3(plan.threads), plan.shared_bytes, kGathers<F> ? plan.parts : 1, job,
            plan);
   };
-  if (is_wide(job, rows.count)) run(std::integral_constant<Access, Access::wide>{});
-  else run(std::integral_constant<Access, Access::single>{});
+  if (is_wide(job, rows.count)) return run(std::integral_constant<Access, Access::wide>{});
+  if constexpr (sizeof(T) == 4)  // float64 is for checks
+    if (is_peelable(job, rows.count)) return run(std::integral_constant<Access, Access::peeled>{});
+  run(std::integral_constant<Access, Access::single>{});
 }
 
 }  // namespace fastgen::cuda

@@ -70,6 +70,18 @@ struct ElboErrorBackward {
   FASTGEN_HD T map(const Row&, T coefficient, const T* v) const { return coefficient * Penalty::slope(v[0] - v[1]); }
 };
 
+// The errors, which a loss adds up as they are, and d error[i] / d p in the same pass.
+template <class T, class Penalty>
+struct ElboErrorLoss : ElboError<T, Penalty> {
+  static constexpr int kMapStreams = 2;
+  static constexpr bool kMapsAtOnce = true;
+
+  FASTGEN_HD T coefficient(int64_t, int64_t, const ScaledRow<T>& row, T) const { return row.scale; }
+  FASTGEN_HD T map(const ScaledRow<T>&, T coefficient, const T* v) const {
+    return coefficient * Penalty::slope(v[0] - v[1]);
+  }
+};
+
 // The share of one element in sum_D (p - y)^2 - (q - y)^2, negated. Factored: the difference of the two sums cancels.
 template <class T>
 FASTGEN_HD T elbo_difference_element(T p, T y, T q) {

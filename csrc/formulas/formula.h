@@ -13,6 +13,7 @@
 //     T coefficient(int64_t row, int64_t rank, const Row&, T slope) const;  // of a row, from the epilogue's value
 //     T map(const Row&, T coefficient, const T* v) const;                 // one output element
 //     static constexpr bool kMasks;              // optional: true where a stream may be bool
+//     static constexpr bool kMapsAtOnce;         // optional: true where groups have one row and the map waits for no sum
 //     bool idle() const;                         // optional: true where numbers on the device leave nothing to do
 //   };
 //

@@ -63,6 +63,22 @@ Tensor elbo_error_backward(const Tensor& grad, const Tensor& pred, const Tensor&
 }
 
 template <class Device>
+std::tuple<Tensor, Tensor> l1_distance(const Tensor& pred, const Tensor& target, double scale, bool with_grad) {
+  const Rows<2> rows({pred, target});
+  const auto dtype = rows.arithmetic();
+  const Tensor term = new_vector(pred, rows.count, dtype);
+  const Tensor grad_pred =
+      with_grad ? Device::new_output(rows, pred.scalar_type()) : new_vector(pred, 0, pred.scalar_type());
+  return with_arithmetic(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const ElboErrorLoss<T, L1> formula{{nullptr, T(scale), mutable_data<T>(term)}};
+    Device::template rowwise<T>(formula, Groups::single(rows.count), rows,
+                                {with_grad ? grad_pred.mutable_data_ptr() : nullptr, pred.scalar_type()});
+    return std::tuple(Device::template sum<T>(term), grad_pred);
+  });
+}
+
+template <class Device>
 Tensor elbo_difference(const Tensor& pred, const Tensor& ref_pred, const Tensor& target, std::optional<Tensor> weight,
                        bool element_mean) {
   const Rows<3> rows({pred, target, ref_pred});
@@ -143,6 +159,7 @@ template <class Device>
 void register_elbo(torch::stable::detail::StableLibrary& m) {
   m.impl("elbo_error", TORCH_BOX(&elbo_error<Device>));
   m.impl("elbo_error_backward", TORCH_BOX(&elbo_error_backward<Device>));
+  m.impl("l1_distance", TORCH_BOX(&l1_distance<Device>));
   m.impl("elbo_difference", TORCH_BOX(&elbo_difference<Device>));
   m.impl("ddo_loss", TORCH_BOX(&ddo_loss<Device>));
   m.impl("diffusion_dpo_loss", TORCH_BOX(&diffusion_dpo_loss<Device>));

@@ -71,6 +71,12 @@ def check(case: str) -> None:
             both("ddo_loss", p, q, y, tensors=(is_real,), alpha=2.0, beta=0.7, mc_samples=m, **options)
             if shape[0] % 2 == 0:
                 both("diffusion_dpo_loss", p, q, y, beta=3.0, **options)
+        for t in (y, y[:1].expand(shape)):
+            distance, gradient = torch.ops.fastgen.l1_distance(p, t, 0.3, True)
+            compare(
+                f"{case} distance", distance, 0.3 * (p64 - t.double()).abs().sum(), "d" if "d" in dtypes[:2] else "f"
+            )
+            compare(f"{case} its gradient", gradient, 0.3 * (p64 - t.double()).sign(), dtypes[0])
         square = torch.ops.fastgen.mean_square(p)
         compare(f"{case} mean_square", square, reference.mean_square(p64), "d" if dtypes[0] == "d" else "f")
         combine = torch.ops.fastgen.row_combination

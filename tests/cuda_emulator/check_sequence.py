@@ -42,6 +42,10 @@ def check(case: str) -> None:
 
     both("logprob", lambda m, x: m.token_logprob(x, y, temperature=1.7), s)
     both("ddo", lambda m, x, o: m.sequence_ddo_loss(x, o, y, real, alpha=2.0, normalize=True), s, t)
+    # Both an element past their allocations: like each other, unlike the gradient.
+    beyond = [torch.cat([x.flatten()[:1], x.flatten()])[1:].view(shape) for x in (s, t)]
+    both("logprob beyond", lambda m, x: m.token_logprob(x, y), beyond[0])
+    both("jsd beyond", lambda m, x, o: m.generalized_jsd_loss(x, o, y, beta=0.0, reduction="none"), *beyond)
     for beta in (0.0, 0.3, 1.0):
         for reduction in ("sum", "none"):  # the gradient with the loss, and made again
             f = lambda m, x, o: m.generalized_jsd_loss(x, o, y, beta=beta, reduction=reduction)  # noqa: E731

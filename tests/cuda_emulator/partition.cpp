@@ -24,6 +24,18 @@ static void check_spans(int64_t size, int width) {
   for (int n : visits) CHECK(n == 1);
 }
 
+static void check_peeled_spans(int64_t size, int head, int width) {
+  const int64_t vectors = ceil_div<int64_t>(size, width) + 1;
+  std::vector<int> visits(size);
+  for (int64_t v = 0; v < vectors; ++v) {
+    const Span span = peeled_span_of(v, head, size, width);
+    CHECK(span.stride == 1 && span.count >= 0 && span.count <= width);
+    CHECK(v == 0 || (span.start - head) % width == 0);
+    for (int j = 0; j < span.count; ++j) ++visits.at(span.start + j);
+  }
+  for (int n : visits) CHECK(n == 1);
+}
+
 static void check_plan(int64_t groups, int64_t vectors, int held_bytes, const Limits& limits) {
   const Plan plan = plan_groups(groups, vectors, held_bytes, limits);
   if (!plan.on_chip) return;
@@ -46,6 +58,8 @@ static void check_map(int64_t vectors, int batch) {
 
 int main() {
   for (int64_t size = 0; size < 1200; ++size) check_spans(size, 8), check_spans(size, 4);
+  for (int64_t size = 0; size < 300; ++size)
+    for (int head = 0; head < 8; ++head) check_peeled_spans(size, head, 8);
   const Limits devices[] = {{108, 166912, 1}, {132, 231424, 16}, {132, 231424, 8}, {84, 101376, 1}, {4, 3072, 2}};
   for (const Limits& limits : devices)
     for (int64_t vectors = 0; vectors < (int64_t{1} << 34); vectors += vectors < 3000 ? 1 : vectors / 3)
