@@ -30,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import layout
-from .plan import Plan, groups_plan, map_plan, multiprocessors, offsets_type, unit_of
+from .plan import Plan, groups_plan, map_plan, offsets_type, unit_of
 from .scalar import rounded
 
 
@@ -133,12 +133,13 @@ def run(formula: Formula, groups: Groups, rows: Rows, args: Any, out: Tensor | N
         "MAP_STREAMS": formula.map_streams,
     }
     if formula.sums == 0:
-        _launch_finish(map_plan(rows.size, itemsize, len(rows.tensors)), first, groups, streams, None, constants)
+        _launch_finish(
+            map_plan(rows.size, itemsize, len(rows.tensors), first.device), first, groups, streams, None, constants
+        )
         return
     width = 8 if rows.dtype == torch.float64 else 4
     plan = groups_plan(
-        rows.size, groups.count, groups.rows, itemsize, width, len(rows.tensors), formula.sums,
-        multiprocessors(first.device),
+        rows.size, groups.count, groups.rows, itemsize, width, len(rows.tensors), formula.sums, first.device
     )  # fmt: skip
     constants |= {"BLOCK": plan.block, "num_warps": plan.num_warps}
     if plan.kind == "held":
