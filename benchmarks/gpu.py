@@ -11,6 +11,7 @@ import argparse
 import datetime
 import json
 import os
+import platform
 import re
 import shutil
 import signal
@@ -23,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from .conftest import pytest_benchmark_update_machine_info
 
 BENCHMARKS = Path(__file__).parent
 RESULTS = BENCHMARKS / "results"
@@ -38,7 +41,7 @@ FAMILIES = (
 )  # fmt: skip
 # One large shape a family, for torch.compile's max-autotune, which compiles for long.
 LARGEST = "1024x4x64x64 or 8192x128256 or 64x4x128x128 or 8x3x256x256 or vgg-256"
-GRACE = 20  # seconds for what is stopped to write what it has
+GRACE = 10  # seconds for what is stopped to end by itself
 
 
 @dataclass
@@ -64,7 +67,7 @@ class Job:
             ending = "ok" if passed else "FAILED"
         except subprocess.TimeoutExpired:
             passed, ending = False, f"STOPPED at its {self.seconds:.0f} s"
-            self.process.send_signal(signal.SIGINT)  # pytest then writes its results
+            self.process.send_signal(signal.SIGINT)  # pytest then says what failed
             try:
                 self.process.wait(GRACE)
             except subprocess.TimeoutExpired:
@@ -141,10 +144,14 @@ class Run:
         self._benchmark("autotune", arguments, 120, {"FASTGEN_BENCH_AUTOTUNE": "1"})
 
     def _benchmark(self, name: str, arguments: list[str], seconds: float, environment: dict[str, str]) -> None:
-        part = self.out / f"{name}.part.json"
-        command = [*PYTHON, "pytest", *arguments, f"--benchmark-json={part}", "--benchmark-quiet", "--tb=short"]
+        lines = self.out / f"{name}.jsonl"
+        lines.unlink(missing_ok=True)
+        environment = {**environment, "FASTGEN_BENCH_LINES": str(lines)}
+        command = [*PYTHON, "pytest", *arguments, "--benchmark-quiet", "--tb=short"]
         self.together([Job(f"benchmarks of {name}", command, seconds, environment=environment)])
-        merge(part, self.results)
+        if lines.exists():
+            merge(lines, self.results)
+            lines.unlink()
 
     def tune(self) -> None:
         command = [*PYTHON, "benchmarks.tune", "--out", str(self.results.with_suffix(".tune.json"))]
@@ -167,17 +174,21 @@ STEPS: dict[str, Callable[[Run], None]] = {
 }
 
 
-def merge(part: Path, results: Path) -> None:
-    """Adds a part's benchmarks to the results, in place of those of the same name."""
-    if not part.exists() or not part.read_text().strip():
-        return
-    new: dict[str, Any] = json.loads(part.read_text())
-    if results.exists():
-        old = json.loads(results.read_text())
-        names = {b["fullname"] for b in new["benchmarks"]}
-        new["benchmarks"] = [b for b in old["benchmarks"] if b["fullname"] not in names] + new["benchmarks"]
-    results.write_text(json.dumps(new, indent=1))
-    part.unlink()
+def merge(lines: Path, results: Path) -> None:
+    """Adds a run's benchmarks to the results, in place of those of the same name."""
+    new = [json.loads(line) for line in lines.read_text().splitlines()]
+    names = {b["fullname"] for b in new}
+    old = json.loads(results.read_text())["benchmarks"] if results.exists() else []
+    machine: dict[str, Any] = {"machine": platform.machine(), "cpu": {"count": os.cpu_count()}}
+    if torch.cuda.is_available():
+        machine["gpu"] = torch.cuda.get_device_name()
+    pytest_benchmark_update_machine_info(None, machine)
+    found = {
+        "machine_info": machine,
+        "datetime": datetime.datetime.now(datetime.timezone.utc).isoformat(),
+        "benchmarks": [b for b in old if b["fullname"] not in names] + new,
+    }
+    results.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def main(argv: list[str] | None = None) -> int:
