@@ -206,14 +206,16 @@ def _row_sums(
 ):  # fmt: skip
     """The sums of elements [begin, end) of a row. The mask uses `size`, whose divisor is known, as `end` is not."""
     cols = tl.arange(0, BLOCK)
-    lanes = _zeros((BLOCK,), SUMS, T)
+    # What one 16-byte load brought is added up in its thread at once: an accumulator a load, not one an element.
+    lanes = _zeros((BLOCK // UNIT,), SUMS, T)
     for start in range(begin, end, BLOCK):
         mask = cols < size - start
         v = _load(streams, strides, row, start, cols, mask, len(streams), UNIT, T)
         shares = functions.accumulate(constants, v)
         added = ()
         for k in tl.static_range(SUMS):
-            added = added + (lanes[k] + tl.where(mask, shares[k], 0.0),)
+            share = tl.reshape(tl.where(mask, shares[k], 0.0), (BLOCK // UNIT, UNIT))
+            added = added + (lanes[k] + tl.sum(share, axis=1),)
         lanes = added
     sums = ()
     for k in tl.static_range(SUMS):
