@@ -6,6 +6,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 EXTRAS ?= test,examples,lint
 TORCH ?= torch==2.13.0
+START := $(shell date +%s)
 export CUDA_HOME ?= $(shell for d in /usr/local/cuda /usr/local/cuda-*; do [ -x $$d/bin/nvcc ] && echo $$d && break; done)
 
 .PHONY: help demo examples test lint bench gpu clean
@@ -17,7 +18,7 @@ help:
 	@echo "make test      build and run the tests"
 	@echo "make lint      ruff and mypy"
 	@echo "make bench     benchmarks on this machine's CPU, a table and plots in benchmarks/results"
-	@echo "make gpu       on a GPU: all tests, compute-sanitizer, benchmarks, a results file"
+	@echo "make gpu       on a GPU: all tests, compute-sanitizer, benchmarks, a results file (ARGS='--only tests' for a step)"
 
 $(VENV)/ready: pyproject.toml setup.py $(shell find csrc -type f)
 	.ci/venv "$(PYTHON)" "$(VENV)" "$(EXTRAS)" "$(TORCH)"
@@ -41,8 +42,12 @@ bench: $(VENV)/ready
 	$(PY) -m pytest benchmarks --benchmark-enable --benchmark-json=benchmarks/results/cpu.json
 	$(PY) -m benchmarks.report benchmarks/results/cpu.json
 
+# Built for this machine's GPU alone, and with nothing asked of the network that the tests do not need.
+gpu: EXTRAS := test,examples
+gpu: export FASTGEN_CUDA_ARCHITECTURES ?= $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null \
+	| head -1 | tr -d . | sed 's/^90$$/90a/')
 gpu: $(VENV)/ready
-	$(PY) -m benchmarks.gpu
+	$(PY) -m benchmarks.gpu --since $(START) $(ARGS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info fastgen/*.so

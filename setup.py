@@ -15,7 +15,7 @@ from setuptools import setup
 
 # The oldest torch whose stable ABI the extensions use; one build then serves every later torch.
 TORCH_TARGET = "0x020b000000000000"
-CUDA_ARCHITECTURES = os.environ.get("FASTGEN_CUDA_ARCHITECTURES", "80;90a;100").split(";")
+CUDA_ARCHITECTURES = (os.environ.get("FASTGEN_CUDA_ARCHITECTURES") or "80;90a;100").split(";")
 HEADERS = sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", recursive=True))
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 import fastgen
 from fastgen import _backend, reference
 
-from .harness import Variant, compare
+from .harness import Variant, compare, compiled
 
 DEVICE = os.environ.get("FASTGEN_TEST_DEVICE", "cpu")
 LAYERS = {  # VGG's five, of images of 64 and of 256 pixels
@@ -45,7 +45,7 @@ def test_feature_distance(name: str, dtype: torch.dtype, benchmark: Any, device:
     torch._dynamo.reset()
     variants: dict[str, Variant] = {
         "eager": partial(step, reference.feature_distance),
-        "torch.compile": partial(step, torch.compile(reference.feature_distance)),
+        **{k: partial(step, f) for k, f in compiled(reference.feature_distance).items()},
     }
     for backend in ("native", "triton"):
         if _backend.missing("elbo_error", backend, device) is None:

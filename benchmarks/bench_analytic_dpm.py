@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastgen import ScoreMoments, _backend, reference, use_backend
 
-from .harness import Variant, compare
+from .harness import Variant, compare, compiled
 
 DEVICE = os.environ.get("FASTGEN_TEST_DEVICE", "cpu")
 SHAPES = [(64, 3, 32, 32), (64, 3, 64, 64), (64, 4, 128, 128), (1024, 4, 64, 64)]
@@ -46,7 +46,7 @@ def test_update(shape: tuple[int, ...], dtype: torch.dtype, benchmark: Any, devi
     torch._dynamo.reset()
     variants: dict[str, Variant] = {
         "eager": moments_of(reference.mean_square),
-        "torch.compile": moments_of(torch.compile(reference.mean_square)),
+        **{k: moments_of(f) for k, f in compiled(reference.mean_square).items()},
     }
     for backend in ("native", "triton"):
         if _backend.missing("mean_square", backend, device) is None:

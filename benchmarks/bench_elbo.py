@@ -14,7 +14,7 @@ from torch import Tensor
 import fastgen
 from fastgen import _backend, reference
 
-from .harness import Variant, compare
+from .harness import Variant, compare, compiled
 
 DEVICE = os.environ.get("FASTGEN_TEST_DEVICE", "cpu")
 SHAPES = [(8, 3, 32, 32), (64, 3, 64, 64), (64, 4, 128, 128), (1024, 4, 64, 64)]
@@ -50,7 +50,7 @@ def test_step(name: str, shape: tuple[int, ...], dtype: torch.dtype, benchmark: 
     torch._dynamo.reset()
     variants: dict[str, Variant] = {
         "eager": partial(step, theirs, constants),
-        "torch.compile": partial(step, torch.compile(theirs), constants),
+        **{k: partial(step, f, constants) for k, f in compiled(theirs).items()},
     }
     for backend in ("native", "triton"):
         if _backend.missing(name, backend, device) is None:

@@ -13,7 +13,7 @@ from torch import Tensor
 import fastgen
 from fastgen import NoiseSchedule, StepCoefficients, _backend, reference
 
-from .harness import Variant, compare
+from .harness import Variant, compare, compiled
 
 CASES = [((32, 4, 64, 64), torch.float32), ((32, 4, 64, 64), torch.bfloat16), ((8, 3, 256, 256), torch.float32)]
 SCHEDULE = NoiseSchedule.linear(1000)
@@ -35,7 +35,7 @@ def test_reverse_step(shape: tuple[int, ...], dtype: torch.dtype, benchmark: Any
     torch._dynamo.reset()
     variants: dict[str, Variant] = {
         "eager": partial(step, reference.reverse_step, k),
-        "torch.compile": partial(step, torch.compile(reference.reverse_step), k),
+        **{name: partial(step, f, k) for name, f in compiled(reference.reverse_step).items()},
     }
     for backend in ("native", "triton"):
         if _backend.missing("reverse_step_", backend, device) is None:

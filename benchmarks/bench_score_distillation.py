@@ -14,7 +14,7 @@ from torch import Tensor
 import fastgen
 from fastgen import ScorePair, _backend, reference
 
-from .harness import Variant, compare
+from .harness import Variant, compare, compiled
 
 CASES = [
     ((8, 4, 128, 128), torch.float32),
@@ -92,7 +92,7 @@ def test_step(name: str, shape: tuple[int, ...], dtype: torch.dtype, benchmark: 
     torch._dynamo.reset()
     variants: dict[str, Variant] = {
         "eager": partial(step, theirs),
-        "torch.compile": partial(step, torch.compile(theirs)),
+        **{k: partial(step, f) for k, f in compiled(theirs).items()},
     }
     if name == "dmd":
         variants["pseudo-target, eager"] = partial(step, usual)

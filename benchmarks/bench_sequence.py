@@ -14,7 +14,7 @@ from torch import Tensor
 import fastgen
 from fastgen import _backend, reference
 
-from .harness import Variant, compare
+from .harness import Variant, compare, compiled
 
 DEVICE = os.environ.get("FASTGEN_TEST_DEVICE", "cpu")
 # Language models' vocabularies, and VAR's tokens of an image.
@@ -71,7 +71,7 @@ def test_step(
     torch._dynamo.reset()
     variants: dict[str, Variant] = {
         "eager": partial(step, theirs, tokens),
-        "torch.compile": partial(step, torch.compile(theirs), tokens),
+        **{k: partial(step, f, tokens) for k, f in compiled(theirs).items()},
     }
     for backend in ("native", "triton"):
         if _backend.missing(operator, backend, device) is None:

@@ -1,54 +1,208 @@
 """``make gpu``: on a machine with a GPU, all tests on the device, compute-sanitizer, the benchmarks, a results file.
 
-Every step has its own time limit, and the next one runs whatever became of it, so that one call of under nine minutes
-brings back all there is to know.
+Written for a machine that is lent by the minute: the most telling step comes first, every step has its own limit and
+the next one runs whatever became of it, and what a step that is stopped has found by then is kept. A step that no time
+is left for says so; ``--only`` runs it in another call.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import json
 import os
+import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+from .conftest import pytest_benchmark_update_machine_info
+
+BENCHMARKS = Path(__file__).parent
+RESULTS = BENCHMARKS / "results"
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 ON_DEVICE = {**os.environ, "FASTGEN_TEST_DEVICE": "cuda", "PYTHONUNBUFFERED": "1"}
+PYTHON = [sys.executable, "-m"]
+# They are about compilers, examples and CPUs.
+NOT_ON_DEVICE = ("aot", "aot_cuda", "distributed", "docs", "examples", "trajectory_regret")
+# In order of what is to be learnt from them.
+FAMILIES = (
+    "elbo", "sequence", "trajectory", "score_distillation", "sampling", "analytic_dpm", "adversarial",
+    "diffusion_classifier",
+)  # fmt: skip
+# One large shape a family, for torch.compile's max-autotune, which compiles for long.
+LARGEST = "1024x4x64x64 or 8192x128256 or 64x4x128x128 or 8x3x256x256 or vgg-256"
+GRACE = 10  # seconds for what is stopped to end by itself
 
 
-def step(title: str, command: Sequence[str], seconds: int) -> bool:
-    print(f"\n== {title}", flush=True)
-    start = time.monotonic()
-    try:
-        passed = subprocess.run(command, env=ON_DEVICE, timeout=seconds, check=False).returncode == 0
-    except subprocess.TimeoutExpired:
-        print(f"stopped after {seconds} s")
-        passed = False
-    print(f"== {title}: {'ok' if passed else 'FAILED'}, {time.monotonic() - start:.0f} s", flush=True)
-    return passed
+@dataclass
+class Job:
+    """A command that was started, to be ended by :meth:`wait`."""
+
+    title: str
+    command: Sequence[str]
+    seconds: float
+    log: Path | None = None
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def start(self) -> Job:
+        self.began = time.monotonic()
+        output = None if self.log is None else self.log.open("w")
+        environment = {**ON_DEVICE, **self.environment}
+        self.process = subprocess.Popen(self.command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        return self
+
+    def wait(self) -> bool:
+        try:
+            passed = self.process.wait(max(1.0, self.seconds - (time.monotonic() - self.began))) == 0
+            ending = "ok" if passed else "FAILED"
+        except subprocess.TimeoutExpired:
+            passed, ending = False, f"STOPPED at its {self.seconds:.0f} s"
+            self.process.send_signal(signal.SIGINT)  # pytest then says what failed
+            try:
+                self.process.wait(GRACE)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        if self.log is not None and not passed:
+            print("\n".join(self.log.read_text().splitlines()[-25:]))
+        print(f"== {self.title}: {ending}, {time.monotonic() - self.began:.0f} s", flush=True)
+        return passed
 
 
-def sanitizer_steps() -> list[tuple[str, list[str], int]]:
+def sanitizer_jobs(out: Path, seconds: float) -> list[Job]:
     tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if tool is None:
         print("compute-sanitizer is not on the PATH: its checks are left out")
         return []
-    subset = [sys.executable, "-m", "benchmarks.sanitize"]
-    return [(f"compute-sanitizer {k}", [tool, "--tool", k, "--error-exitcode", "9", *subset], 60) for k in SANITIZERS]
+    subset = [*PYTHON, "benchmarks.sanitize"]
+    return [
+        Job(f"compute-sanitizer {k}", [tool, "--tool", k, "--error-exitcode", "9", *subset], seconds, out / f"{k}.log")
+        for k in SANITIZERS
+    ]
+
+
+class Run:
+    """The steps, against one clock."""
+
+    def __init__(self, out: Path, results: Path, deadline: float, alone: bool = False) -> None:
+        self.out, self.results, self.deadline, self.alone = out, results, deadline, alone
+        self.outcomes: dict[str, bool] = {}
+
+    def left(self) -> float:
+        return self.deadline - time.time()
+
+    def together(self, jobs: Sequence[Job]) -> None:
+        """Jobs that may share the machine: nothing is timed."""
+        running = []
+        for job in jobs:
+            left = self.left() - GRACE
+            job.seconds = left if self.alone else min(job.seconds, left)
+            if job.seconds < 5:
+                print(f"== {job.title}: no time left")
+                self.outcomes[job.title] = False
+                continue
+            print(f"\n== {job.title}, {job.seconds:.0f} s at most: {' '.join(job.command[1:])}", flush=True)
+            running.append(job.start())
+        for job in running:
+            self.outcomes[job.title] = job.wait()
+
+    def info(self) -> None:
+        self.together([Job("info", [*PYTHON, "fastgen", "info"], 40)])
+
+    def tests(self) -> None:
+        """Compiling is most of it, so as many workers as there are cores; compute-sanitizer beside them."""
+        workers = max(2, (os.cpu_count() or 4) - len(SANITIZERS))
+        ignored = [f"--ignore=tests/test_{name}.py" for name in NOT_ON_DEVICE]
+        tests = [*PYTHON, "pytest", "tests/test_gpu.py", "tests", *ignored, "-n", str(workers), "--maxfail=80"]
+        jobs = [Job("tests", [*tests, "--tb=short", "-rfE"], 170)]
+        self.together([*jobs, *sanitizer_jobs(self.out, 170)])
+
+    def large(self) -> None:
+        self.together([Job("beyond 2^31 elements", [*PYTHON, "pytest", "-m", "slow", "tests/test_gpu.py"], 60)])
+
+    def compiling(self) -> None:
+        """Every kernel and torch.compile's of every benchmark, at once, into the compilers' caches."""
+        workers = str(os.cpu_count() or 4)
+        command = [*PYTHON, "pytest", "benchmarks", "-n", workers, "--maxfail=80", "--tb=line"]
+        self.together([Job("compiling", command, 80, self.out / "compiling.log", {"FASTGEN_BENCH_COMPILE": "1"})])
+
+    def benchmarks(self) -> None:
+        for family in FAMILIES:
+            self._benchmark(family, ["--benchmark-enable", str(BENCHMARKS / f"bench_{family}.py")], 70, {})
+
+    def autotune(self) -> None:
+        arguments = ["--benchmark-enable", "benchmarks", "-k", f"({LARGEST}) and bfloat16"]
+        self._benchmark("autotune", arguments, 120, {"FASTGEN_BENCH_AUTOTUNE": "1"})
+
+    def _benchmark(self, name: str, arguments: list[str], seconds: float, environment: dict[str, str]) -> None:
+        lines = self.out / f"{name}.jsonl"
+        lines.unlink(missing_ok=True)
+        environment = {**environment, "FASTGEN_BENCH_LINES": str(lines)}
+        command = [*PYTHON, "pytest", *arguments, "--benchmark-quiet", "--tb=short"]
+        self.together([Job(f"benchmarks of {name}", command, seconds, environment=environment)])
+        if lines.exists():
+            merge(lines, self.results)
+            lines.unlink()
+
+    def tune(self) -> None:
+        command = [*PYTHON, "benchmarks.tune", "--out", str(self.results.with_suffix(".tune.json"))]
+        self.together([Job("tune", command, 70)])
+
+    def report(self) -> None:
+        if self.results.exists():
+            self.together([Job("report", [*PYTHON, "benchmarks.report", str(self.results)], 40)])
+
+
+STEPS: dict[str, Callable[[Run], None]] = {
+    "info": Run.info,
+    "tests": Run.tests,
+    "large": Run.large,
+    "compiling": Run.compiling,
+    "benchmarks": Run.benchmarks,
+    "tune": Run.tune,
+    "autotune": Run.autotune,
+    "report": Run.report,
+}
+
+
+def merge(lines: Path, results: Path) -> None:
+    """Adds a run's benchmarks to the results, in place of those of the same name."""
+    new = [json.loads(line) for line in lines.read_text().splitlines()]
+    names = {b["fullname"] for b in new}
+    old = json.loads(results.read_text())["benchmarks"] if results.exists() else []
+    machine: dict[str, Any] = {"machine": platform.machine(), "cpu": {"count": os.cpu_count()}}
+    if torch.cuda.is_available():
+        machine["gpu"] = torch.cuda.get_device_name()
+    pytest_benchmark_update_machine_info(None, machine)
+    found = {
+        "machine_info": machine,
+        "datetime": datetime.datetime.now(datetime.timezone.utc).isoformat(),
+        "benchmarks": [b for b in old if b["fullname"] not in names] + new,
+    }
+    results.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=RESULTS, help="where the results file goes")
-    out: Path = parser.parse_args(argv).out
+    parser.add_argument(
+        "--only", nargs="+", choices=STEPS, default=list(STEPS), help="these steps; one has all the time"
+    )
+    parser.add_argument("--seconds", type=float, default=560, help="for all, counted from --since")
+    parser.add_argument(
+        "--since", type=float, default=time.time(), help="Unix time; make passes when it began to build"
+    )
+    options = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print("make gpu needs an NVIDIA GPU that torch can use, and there is none here.")
         print(f"torch is {torch.__version__}, built for CUDA {torch.version.cuda}.")
@@ -56,21 +210,13 @@ def main(argv: list[str] | None = None) -> int:
         print("and python -m benchmarks.aot reports what the compilers make of them.")
         return 1
     gpu = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
-    results = out / f"{gpu}-{datetime.date.today().isoformat()}.json"
-    out.mkdir(parents=True, exist_ok=True)
-    python = [sys.executable, "-m"]
-    steps = [
-        ("info", [*python, "fastgen", "info"], 30),
-        ("verify", [*python, "fastgen", "verify", "--device", "cuda"], 60),
-        ("tests", [*python, "pytest", "tests", "--maxfail=20"], 150),
-        *sanitizer_steps(),
-        ("benchmarks", [*python, "pytest", "benchmarks", "--benchmark-enable", f"--benchmark-json={results}"], 200),
-    ]
-    outcomes = {title: step(title, command, seconds) for title, command, seconds in steps}
-    if results.exists():
-        outcomes["report"] = step("report", [*python, "benchmarks.report", str(results)], 60)
-    print("\n" + "\n".join(f"{'ok    ' if passed else 'FAILED'}  {title}" for title, passed in outcomes.items()))
-    return 0 if all(outcomes.values()) else 1
+    options.out.mkdir(parents=True, exist_ok=True)
+    results = options.out / f"{gpu}-{datetime.date.today().isoformat()}.json"
+    run = Run(options.out, results, options.since + options.seconds, alone=len(options.only) == 1)
+    for name in options.only:
+        STEPS[name](run)
+    print("\n" + "\n".join(f"{'ok    ' if passed else 'FAILED'}  {title}" for title, passed in run.outcomes.items()))
+    return 0 if all(run.outcomes.values()) else 1
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ written once) over its time, divided by what copying one tensor onto another of 
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +19,12 @@ from torch import Tensor
 POOL_BYTES = {"cpu": 1 << 30, "cuda": 1 << 30}  # beyond the last-level caches of servers, beyond any GPU's L2
 BLOCK_SECONDS = 2e-3  # a timed block lasts at least this long, so that clocks and wake-ups do not show
 ROUNDS = 15
+SECONDS = 10.0  # after which a comparison of slow variants ends, with at least FEWEST_ROUNDS
+FEWEST_ROUNDS = 3
+# For a GPU: compile everything once and measure nothing; measure torch.compile's max-autotune too.
+COMPILE_ONLY = os.environ.get("FASTGEN_BENCH_COMPILE") == "1"
+AUTOTUNE = os.environ.get("FASTGEN_BENCH_AUTOTUNE") == "1"
+COMPILE_BYTES = 2 << 30  # of inputs at most where everything is compiled at once
 
 Variant = Callable[[Sequence[Tensor]], Any]
 
@@ -28,6 +35,14 @@ class Measured:
 
     median: float
     fastest: float
+
+
+def compiled(f: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+    """`f` as torch.compile makes it, by the names of variants."""
+    found = {"torch.compile": torch.compile(f)}
+    if AUTOTUNE:
+        found["torch.compile max-autotune"] = torch.compile(f, mode="max-autotune-no-cudagraphs")
+    return found
 
 
 def synchronize(device: str) -> None:
@@ -46,14 +61,22 @@ def input_pool(make: Callable[[], Sequence[Tensor]], device: str) -> list[Sequen
 def measure(
     variants: dict[str, Variant], pool: list[Sequence[Tensor]], device: str, rounds: int = ROUNDS
 ) -> dict[str, Measured]:
-    """Times every variant once a round, in turn, each round starting elsewhere in the pool."""
-    calls = {name: _calls_for_a_block(f, pool, device) for name, f in variants.items()}
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    position = 0
-    for _ in range(rounds):
-        for name, f in variants.items():
-            times[name].append(_block(f, pool, position, calls[name], device))
-            position += calls[name]
+    """Times every variant once a round, in turn, each round starting elsewhere in the pool. A variant that the GPU's
+    memory is too small for is left out."""
+    calls: dict[str, int] = {}
+    for name, f in variants.items():
+        try:
+            calls[name] = _calls_for_a_block(f, pool, device)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    position, start = 0, time.monotonic()
+    for done in range(rounds):
+        if done >= FEWEST_ROUNDS and time.monotonic() - start > SECONDS:
+            break
+        for name, count in calls.items():
+            times[name].append(_block(variants[name], pool, position, count, device))
+            position += count
     return {name: Measured(statistics.median(t), min(t)) for name, t in times.items()}
 
 
@@ -99,7 +122,8 @@ def launches(f: Variant, inputs: Sequence[Tensor]) -> int:
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as trace:
         f(inputs)
         torch.cuda.synchronize()
-    return sum(1 for event in trace.events() if event.device_type == torch.autograd.DeviceType.CUDA)
+    on_device = (e for e in trace.events() if e.device_type == torch.autograd.DeviceType.CUDA)
+    return sum(not getattr(event, "is_user_annotation", False) for event in on_device)
 
 
 def compare(
@@ -111,6 +135,13 @@ def compare(
     device: str,
 ) -> None:
     """Runs the comparison and leaves it in the benchmark's extra information, from where the report takes it."""
+    if COMPILE_ONLY:
+        inputs = make()
+        if sum(t.numel() * t.element_size() for t in inputs) <= COMPILE_BYTES:
+            for f in variants.values():
+                f(inputs)
+        synchronize(device)
+        return
     pool = input_pool(make, device)
     largest = max(pool[0], key=lambda t: t.numel() * t.element_size())
     destination = torch.empty_like(largest)
@@ -119,7 +150,7 @@ def compare(
     measured = measure(everything, pool, device)
     copy_rate = copied / measured["copy"].median
     table = {}
-    for name in variants:
+    for name in (n for n in variants if n in measured):
         entry: dict[str, Any] = {
             "median_us": measured[name].median * 1e6,
             "fastest_us": measured[name].fastest * 1e6,
@@ -131,7 +162,12 @@ def compare(
             entry["peak_extra_bytes"] = peak_extra_bytes(variants[name], pool[0])
         table[name] = entry
     benchmark.extra_info.update(
-        comparison=table, floor_bytes=floor_bytes, copy_gb_per_s=copy_rate / 1e9, subject=subject, device=device
+        comparison=table,
+        left_out=[n for n in variants if n not in measured],
+        floor_bytes=floor_bytes,
+        copy_gb_per_s=copy_rate / 1e9,
+        subject=subject,
+        device=device,
     )
     turn = iter(range(1 << 62))
     benchmark.pedantic(lambda: variants[subject](pool[next(turn) % len(pool)]), rounds=5, iterations=1)

@@ -50,6 +50,8 @@ def markdown(results: dict[str, Any]) -> str:
             if gpu:
                 row += f" {figures['launches']:.0f} | {figures['peak_extra_bytes'] / 1e6:.1f} |"
             lines.append(row)
+        if extra.get("left_out"):
+            lines += ["", f"Out of memory: {', '.join(extra['left_out'])}."]
         lines.append("")
     return "\n".join(lines)
 

@@ -1,5 +1,6 @@
 """Triton's interpreter, corrected: it truncates float32 to bfloat16, where every GPU rounds to nearest even, and gets
-subnormals wrong. With the GPU's rounding the kernels can be held to the same tolerance as the others."""
+subnormals wrong. With the GPU's rounding the kernels can be held to the same tolerance as the others. Triton 3.6's also
+makes numbers of arrays of one element in a way that NumPy 2.4 refuses."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 _convert = interpreter._convert_float
+_patch_lang_tensor = interpreter._patch_lang_tensor
 
 
 def _convert_float(data, from_dtype, to_dtype, rounding_mode):
@@ -21,5 +23,11 @@ def _convert_float(data, from_dtype, to_dtype, rounding_mode):
     return _convert(data, from_dtype, to_dtype, rounding_mode)
 
 
+def _patch_tensor(tensor, *scope):
+    _patch_lang_tensor(tensor, *scope)
+    tensor.__index__ = lambda self: int(self.handle.data.item())
+
+
 def round_as_gpus_do() -> None:
     interpreter._convert_float = _convert_float
+    interpreter._patch_lang_tensor = _patch_tensor

@@ -11,8 +11,8 @@ import pytest
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
 
-# Of a multiprocessor's 65536: 112 let one program of 512 threads hold its tile; 80 let three of 256 run, 48 five.
-REGISTERS = {"_held_groups": 112, "_looped_groups": 80, "_partial_sums": 64, "_finish": 48, "_scale_in_place": 40}
+# Of a multiprocessor's 65536: 112 let one program of 512 threads hold its tile; 64 let four of 256 run, 48 five.
+REGISTERS = {"_held_groups": 112, "_looped_groups": 64, "_partial_sums": 64, "_finish": 48, "_scale_in_place": 40}
 REGISTERS |= dict.fromkeys(("_next_layer", "_path", "_inspect_row"), 128)
 # Over logits: four programs of 256 threads or more; of 512, which sweep long rows again and again, one on purpose.
 REGISTERS |= {"_token_rows": 64, "_token_backward": 80, "_token_finish": 32, "_divergence_rows": 128}
@@ -23,8 +23,8 @@ REGISTERS |= {
     "_divergence_backward": 80,
 }
 # A step with its seven numbers and four half-precision streams: four programs of 256 threads.
-# More streams and sums: two programs of 256 threads with those of a field with one term, one with those of two terms.
-MORE_REGISTERS = {"step": 64, "mix": 64, "sds": 112, "vsd": 112, "dmd": 128, "decoupled": 192}
+# More streams and sums: two programs of 256 threads.
+MORE_REGISTERS = {"step": 64, "mix": 64, "sds": 112, "vsd": 112, "dmd": 128, "decoupled": 128}
 # Two whole rows of 16384 float32: 128 still let one program of 512 threads run. (Features come in rows of 4096.)
 MORE_REGISTERS["distance"] = 128
 # ptxas for sm_100 trades registers of a few looped kernels, of steps of four streams and of float32 beside bfloat16

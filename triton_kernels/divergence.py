@@ -404,7 +404,7 @@ def _gradients(
     rows: LogitRows, out: Tensor, labels: Tensor | None, scale: Tensor | None, grad: Tensor | None, stats: Tensor,
     numbers: Numbers, beta: float, ignore_index: int,
 ) -> None:  # fmt: skip
-    plan = plan_map(rows.size // rows.width, rows.width, 2)
+    plan = plan_map(rows.size // rows.width, rows.width, 2, rows.first.device)
     args = (labels, scale, grad, stats, rows.count, numbers, ignore_index)
     launch_sweep(
         _divergence_backward, rows.count * plan.segments, rows, plan, *args, out_size=out.shape[-1], KIND=_kind(beta),

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import rowwise
-from .plan import flat_plan, multiprocessors, offsets_type, unit_of
+from .plan import flat_plan, offsets_type, unit_of
 from .scalar import rounded
 
 
@@ -31,7 +31,7 @@ def scale_gradient_(grad: Tensor, scale: Tensor) -> None:
     size = grad.numel()
     if size == 0:
         return
-    block, num_warps, programs = flat_plan(size, grad.element_size(), multiprocessors(grad.device))
+    block, num_warps, programs = flat_plan(size, grad.element_size(), grad.device)
     unit = unit_of((size,), grad.element_size())
     rowwise.launch(
         _scale_in_place, programs, grad, grad, scale, size // unit, BLOCK=block, UNIT=unit,

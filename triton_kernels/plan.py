@@ -1,4 +1,4 @@
-"""How a row-wise call is cut into programs. Heuristics, not yet measured on a GPU; each bound has the reason given."""
+"""How a call is cut into programs, and the one table of the numbers that decide it."""
 
 from __future__ import annotations
 
@@ -10,17 +10,42 @@ import torch
 import triton
 import triton.language as tl
 
-# Bytes of all streams, in the arithmetic type, that a program may hold in registers: a thread of 512 then has 96 of the
-# 128 it may use for them.
-HELD_BYTES = 3 * 64 * 1024
-# Threads that sweep one row together, counted as 32 a warp, and what each reads of a stream at a time: two 16-byte
-# loads of the narrowest one. With three streams and a sum that keeps 96 bytes in flight in at most 64 registers,
-# without spills; where streams and sums are more than FEW_TILES, one load of each has to do.
-THREADS = 256
-BYTES_PER_THREAD = 32
+
+class Tuning(NamedTuple):
+    """The numbers; the defaults are heuristics, not measured on any GPU, each for the reason given.
+
+    `held_bytes`: of all streams, in the arithmetic type, that a program may hold in registers: a thread of 512 then has
+    96 of the 128 it may use for them.
+
+    `threads`: that sweep one row together, counted as 32 a warp, and `bytes_per_thread`, what each reads of a stream at
+    a time: two 16-byte loads of the narrowest one. With three streams and a sum that keeps 96 bytes in flight in at
+    most 64 registers, without spills; where streams and sums are more than FEW_TILES, one load of each has to do.
+
+    `programs`: in flight, that keep one multiprocessor's memory pipeline busy.
+
+    `sweep_threads`: of a program over logits. `wide_bytes`: a row of so many is swept again and again by a program of
+    twice as many threads, because all programs in flight share the L2.
+    """
+
+    held_bytes: int = 3 * 64 * 1024
+    threads: int = 256
+    bytes_per_thread: int = 32
+    programs: int = 4
+    sweep_threads: int = 256
+    wide_bytes: int = 64 << 10
+
+
+# What was measured, by torch.cuda.get_device_name(): ``python -m benchmarks.tune`` prints candidates. Empty, because
+# nothing has been measured yet; every device gets the defaults. (What the CUDA kernels take is in
+# csrc/cuda/partition.h, and which backend serves in fastgen/_backend.py.)
+MEASURED: dict[str, Tuning] = {}
+
 FEW_TILES = 4
-# Programs in flight that keep one multiprocessor's memory pipeline busy.
-PROGRAMS_PER_MULTIPROCESSOR = 4
+
+
+@functools.cache
+def tuning(device: torch.device) -> Tuning:
+    return MEASURED.get(torch.cuda.get_device_name(device), Tuning()) if device.type == "cuda" else Tuning()
 
 
 class Plan(NamedTuple):
@@ -33,32 +58,33 @@ class Plan(NamedTuple):
     segment: int
 
 
-def _thread_bytes(tiles: int) -> int:
-    return BYTES_PER_THREAD if tiles <= FEW_TILES else BYTES_PER_THREAD // 2
+def _thread_bytes(tiles: int, on: torch.device) -> int:
+    each = tuning(on).bytes_per_thread
+    return each if tiles <= FEW_TILES else each // 2
 
 
-def _num_warps(elements: int, itemsize: int, tiles: int = FEW_TILES) -> int:
-    return max(1, min(16, elements * itemsize // (32 * _thread_bytes(tiles))))
+def _num_warps(elements: int, itemsize: int, on: torch.device, tiles: int = FEW_TILES) -> int:
+    return max(1, min(16, elements * itemsize // (32 * _thread_bytes(tiles, on))))
 
 
-def _block(size: int, itemsize: int, tiles: int = FEW_TILES) -> int:
-    return min(triton.next_power_of_2(size), THREADS * _thread_bytes(tiles) // itemsize)
+def _block(size: int, itemsize: int, on: torch.device, tiles: int = FEW_TILES) -> int:
+    return min(triton.next_power_of_2(size), tuning(on).threads * _thread_bytes(tiles, on) // itemsize)
 
 
 @functools.lru_cache(maxsize=4096)
 def groups_plan(
-    size: int, groups: int, group_rows: int, itemsize: int, width: int, streams: int, sums: int, multiprocessors: int
+    size: int, groups: int, group_rows: int, itemsize: int, width: int, streams: int, sums: int, on: torch.device
 ) -> Plan:
     """For a reduction of `groups` groups of `group_rows` rows of `size` elements to `sums` numbers: `streams` streams,
     `itemsize` bytes in the narrowest, `width` in arithmetic."""
     tiles = streams + sums
     block = triton.next_power_of_2(size)
     tile = block * triton.next_power_of_2(group_rows)
-    if tile * width * max(streams, 3) <= HELD_BYTES:
-        return Plan("held", block, _num_warps(tile, itemsize, tiles), size)
-    block = _block(size, itemsize, tiles)
-    num_warps = _num_warps(block, itemsize, tiles)
-    wanted = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors
+    if tile * width * max(streams, 3) <= tuning(on).held_bytes:
+        return Plan("held", block, _num_warps(tile, itemsize, on, tiles), size)
+    block = _block(size, itemsize, on, tiles)
+    num_warps = _num_warps(block, itemsize, on, tiles)
+    wanted = tuning(on).programs * multiprocessors(on)
     blocks = triton.cdiv(size, block)
     per_row = min(blocks, triton.cdiv(wanted, groups * group_rows))
     # Half a wave of whole groups is worth more than splitting, which takes another launch.
@@ -68,18 +94,18 @@ def groups_plan(
 
 
 @functools.lru_cache(maxsize=4096)
-def map_plan(size: int, itemsize: int, streams: int) -> Plan:
+def map_plan(size: int, itemsize: int, streams: int, on: torch.device) -> Plan:
     """For a map of `streams` streams alone: one block per program."""
-    block = _block(size, itemsize, streams)
-    return Plan("split", block, _num_warps(block, itemsize, streams), block)
+    block = _block(size, itemsize, on, streams)
+    return Plan("split", block, _num_warps(block, itemsize, on, streams), block)
 
 
 @functools.lru_cache(maxsize=4096)
-def flat_plan(size: int, itemsize: int, multiprocessors: int) -> tuple[int, int, int]:
+def flat_plan(size: int, itemsize: int, on: torch.device) -> tuple[int, int, int]:
     """(block, num_warps, programs) of a sweep over `size` elements by as many programs as run at once, so that one
     with nothing to do costs a single wave."""
-    block = _block(size, itemsize)
-    return block, _num_warps(block, itemsize), min(triton.cdiv(size, block), 8 * multiprocessors)
+    block = _block(size, itemsize, on)
+    return block, _num_warps(block, itemsize, on), min(triton.cdiv(size, block), 8 * multiprocessors(on))
 
 
 @functools.cache

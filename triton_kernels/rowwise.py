@@ -30,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import layout
-from .plan import Plan, groups_plan, map_plan, multiprocessors, offsets_type, unit_of
+from .plan import Plan, groups_plan, map_plan, offsets_type, unit_of
 from .scalar import rounded
 
 
@@ -130,15 +130,17 @@ def run(formula: Formula, groups: Groups, rows: Rows, args: Any, out: Tensor | N
         "INDEX": offsets_type(rows.size),
         "T": tl.float64 if rows.dtype == torch.float64 else tl.float32,
         "SUMS": formula.sums,
+        "STREAMS": len(rows.streams),
         "MAP_STREAMS": formula.map_streams,
     }
     if formula.sums == 0:
-        _launch_finish(map_plan(rows.size, itemsize, len(rows.tensors)), first, groups, streams, None, constants)
+        _launch_finish(
+            map_plan(rows.size, itemsize, len(rows.tensors), first.device), first, groups, streams, None, constants
+        )
         return
     width = 8 if rows.dtype == torch.float64 else 4
     plan = groups_plan(
-        rows.size, groups.count, groups.rows, itemsize, width, len(rows.tensors), formula.sums,
-        multiprocessors(first.device),
+        rows.size, groups.count, groups.rows, itemsize, width, len(rows.tensors), formula.sums, first.device
     )  # fmt: skip
     constants |= {"BLOCK": plan.block, "num_warps": plan.num_warps}
     if plan.kind == "held":
@@ -175,19 +177,15 @@ def _launch_finish(
 _PLAIN = ["strides", "units", "group_rows", "group_stride", "row_stride", "segments", "segment_blocks", "shares"]
 
 
-@triton.jit
-def _load_stream(stream, stride, row, start, cols, mask, UNIT: tl.constexpr, T: tl.constexpr):
-    if stream is None:
-        return stream
-    else:
-        return tl.load(stream + row * stride * UNIT + start + cols, mask=mask, other=0).to(T)
+# What stands for a stream that is not there: Triton 3.6 makes no tuple with a plain None in it and returns none, so
+# kernels make that of a row's streams themselves. The interpreter compares it as it is.
+ABSENT = None if triton.knobs.runtime.interpret else tl.constexpr(None)
 
 
 @triton.jit
-def _load(streams, strides, row, start, cols, mask, N: tl.constexpr, UNIT: tl.constexpr, T: tl.constexpr):
-    """Elements start + cols of `row` of the first N streams, in T; 0 outside the mask, None where no stream is."""
-    # A comprehension over numbers that are written out: `+` of tuples and loops over ranges do not take None.
-    return [_load_stream(streams[s], strides[s], row, start, cols, mask, UNIT, T) for s in (0, 1, 2, 3, 4, 5, 6, 7)[:N]]
+def _load(stream, stride, row, start, cols, mask, UNIT: tl.constexpr, T: tl.constexpr):
+    """Elements start + cols of `row` in T; 0 outside the mask."""
+    return tl.load(stream + row * stride * UNIT + start + cols, mask=mask, other=0).to(T)
 
 
 @triton.jit
@@ -201,18 +199,23 @@ def _zeros(SHAPE: tl.constexpr, SUMS: tl.constexpr, T: tl.constexpr):
 @triton.jit
 def _row_sums(
     functions, streams, strides, constants, row, begin, end, size,
-    SUMS: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr, T: tl.constexpr,
+    SUMS: tl.constexpr, STREAMS: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """The sums of elements [begin, end) of a row. The mask uses `size`, whose divisor is known, as `end` is not."""
     cols = tl.arange(0, BLOCK)
-    lanes = _zeros((BLOCK,), SUMS, T)
+    # What one 16-byte load brought is added up in its thread at once: an accumulator a load, not one an element.
+    lanes = _zeros((BLOCK // UNIT,), SUMS, T)
     for start in range(begin, end, BLOCK):
         mask = cols < size - start
-        v = _load(streams, strides, row, start, cols, mask, len(streams), UNIT, T)
+        v = [
+            _load(streams[s], strides[s], row, start, cols, mask, UNIT, T) if streams[s] is not None else ABSENT
+            for s in (0, 1, 2, 3, 4, 5, 6, 7)[:STREAMS]
+        ]
         shares = functions.accumulate(constants, v)
         added = ()
         for k in tl.static_range(SUMS):
-            added = added + (lanes[k] + tl.where(mask, shares[k], 0.0),)
+            share = tl.reshape(tl.where(mask, shares[k], 0.0), (BLOCK // UNIT, UNIT))
+            added = added + (lanes[k] + tl.sum(share, axis=1),)
         lanes = added
     sums = ()
     for k in tl.static_range(SUMS):
@@ -228,7 +231,10 @@ def _map_row(
     cols = tl.arange(0, BLOCK)
     for start in range(begin, end, BLOCK):
         mask = cols < size - start
-        v = _load(streams, strides, row, start, cols, mask, MAP_STREAMS, UNIT, T)
+        v = [
+            _load(streams[s], strides[s], row, start, cols, mask, UNIT, T) if streams[s] is not None else ABSENT
+            for s in (0, 1, 2, 3, 4, 5, 6, 7)[:MAP_STREAMS]
+        ]
         value = functions.map(constants, coefficient, v)
         tl.store(out + row * size + start + cols, rounded(value, out.dtype.element_ty), mask=mask)
 
@@ -245,7 +251,7 @@ def _group_sums(sums, scale, present, SUMS: tl.constexpr):
 @triton.jit(do_not_specialize=_PLAIN)
 def _held_groups(
     functions, streams, strides, args, out, units, group_rows, group_stride, row_stride,
-    SUMS: tl.constexpr, MAP_STREAMS: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr,
+    SUMS: tl.constexpr, STREAMS: tl.constexpr, MAP_STREAMS: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr,
     UNIT: tl.constexpr, INDEX: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """A group per program, all its rows in one tile that stays in registers between the reduction and the map."""
@@ -258,7 +264,10 @@ def _held_groups(
     cols = tl.arange(0, BLOCK)[None, :]
     mask = cols < size
     constants = functions.row(args, row, rank, T)
-    v = _load(streams, strides, row, 0, cols, mask, len(streams), UNIT, T)
+    v = [
+        _load(streams[s], strides[s], row, 0, cols, mask, UNIT, T) if streams[s] is not None else ABSENT
+        for s in (0, 1, 2, 3, 4, 5, 6, 7)[:STREAMS]
+    ]
     shares = functions.accumulate(constants, v)
     sums = ()
     for k in tl.static_range(SUMS):
@@ -274,7 +283,7 @@ def _held_groups(
 @triton.jit(do_not_specialize=_PLAIN)
 def _looped_groups(
     functions, streams, strides, args, out, units, group_rows, group_stride, row_stride,
-    SUMS: tl.constexpr, MAP_STREAMS: tl.constexpr, BLOCK: tl.constexpr,
+    SUMS: tl.constexpr, STREAMS: tl.constexpr, MAP_STREAMS: tl.constexpr, BLOCK: tl.constexpr,
     UNIT: tl.constexpr, INDEX: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """A group per program, block by block; the map reads again what the L2 cache may still hold."""
@@ -286,7 +295,7 @@ def _looped_groups(
         rank = zero + r
         row = group * group_stride + rank * row_stride
         constants = functions.row(args, row, rank, T)
-        sums = _row_sums(functions, streams, strides, constants, row, 0, size, size, SUMS, BLOCK, UNIT, T)
+        sums = _row_sums(functions, streams, strides, constants, row, 0, size, size, SUMS, STREAMS, BLOCK, UNIT, T)
         added = ()
         for k in tl.static_range(SUMS):
             added = added + (totals[k] + constants[0] * sums[k],)
@@ -308,7 +317,7 @@ def _looped_groups(
 @triton.jit(do_not_specialize=_PLAIN)
 def _partial_sums(
     functions, streams, strides, args, out, units, group_rows, group_stride, row_stride, partials, segments,
-    segment_blocks, SUMS: tl.constexpr, MAP_STREAMS: tl.constexpr, BLOCK: tl.constexpr,
+    segment_blocks, SUMS: tl.constexpr, STREAMS: tl.constexpr, MAP_STREAMS: tl.constexpr, BLOCK: tl.constexpr,
     UNIT: tl.constexpr, INDEX: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """Few long rows: one segment of one row per program; partials are [group, rank, segment, SUMS]."""
@@ -320,7 +329,7 @@ def _partial_sums(
     begin = (program % segments * segment_blocks).to(INDEX) * BLOCK
     sums = _row_sums(
         functions, streams, strides, functions.row(args, row, rank, T), row,
-        begin, tl.minimum(begin + segment_blocks * BLOCK, size), size, SUMS, BLOCK, UNIT, T,
+        begin, tl.minimum(begin + segment_blocks * BLOCK, size), size, SUMS, STREAMS, BLOCK, UNIT, T,
     )  # fmt: skip
     for k in tl.static_range(SUMS):
         tl.store(partials + program.to(tl.int64) * SUMS + k, sums[k])
@@ -348,7 +357,7 @@ def _finish_group(
 def _finish(
     functions, streams, strides, args, out, units, group_rows, group_stride, row_stride, partials, segments,
     segment_blocks, shares,
-    SUMS: tl.constexpr, MAP_STREAMS: tl.constexpr, RANKS: tl.constexpr, SEGMENTS: tl.constexpr,
+    SUMS: tl.constexpr, STREAMS: tl.constexpr, MAP_STREAMS: tl.constexpr, RANKS: tl.constexpr, SEGMENTS: tl.constexpr,
     BLOCK: tl.constexpr, UNIT: tl.constexpr, INDEX: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """Epilogue (where there were sums) and map of one segment of one row per program.

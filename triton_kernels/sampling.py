@@ -74,7 +74,7 @@ def _of_row(numbers, row, T: tl.constexpr):
 @triton.jit
 def _bounds(bounds, T: tl.constexpr):
     if bounds is None:
-        return bounds
+        return ()  # what is None, Triton 3.6 cannot return
     else:
         return number(bounds[0], T), number(bounds[1], T)
 
@@ -99,7 +99,7 @@ def _step_map(constants, coefficient, v):
     clean_x, clean_pred, rest_x, rest_pred, k_x0, k_noise, guidance, bounds = constants
     pred = _guided(v[1], v[2], guidance)
     clean = clean_x * v[0] + clean_pred * pred
-    if bounds is not None:
+    if len(bounds) > 0:
         clean = tl.where(clean < bounds[0], bounds[0], tl.where(clean > bounds[1], bounds[1], clean))  # NaN stays NaN
     x_s = k_x0 * clean + (rest_x * v[0] + rest_pred * pred)
     if v[3] is not None:

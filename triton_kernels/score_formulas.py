@@ -207,7 +207,7 @@ class Dmd(NamedTuple):
 def _x0_pair(field, alpha, sigma):
     a, b = field.real(alpha, sigma)
     if field.fake is None:
-        return a, b, field.fake, field.fake  # None; written here it would have no type
+        return a, b
     else:
         fake_a, fake_b = field.fake(alpha, sigma)
         return a, b, fake_a, fake_b
@@ -221,7 +221,7 @@ def _dmd_row(args, row, rank, T: tl.constexpr):
 
 @triton.jit
 def _difference(x0, real, fake, x_t):
-    if x0[2] is None:
+    if len(x0) == 2:
         return x0[1] * (fake - real)
     else:
         return (x0[2] * x_t + x0[3] * fake) - (x0[0] * x_t + x0[1] * real)

@@ -187,7 +187,7 @@ def token_logprob_backward(
     rows = LogitRows(logits, out=out)
     if rows.count == 0:
         return out
-    plan = plan_map(rows.size // rows.width, rows.width, 1)
+    plan = plan_map(rows.size // rows.width, rows.width, 1, rows.first.device)
     args = (
         tokens.contiguous(),
         stats.contiguous(),

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import layout, rowwise
-from .plan import PROGRAMS_PER_MULTIPROCESSOR, multiprocessors, offsets_type
+from .plan import multiprocessors, offsets_type, tuning
 
 LOG2E = tl.constexpr(1 / math.log(2))
 
@@ -33,12 +33,10 @@ Place = tuple[int, int, int]  # of rows [outer, inner]: the first row's offset, 
 # Tiles that a program takes at a time, by the streams: two 16-byte loads a thread and more in flight, in registers for
 # four programs of 256 threads.
 TILES = {1: 4, 2: 1}
-# A row of so many bytes is swept again and again by a program of WIDE threads: all programs in flight share the L2, and
-# four of 256 threads on a multiprocessor would have four times as many rows there. Told of these registers, which only
-# one such program finds, ptxas does not spill for the sake of a second.
-WIDE_BYTES = 64 << 10
-WIDE = 512
-WIDE_REGISTERS = 128
+# Long rows that are swept again and again get programs of twice the threads (plan.Tuning says when): four programs of
+# 256 threads on a multiprocessor would have four times as many rows in the L2. Told of these registers, which only one
+# program of 512 threads finds, ptxas does not spill for the sake of a second.
+WIDE, WIDE_REGISTERS = 512, 128
 # Programs of a split row at most: their partial results are one tile for who adds them up.
 MOST_SEGMENTS = 128
 
@@ -59,26 +57,27 @@ def plan_sweep(rows: int, chunks: int, width: int, row_bytes: int, streams: int,
 
     Not yet measured on a GPU; the reasons are bounds.
     """
+    numbers = tuning(on)
     tiles = TILES[streams] if width > 1 else 8
-    wide = again and row_bytes >= WIDE_BYTES
+    wide = again and row_bytes >= numbers.wide_bytes
     if wide and width > 1:
         tiles *= 2
-    threads = WIDE if wide else 256
+    threads = numbers.sweep_threads * (2 if wide else 1)
     lanes = max(32, min(threads, triton.next_power_of_2(triton.cdiv(chunks, tiles))))
     blocks = triton.cdiv(chunks, lanes * tiles)
-    wanted = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(on)
+    wanted = numbers.programs * multiprocessors(on)
     segments = min(MOST_SEGMENTS, blocks, triton.cdiv(wanted, max(rows, 1)))
-    if 4 * rows * (threads // 256) >= 3 * wanted:  # enough rows to fill the device: sharing them would cost launches
+    if 4 * rows * threads >= 3 * wanted * 256:  # enough rows to fill the device: sharing them would cost launches
         segments = 1
     segment = triton.cdiv(blocks, max(segments, 1)) * lanes * tiles
     return Plan(lanes, tiles, lanes // 32, segment, max(1, triton.cdiv(chunks, max(segment, 1))))
 
 
 @functools.lru_cache(maxsize=4096)
-def plan_map(chunks: int, width: int, streams: int) -> Plan:
+def plan_map(chunks: int, width: int, streams: int, on: torch.device) -> Plan:
     """For a map of `streams` streams: a program's row scalars are worth some blocks."""
     tiles = min(2, TILES[streams]) if width > 1 else 8
-    lanes = max(32, min(256, triton.next_power_of_2(triton.cdiv(chunks, tiles))))
+    lanes = max(32, min(tuning(on).sweep_threads, triton.next_power_of_2(triton.cdiv(chunks, tiles))))
     segment = 4 * lanes * tiles
     return Plan(lanes, tiles, lanes // 32, segment, max(1, triton.cdiv(chunks, segment)))
 
@@ -127,7 +126,7 @@ class LogitRows:
             "INDEX": offsets_type(self.size),
             "T": tl.float64 if self.dtype == torch.float64 else tl.float32,
             "num_warps": plan.num_warps,
-            "maxnreg": WIDE_REGISTERS if plan.lanes == WIDE else None,
+            "maxnreg": WIDE_REGISTERS if plan.lanes >= WIDE else None,
         }
 
     def scalars(self, t: Tensor) -> Tensor:

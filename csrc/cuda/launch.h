@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdlib>
 #include <vector>
 
 #include "partition.h"
@@ -64,6 +65,12 @@ inline int multiprocessors_of(int device) {
   return counts[device];
 }
 
+// A limit lowered by an environment variable, for benchmarks/tune.py to try.
+inline int lowered(int most, const char* variable) {
+  const char* text = std::getenv(variable);
+  return text ? std::clamp(std::atoi(text), 1, most) : most;
+}
+
 // Lets `kernel` use all the shared memory and the largest clusters that the current device grants it, and says what
 // those are. Asks once per kernel and device (a race writes the same answer twice).
 template <auto kernel, int threads>
@@ -96,7 +103,10 @@ Limits limits_of(int device) {
     known.cluster = cluster;
     known.shared_bytes = most;
   }
-  return {multiprocessors_of(device), known.shared_bytes, known.cluster, threads};
+  static const int most_threads = ceil_div(lowered(threads, "FASTGEN_CUDA_THREADS"), 32) * 32;
+  static const int most_blocks = lowered(kMaxCluster, "FASTGEN_CUDA_CLUSTER");
+  const int cluster = known.cluster;
+  return {multiprocessors_of(device), known.shared_bytes, std::min(cluster, most_blocks), most_threads};
 }
 
 }  // namespace fastgen::cuda
