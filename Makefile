@@ -6,16 +6,18 @@ VENV := .venv
 PY := $(VENV)/bin/python
 EXTRAS ?= test,examples,lint
 TORCH ?= torch==2.13.0
+OLDEST_TRITON := 3.6.0
 START := $(shell date +%s)
 export CUDA_HOME ?= $(shell for d in /usr/local/cuda /usr/local/cuda-*; do [ -x $$d/bin/nvcc ] && echo $$d && break; done)
 
-.PHONY: help demo examples test lint bench gpu clean
+.PHONY: help demo examples test aot lint bench gpu clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo      fine-tune a small diffusion model on real digits with ddo_loss (a minute or two)"
 	@echo "make examples  run every example and write examples/README.md (a quarter of an hour)"
 	@echo "make test      build and run the tests"
+	@echo "make aot       compile the Triton kernels with the oldest Triton that is supported"
 	@echo "make lint      ruff and mypy"
 	@echo "make bench     benchmarks on this machine's CPU, a table and plots in benchmarks/results"
 	@echo "make gpu       on a GPU: all tests, compute-sanitizer, benchmarks, a results file (ARGS='--only tests' for a step)"
@@ -32,6 +34,11 @@ examples: $(VENV)/ready
 
 test: $(VENV)/ready
 	$(PY) -m pytest -n auto
+
+# Versions of Triton differ in what they compile, and a new one is what an installation gets.
+aot: $(VENV)/ready
+	$(PY) -m pip install --quiet --no-deps --upgrade --target build/triton-$(OLDEST_TRITON) triton==$(OLDEST_TRITON)
+	PYTHONPATH=build/triton-$(OLDEST_TRITON) $(PY) -m pytest -n auto tests/test_aot.py
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .
