@@ -174,7 +174,7 @@ def report(
         for name, model in tqdm(models.items(), desc="measuring")
     }
     print(f"{len(corpus.train)} characters to train on, {len(corpus.held_out)} held out.")
-    print_table(f"In nats a character (lower NLL is better); the judge is the {judge}", table)
+    print_table(f"In nats a character (lower NLL is better); the {judge} rates the samples", table)
     known, different = known_words(real, corpus, windows.prompt)
     print(f"\nOf the held-out text's own words after those prompts {known:.3f} are known, {different} different ones.")
     show_samples({name: models[name] for name in shown}, corpus, prompts[0], 80, seed)

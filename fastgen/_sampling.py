@@ -230,12 +230,14 @@ def langevin_numbers(
 
 
 def needs_grad(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:  # a generator would take several times as long
+            if t.requires_grad:
+                return True
+    return False
 
 
 def in_place(x: Tensor, *others: Tensor) -> bool:
     """Whether the kernel can write its rows over those of `x`."""
-    if x.is_contiguous() and all(t.is_contiguous() for t in others):
-        return True
-    packed = x.shape[0] <= 1 or x.stride(0) == x[0].numel()
+    packed = x.is_contiguous() or x.shape[0] <= 1 or x.stride(0) == x[0].numel()
     return packed and _layout.shared_row_strides(x, *others) is not None

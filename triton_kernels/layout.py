@@ -27,6 +27,11 @@ def dense_row_strides(t: Tensor) -> tuple[int, ...] | None:
 
 def shared_row_strides(*tensors: Tensor) -> tuple[int, ...] | None:
     """The dense row layout that all `tensors` share, or None."""
+    for t in tensors:
+        if not t.is_contiguous():
+            break
+    else:  # as nearly always
+        return _contiguous(tensors[0].shape[1:])
     inner = dense_row_strides(tensors[0])
     if inner is None:
         return None
@@ -35,6 +40,14 @@ def shared_row_strides(*tensors: Tensor) -> tuple[int, ...] | None:
             if t.shape[d] != 1 and t.stride(d) != inner[d - 1]:
                 return None
     return inner
+
+
+def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides, expected = [0] * len(shape), 1
+    for d in reversed(range(len(shape))):
+        strides[d] = expected
+        expected *= max(shape[d], 1)
+    return tuple(strides)
 
 
 def as_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -60,4 +73,7 @@ def new_output(*inputs: Tensor, dtype: torch.dtype) -> Tensor:
 
 def arithmetic_dtype(*tensors: Tensor) -> torch.dtype:
     """float64 as soon as one input is float64, else float32."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    for t in tensors:
+        if t.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
