@@ -66,22 +66,23 @@ def plot(results: dict[str, Any], path: Path) -> None:
     found = comparisons(results)
     names = [name for name, _, _ in found]
     variants = list(dict.fromkeys(v for _, comparison, _ in found for v in comparison))
-    figure, axes = plt.subplots(1, 2, figsize=(15, 1.5 + 0.2 * len(names) * len(variants)), sharey=True)
-    height = 0.8 / len(variants)
+    figure, axes = plt.subplots(1, 2, figsize=(13, 2 + 0.2 * len(names)), sharey=True, layout="constrained")
     for k, variant in enumerate(variants):
         rows = [(i, c[variant]) for i, (_, c, _) in enumerate(found) if variant in c]
-        places = [i + k * height for i, _ in rows]
-        axes[0].barh(places, [f["times_fastgen"] for _, f in rows], height, label=variant)
-        axes[1].barh(places, [100 * f["share_of_copy"] for _, f in rows], height)
-    axes[0].set(xscale="log", xlabel="time relative to fastgen (log scale)", title="time")
-    axes[0].axvline(1, color="black", linewidth=0.8)
-    axes[0].set_yticks([i + 0.4 - height / 2 for i in range(len(names))], names)
-    axes[0].invert_yaxis()
-    axes[0].legend(fontsize=8)
-    axes[1].set(xlabel="% of the copy bandwidth, counting each stream once", title="bandwidth")
-    axes[1].axvline(100, color="black", linewidth=0.8)
+        places = [i for i, _ in rows]
+        for axis, values in zip(
+            axes, ([f["times_fastgen"] for _, f in rows], [100 * f["share_of_copy"] for _, f in rows]), strict=True
+        ):
+            axis.scatter(values, places, s=28, marker="os^vDP*X"[k % 8], label=variant, zorder=2)
+    for axis, line in zip(axes, (1, 100), strict=True):
+        axis.axvline(line, color="black", linewidth=0.8)
+        axis.grid(alpha=0.3)
+    axes[0].set(xscale="log", xlabel="time relative to fastgen (log scale)")
+    axes[0].set_yticks(range(len(names)), names, fontsize=8)
+    axes[0].set_ylim(len(names) - 0.3, -0.7)
+    axes[1].set(xlabel="% of the copy bandwidth, counting each stream once", xlim=(0, None))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     figure.suptitle(machine(results), fontsize=9)
-    figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
