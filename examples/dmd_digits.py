@@ -18,7 +18,7 @@ The script
 With seed 0 DMD brings the feature distance of the one-step sampler from 11.1 to 1.5 (the teacher's, with 18 Heun
 steps: 0.5) and the pixel distance from 3.4 to 0.5 (0.07): most of the way, but nothing here beats the teacher.
 Guidance trades diversity for typical digits: it raises accuracy and distances, in the teacher too, which is the row
-to compare with; the generators lose more than it does (5.1 by DMD and 3.4 by Decoupled DMD, against 1.1). The
+to compare with; the generators lose more than it does (about 5 by DMD, 3.1 to 3.4 by Decoupled DMD, against 1.1). The
 reward is the log-probability of the very classifier that measures the accuracy, so that number shows that the term
 works, not that the digits are better. All distances are to the training images.
 """
