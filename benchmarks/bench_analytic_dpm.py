@@ -20,7 +20,7 @@ SHAPES = [(64, 3, 32, 32), (64, 3, 64, 64), (64, 4, 128, 128), (1024, 4, 64, 64)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
-def test_update(shape: tuple[int, ...], dtype: torch.dtype, benchmark: Any, device: str) -> None:
+def test_score_moments(shape: tuple[int, ...], dtype: torch.dtype, benchmark: Any, device: str) -> None:
     t = torch.randint(1000, (shape[0],), device=device)
 
     def moments_of(mean_square: Any) -> Variant:

@@ -94,7 +94,7 @@ def linear_step(module: Any, student: Tensor, teacher: Tensor, inputs: Sequence[
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-def test_linear_step(dtype: torch.dtype, benchmark: Any, device: str) -> None:
+def test_linear_generalized_jsd_loss(dtype: torch.dtype, benchmark: Any, device: str) -> None:
     """Matrix products dominate; what the fused form saves is memory."""
     tokens, width, vocabulary = HEAD
     student, teacher = (0.05 * torch.randn(vocabulary, width, device=device, dtype=dtype) for _ in range(2))

@@ -19,16 +19,13 @@ def tensor(name: str, value: object) -> None:
 def streams(**tensors: Tensor) -> None:
     """Floating-point tensors of one shape [B, …] on one device; dtypes may differ."""
     first_name, first = next(iter(tensors.items()))
-    if type(first) is Tensor and first.numel() != 0:  # all well, as nearly always: said in few steps
+    if type(first) is Tensor and first.dim() != 0 and first.numel() != 0:
         shape, device = first.shape, first.device
-        for value in tensors.values():
-            if type(value) is not Tensor or value.shape != shape or value.device != device:
+        for t in tensors.values():
+            if type(t) is not Tensor or t.shape != shape or t.device != device or t.dtype not in FLOATING:
                 break
-            if value.dtype not in FLOATING:
-                break
-        else:
-            if shape:
-                return
+        else:  # as nearly always; what follows says what is wrong
+            return
     for name, value in tensors.items():
         floating(name, value)
         if value.shape != first.shape:
@@ -41,6 +38,11 @@ def streams(**tensors: Tensor) -> None:
         raise ValueError(f"{first_name} must have a batch dimension [B, ...], got a 0-dimensional tensor")
     if first.shape[0] != 0 and first.numel() == 0:
         raise ValueError(f"{first_name} has rows of no elements: shape {tuple(first.shape)}")
+
+
+def given(**tensors: Tensor | None) -> dict[str, Tensor]:
+    """The optional ones that are there."""
+    return {name: t for name, t in tensors.items() if t is not None}
 
 
 def floating(name: str, value: Tensor) -> None:

@@ -116,10 +116,6 @@ class Guidance(torch.autograd.Function):
 # -- Checks and conversions of arguments
 
 
-def given(**tensors: Tensor | None) -> dict[str, Tensor]:
-    return {name: t for name, t in tensors.items() if t is not None}
-
-
 def check_discrete(schedule: NoiseSchedule) -> None:
     if not isinstance(schedule, NoiseSchedule):
         raise TypeError(f"schedule must be a fastgen.NoiseSchedule, got {type(schedule).__name__}")
@@ -217,7 +213,7 @@ def check_langevin(
     generator: torch.Generator | None,
 ) -> Tensor:
     """The noise, drawn where it is not given."""
-    _checks.streams(x=x, grad=grad, **given(noise=noise))
+    _checks.streams(x=x, grad=grad, **_checks.given(noise=noise))
     check_number_or_rows("step_size", step_size, x)
     check_number_or_rows("noise_scale", noise_scale, x)
     return randn_like(x, generator) if noise is None else noise

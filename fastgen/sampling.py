@@ -296,8 +296,8 @@ def posterior_sample(
                 [0.8433, 0.8433, 0.8433]])
     """
     _ops.check_discrete(schedule)
-    _checks.streams(x0=x0, x_t=x_t, **_ops.given(noise=noise))
-    for name, value in _ops.given(t=t, s=s).items():
+    _checks.streams(x0=x0, x_t=x_t, **_checks.given(noise=noise))
+    for name, value in _checks.given(t=t, s=s).items():
         _checks.indices(name, value, x_t)
     if noise is None:
         noise = randn_like(x_t, generator)

@@ -191,7 +191,7 @@ def dmd_loss(
         >>> x.grad, stats.normalizer
         (tensor([[ 0.2500, -0.5000]]), tensor([2.]))
     """
-    _checks.streams(x=x, x_t=x_t, real_cond=real_cond, fake=fake, **_given(real_uncond=real_uncond))
+    _checks.streams(x=x, x_t=x_t, real_cond=real_cond, fake=fake, **_checks.given(real_uncond=real_uncond))
     _checks.local("x", x)
     guidance = _guidance(guidance_scale, real_uncond, "real_uncond")
     common = _common(
@@ -303,10 +303,6 @@ def decoupled_dmd_loss(
     return rows.finish(loss, stats, 2, count, x, return_stats)
 
 
-def _given(**tensors: Tensor | None) -> dict[str, Tensor]:
-    return {name: t for name, t in tensors.items() if t is not None}
-
-
 def _guidance(guidance_scale: float, uncond: Tensor | None, name: str) -> float:
     guidance = _checks.number("guidance_scale", guidance_scale)
     if uncond is None and guidance != 1:
@@ -377,7 +373,7 @@ def _score_loss(
     return_stats: bool,
 ) -> Any:
     """SDS and VSD: `names` are the public names of the streams, in the order pred, target, uncond."""
-    _checks.streams(x=x, **_given(**names))
+    _checks.streams(x=x, **_checks.given(**names))
     _checks.local("x", x)
     guidance = _guidance(guidance_scale, uncond, list(names)[2])
     _check_weight(weight, x, frames=False)

@@ -1,7 +1,7 @@
 // Reverse diffusion steps: what a sampler does to an element between two calls of its network.
 #pragma once
 
-#include "score_distillation.h"  // Prediction, X0, guided
+#include "score_distillation.h"  // Prediction, Mixture, guided
 
 namespace fastgen {
 
@@ -12,14 +12,6 @@ struct PerRow {
   int64_t stride;
 
   FASTGEN_HD T operator[](int64_t row) const { return data ? data[row * stride] : T(0); }
-};
-
-// a x_t + b pred
-template <class T>
-struct Mixture {
-  T a, b;
-
-  FASTGEN_HD T operator()(T x_t, T pred) const { return a * x_t + b * pred; }
 };
 
 // The noise that a prediction means.
@@ -42,8 +34,7 @@ template <class T, bool kUncond, bool kNoise>
 struct ReverseStep {
   static constexpr int kStreams = 2 + kUncond + kNoise, kSums = 0, kMapStreams = kStreams;
   struct Row {
-    X0<T> clean;
-    Mixture<T> rest;  // x_t and ε̂, which is no less linear in x_t and the prediction
+    Mixture<T> clean, rest;  // x̂0; x_t and ε̂, which is no less linear in x_t and the prediction
     T x0, noise, guidance;
   };
   PerRow<T> alpha_t, sigma_t, x0, x_t, eps, noise, guidance;

@@ -14,16 +14,16 @@ namespace fastgen {
 
 enum class Prediction : int { epsilon, sample, v_prediction, flow_prediction };
 
-// x0 = a x_t + b pred
+// a x_t + b pred, which is what every kind of prediction says of x0 and of the noise.
 template <class T>
-struct X0 {
+struct Mixture {
   T a, b;
 
   FASTGEN_HD T operator()(T x_t, T pred) const { return a * x_t + b * pred; }
 };
 
 template <class T>
-FASTGEN_HD X0<T> x0_from(Prediction type, T alpha, T sigma) {
+FASTGEN_HD Mixture<T> x0_from(Prediction type, T alpha, T sigma) {
   switch (type) {
     case Prediction::epsilon: return {T(1) / alpha, -sigma / alpha};
     case Prediction::sample: return {T(0), T(1)};
@@ -97,7 +97,7 @@ struct DmdField {
   static constexpr bool kMasks = kGate;
   struct Row {
     T scale, weight;
-    X0<T> real, fake;
+    Mixture<T> real, fake;
   };
   const T *weight, *alpha, *sigma;
   Prediction real_type, fake_type;
@@ -187,7 +187,7 @@ struct DecoupledField {
   static constexpr bool kMasks = kGate;
   struct Row {
     T scale, weight, guidance, ca_coefficient;
-    X0<T> real, fake, ca;
+    Mixture<T> real, fake, ca;
   };
   const T *weight, *dm_alpha, *dm_sigma, *ca_alpha, *ca_sigma;
   Prediction real_type, fake_type;
@@ -197,7 +197,7 @@ struct DecoupledField {
 
   FASTGEN_HD Row row(int64_t row) const {
     const T w = weight ? weight[row] : T(1);
-    const X0<T> ca = x0_from(real_type, ca_alpha[row], ca_sigma[row]);
+    const Mixture<T> ca = x0_from(real_type, ca_alpha[row], ca_sigma[row]);
     return {scale, w, w * (guidance - T(1)) * ca.b, ca_coefficients[row],
             x0_from(real_type, dm_alpha[row], dm_sigma[row]), x0_from(fake_type, dm_alpha[row], dm_sigma[row]), ca};
   }
