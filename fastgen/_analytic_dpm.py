@@ -9,23 +9,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import _backend, _checks, _layout, reference
+from . import _backend, _checks, reference
+from .core.operator import PerRow, Stream, operator
 from .schedule import NoiseSchedule, check_schedule
 
 DataRange = tuple[float, float] | None
 
 
-@_backend.operator("mean_square(Tensor pred) -> Tensor")
-def _mean_square(pred: Tensor) -> Tensor:
-    return pred.new_empty(pred.shape[:1], dtype=_layout.arithmetic_dtype(pred))
+@operator
+def mean_square(pred: Stream) -> PerRow:
+    """``Σ_D pred² / D`` of each row."""
 
 
-def mean_square(pred: Tensor) -> Tensor:
-    """``Σ_D pred² / D`` of each row, [B]; not differentiable."""
+def row_mean_square(pred: Tensor) -> Tensor:
+    """:func:`mean_square` by the backend that serves; not differentiable."""
     backend = _backend.backend_for("mean_square", pred.device.type)
-    if backend == "reference":
-        return reference.mean_square(pred)
-    return _mean_square.on(backend)(pred.detach())
+    return reference.mean_square(pred) if backend == "reference" else mean_square(backend, pred=pred.detach())
 
 
 class Step(NamedTuple):

@@ -12,14 +12,15 @@ import importlib
 import importlib.util
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 import torch
-from torch import library as torch_library
+from torch.autograd import forward_ad
+
+from .core.operator import operators
 
 BACKENDS = ("auto", "native", "triton", "reference")
 
@@ -39,53 +40,6 @@ def _load(name: str) -> tuple[ModuleType | None, ImportError | None]:
 _extensions: dict[str, tuple[ModuleType | None, ImportError | None]] = {
     name: _load(f"fastgen.{name}") for name in ("_C", "_C_cuda")
 }
-_libraries = {name: torch_library.Library(name, "DEF") for name in ("fastgen", "fastgen_triton")}
-
-
-@dataclass(frozen=True)
-class Operator:
-    """One operator: ``native`` and ``triton`` are its overloads, called with the schema's arguments."""
-
-    name: str
-    family: str
-    native: Callable[..., Any]
-    triton: Callable[..., Any]
-
-    def on(self, backend: str) -> Callable[..., Any]:
-        return self.native if backend == "native" else self.triton
-
-
-operators: dict[str, Operator] = {}
-
-
-def operator(schema: str) -> Callable[[Callable[..., Any]], Operator]:
-    """Defines an operator from its schema and, as the decorated function, its shapes (the fake implementation).
-
-    The Triton implementation is the function of the same name in ``fastgen.triton_kernels.<family>``, where the family
-    is the module of the decorated function. It is imported when first called: importing Triton is slow.
-    """
-
-    def define(fake: Callable[..., Any]) -> Operator:
-        name = schema.partition("(")[0]
-        family = fake.__module__.rpartition(".")[2].lstrip("_")
-
-        @functools.cache
-        def launcher() -> Callable[..., Any]:
-            return getattr(importlib.import_module(f"fastgen.triton_kernels.{family}"), name)
-
-        for namespace, library in _libraries.items():
-            library.define(schema)
-            # Derivatives are those of the Functions around operators. Without this, results of inputs that get no
-            # gradient, such as targets and weights, would pass for differentiable, and torch would warn in backward.
-            library.impl(name, torch_library.fallthrough_kernel, "Autograd")
-            torch_library.register_fake(f"{namespace}::{name}", fake, lib=library)
-        # On CPU tensors too: that is how the kernels are tested under Triton's interpreter.
-        _libraries["fastgen_triton"].impl(name, lambda *args: launcher()(*args), "CompositeExplicitAutograd")
-        overloads = [getattr(getattr(torch.ops, namespace), name).default for namespace in _libraries]
-        operators[name] = Operator(name, family, *overloads)
-        return operators[name]
-
-    return define
 
 
 class _State(threading.local):
@@ -182,8 +136,9 @@ def _resolve(name: str, requested: str, device_type: str) -> str:
 
 def backend_for(name: str, device_type: str) -> str:
     """The backend that runs operator `name` now: ``"native"``, ``"triton"`` or ``"reference"``."""
-    # Transforms of torch.func, nested or vmapped, are right for plain PyTorch as it is.
-    requested = "reference" if torch._C._are_functorch_transforms_active() else _state.requested
+    # Transforms of torch.func, nested or vmapped, and forward-mode derivatives are right for plain PyTorch as it is.
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    requested = "reference" if transformed else _state.requested
     return _resolve(name, requested, device_type)
 
 

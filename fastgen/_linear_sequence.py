@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import _sequence
 from ._autograd import once_differentiable
-from ._gradient import scale_gradient
+from .core.gradient import scale_gradient_
 
 MAX_CHUNK_BYTES = 96 << 20
 
@@ -112,7 +112,10 @@ class LinearGeneralizedJsd(torch.autograd.Function):
             if gradients is None:
                 needed = tuple(ctx.needs_input_grad[1:4])
                 _, gradients = linear_jsd(ctx.backend, (s, w, b), tuple(teacher), labels, needed, *ctx.args)
-            scaled = [None if g is None else scale_gradient(g, factor, ctx.backend) for g in gradients]
+            for g in gradients:
+                if g is not None:
+                    scale_gradient_(ctx.backend, grad=g, scale=factor)
+            scaled = list(gradients)
         typed = [None if g is None else g.to(dtype) for g, dtype in zip(scaled, ctx.dtypes, strict=True)]
         return (None, *typed, *[None] * 9)
 
@@ -137,10 +140,18 @@ def linear_jsd(
     for rows in chunks(hidden.shape[0], row_bytes, max_chunk_bytes):
         student_logits = F.linear(hidden[rows], weight, bias)
         teacher_logits = F.linear(teacher[0][rows], *teacher[1:])
-        loss, _, grad_logits = _sequence.generalized_jsd.on(backend)(
-            student_logits, teacher_logits, None if labels is None else labels[rows], None, beta, temperature,
-            ignore_index, False, with_grad,
-        )  # fmt: skip
+        loss, _, grad_logits = _sequence.generalized_jsd.operator(
+            backend,
+            student=student_logits,
+            teacher=teacher_logits,
+            labels=None if labels is None else labels[rows],
+            scale=None,
+            beta=beta,
+            temperature=temperature,
+            ignore_index=ignore_index,
+            reduction="none",
+            with_grad=with_grad,
+        )
         losses.append(loss)
         if with_grad:
             gradients.add(rows, grad_logits)
@@ -167,9 +178,11 @@ class LinearTokenLogprob(torch.autograd.Function):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         logprob = hidden.new_empty(tokens.shape, dtype=wide)
         stats = hidden.new_empty((2, *tokens.shape), dtype=wide)
-        run = _sequence.token_logprob.on(backend)
         for rows in chunks(hidden.shape[0], weight.shape[0] * weight.itemsize, max_chunk_bytes):
-            logprob[rows], stats[:, rows] = run(F.linear(hidden[rows], weight, bias), tokens[rows], *ctx.args)
+            logits = F.linear(hidden[rows], weight, bias)
+            logprob[rows], stats[:, rows] = _sequence.token_logprob.operator(
+                backend, logits=logits, tokens=tokens[rows], temperature=temperature, ignore_index=ignore_index
+            )
         ctx.save_for_backward(hidden, weight, bias, tokens, stats)
         return logprob
 
@@ -178,10 +191,19 @@ class LinearTokenLogprob(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, tokens, stats = ctx.saved_tensors
         gradients = HeadGradients(hidden, weight, bias, ctx.needs_input_grad[1:4])
-        run = _sequence.token_logprob_backward.on(ctx.backend)
+        temperature, ignore_index = ctx.args
         for rows in chunks(hidden.shape[0], 2 * weight.shape[0] * weight.itemsize, ctx.max_chunk_bytes):
             logits = F.linear(hidden[rows], weight, bias)
-            gradients.add(rows, run(grad[rows], logits, tokens[rows], stats[:, rows], *ctx.args))
+            grad_logits = _sequence.token_logprob_backward(
+                ctx.backend,
+                grad=grad[rows],
+                logits=logits,
+                tokens=tokens[rows],
+                stats=stats[:, rows],
+                temperature=temperature,
+                ignore_index=ignore_index,
+            )
+            gradients.add(rows, grad_logits)
             del logits
         typed = [None if g is None else g.to(weight.dtype) for g in gradients.all()]
         return (None, *typed, None, None, None, None)

@@ -7,44 +7,70 @@ A step's coefficients are vectors of the rows' number, or of one element, for al
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _backend, _checks, _layout
+from . import _checks
+from .core.operator import Operator, Output, PerRowOrAll, PredictionType, Stream, Written, operator
 from .reference.sampling import StepCoefficients, randn_like
 from .schedule import PREDICTION_TYPES, NoiseSchedule, _RowCombination
-
-_STEP = (
-    "Tensor cond, Tensor? uncond, Tensor? noise, Tensor alpha_t, Tensor sigma_t, Tensor k_x0, Tensor k_x_t,"
-    " Tensor? k_eps, Tensor? k_noise, Tensor? guidance_scale, str prediction_type, float low, float high"
-)
+from .triton_kernels import layout
 
 
-@_backend.operator(f"reverse_step(Tensor x_t, {_STEP}) -> Tensor")
-def reverse_step(x_t: Tensor, cond: Tensor, uncond: Tensor | None, noise: Tensor | None, *_: Any) -> Tensor:
-    present = [t for t in (x_t, cond, uncond, noise) if t is not None]
-    return _layout.new_output(*present, dtype=x_t.dtype)
+@operator
+def reverse_step(
+    x_t: Stream,
+    cond: Stream,
+    uncond: Stream | None,
+    noise: Stream | None,
+    alpha_t: PerRowOrAll,
+    sigma_t: PerRowOrAll,
+    k_x0: PerRowOrAll,
+    k_x_t: PerRowOrAll,
+    k_eps: PerRowOrAll | None,
+    k_noise: PerRowOrAll | None,
+    guidance_scale: PerRowOrAll | None,
+    prediction_type: PredictionType,
+    low: float,
+    high: float,
+) -> Output:
+    """``k_x0 clamp(x0) + k_x_t x_t + k_eps ε̂ + k_noise noise`` of the guided prediction, in the dtype of `x_t`."""
 
 
-@_backend.operator(f"reverse_step_(Tensor(a!) x_t, {_STEP}) -> ()")
-def reverse_step_(x_t: Tensor, *_: Any) -> None:
-    return None
+@operator
+def reverse_step_(
+    x_t: Written,
+    cond: Stream,
+    uncond: Stream | None,
+    noise: Stream | None,
+    alpha_t: PerRowOrAll,
+    sigma_t: PerRowOrAll,
+    k_x0: PerRowOrAll,
+    k_x_t: PerRowOrAll,
+    k_eps: PerRowOrAll | None,
+    k_noise: PerRowOrAll | None,
+    guidance_scale: PerRowOrAll | None,
+    prediction_type: PredictionType,
+    low: float,
+    high: float,
+) -> None:
+    """:func:`reverse_step`, written over `x_t`."""
 
 
-@_backend.operator("guidance(Tensor cond, Tensor uncond, Tensor scale) -> Tensor")
-def guidance(cond: Tensor, uncond: Tensor, scale: Tensor) -> Tensor:
-    return _layout.new_output(cond, uncond, dtype=torch.promote_types(cond.dtype, uncond.dtype))
+@operator
+def guidance(cond: Stream, uncond: Stream, scale: PerRowOrAll) -> Output:
+    """``uncond + scale (cond - uncond)``"""
+    return layout.new_output(cond, uncond, dtype=torch.promote_types(cond.dtype, uncond.dtype))
 
 
 def launch_step(
-    op: _backend.Operator,
+    op: Operator,
     backend: str,
     x_t: Tensor,
     cond: Tensor,
-    coefficients: Sequence[Tensor | None],
+    coefficients: StepCoefficients,
     *,
     prediction_type: str,
     uncond: Tensor | None = None,
@@ -54,11 +80,27 @@ def launch_step(
 ) -> Any:
     """`op` is :func:`reverse_step` or :func:`reverse_step_`; the coefficients are those of a StepCoefficients."""
     low, high = (-math.inf, math.inf) if clamp is None else clamp
-    return op.on(backend)(x_t, cond, uncond, noise, *coefficients, guidance_scale, prediction_type, low, high)
+    return op(
+        backend,
+        x_t=x_t,
+        cond=cond,
+        uncond=uncond,
+        noise=noise,
+        alpha_t=coefficients.alpha_t,
+        sigma_t=coefficients.sigma_t,
+        k_x0=coefficients.x0,
+        k_x_t=coefficients.x_t,
+        k_eps=coefficients.eps,
+        k_noise=coefficients.noise,
+        guidance_scale=guidance_scale,
+        prediction_type=prediction_type,
+        low=low,
+        high=high,
+    )
 
 
 def launch_mix(
-    op: _backend.Operator,
+    op: Operator,
     backend: str,
     x: Tensor,
     y: Tensor,
@@ -68,8 +110,23 @@ def launch_mix(
     k_noise: Tensor | None,
 ) -> Any:
     """``k_x x + k_y y + k_noise noise``: a reverse step of which y is the x0, and which knows no noise level."""
-    coefficients = (k_x, k_x, k_y, k_x, None, k_noise)
-    return launch_step(op, backend, x, y, coefficients, prediction_type="sample", noise=noise)
+    return op(
+        backend,
+        x_t=x,
+        cond=y,
+        uncond=None,
+        noise=noise,
+        alpha_t=k_x,
+        sigma_t=k_x,
+        k_x0=k_y,
+        k_x_t=k_x,
+        k_eps=None,
+        k_noise=k_noise,
+        guidance_scale=None,
+        prediction_type="sample",
+        low=-math.inf,
+        high=math.inf,
+    )
 
 
 class Posterior(torch.autograd.Function):
@@ -100,7 +157,7 @@ class Guidance(torch.autograd.Function):
         ctx.backend = backend
         ctx.dtypes = (cond.dtype, uncond.dtype)
         ctx.save_for_backward(scale)
-        return guidance.on(backend)(cond, uncond, scale)
+        return guidance(backend, cond=cond, uncond=uncond, scale=scale)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -159,7 +216,7 @@ def check_number_or_rows(name: str, value: float | Tensor, like: Tensor) -> None
 def vector(value: float | Tensor, *streams: Tensor) -> Tensor:
     if isinstance(value, Tensor):
         return value
-    return torch.full((1,), value, dtype=_layout.arithmetic_dtype(*streams), device=streams[0].device)
+    return torch.full((1,), value, dtype=layout.arithmetic_dtype(*streams), device=streams[0].device)
 
 
 def scale_vector(scale: float | Tensor, uncond: Tensor | None, streams: list[Tensor]) -> Tensor | None:
@@ -236,4 +293,4 @@ def needs_grad(*tensors: Tensor) -> bool:
 def in_place(x: Tensor, *others: Tensor) -> bool:
     """Whether the kernel can write its rows over those of `x`."""
     packed = x.is_contiguous() or x.shape[0] <= 1 or x.stride(0) == x[0].numel()
-    return packed and _layout.shared_row_strides(x, *others) is not None
+    return packed and layout.shared_row_strides(x, *others) is not None

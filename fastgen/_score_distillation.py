@@ -1,4 +1,4 @@
-"""Operators of ``score_distillation`` and the autograd Function that all its losses share.
+"""Operators of ``score_distillation``, and how its losses are differentiated.
 
 An operator returns ``(loss, coefficients, stats, grad)`` from one pass: ``grad`` is the gradient if asked for,
 ``coefficients`` (one a row; two for the decoupled loss) are what its backward operator needs to make it again, and
@@ -8,256 +8,174 @@ An operator returns ``(loss, coefficients, stats, grad)`` from one pass: ``grad`
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import _backend, _layout
-from ._autograd import once_differentiable
-from ._gradient import scale_gradient
+from .core.autograd import differentiable
+from .core.operator import Gradient, Loss, PerRow, PredictionType, Reduction, Role, Stream, Whole, operator
 from .reference.score_distillation import DistillationStats
 
-Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
-_FIELD = "Tensor? weight, Tensor? gate"
-_TYPES = "str prediction_type, str fake_prediction_type, float guidance_scale, ScalarType dtype"
-_PASS = (
-    "Tensor? count, bool normalize, float normalizer_min, float normalizer_eps, int group_rows, str reduction,"
-    " bool with_grad"
-)
-_OUTPUTS = "(Tensor loss, Tensor coefficients, Tensor stats, Tensor grad)"
-_SCORE = (
-    f"Tensor pred, Tensor target, Tensor? uncond, {_FIELD}, float guidance_scale, float grad_clip, ScalarType dtype"
-)
-_DMD = f"Tensor real, Tensor fake, Tensor? uncond, {_FIELD}, Tensor alpha_t, Tensor sigma_t, {_TYPES}"
-_DECOUPLED = (
-    f"Tensor dm_real, Tensor dm_fake, Tensor ca_real, Tensor ca_uncond, {_FIELD}, Tensor dm_alpha_t, Tensor dm_sigma_t,"
-    f" Tensor ca_alpha_t, Tensor ca_sigma_t, {_TYPES}"
-)
+class FieldOutputs(NamedTuple):
+    """Of a loss with one term."""
 
-# Of each operator, the arguments that its backward operator takes.
-_KEPT = {"score_difference": (0, 8), "dmd": (1, 13), "decoupled_dmd": (2, 17)}
+    loss: Loss
+    coefficients: PerRow
+    stats: Annotated[Tensor, Role.STACKED_GROUP, 3]
+    grad: Gradient
 
 
-def _outputs(
-    streams: list[Tensor | None],
+class DecoupledOutputs(NamedTuple):
+    """Of :func:`decoupled_dmd`."""
+
+    loss: Loss
+    coefficients: Annotated[Tensor, Role.STACKED, 2]
+    stats: Annotated[Tensor, Role.STACKED_GROUP, 5]
+    grad: Gradient
+
+
+def _noisy_image_cancels(arguments: Mapping[str, Any]) -> tuple[str, ...]:
+    """Of two predictions of one quantity, the difference does not depend on the noisy image."""
+    one_type = arguments["prediction_type"] == arguments["fake_prediction_type"]
+    return ("x_t", "dm_x_t") if one_type else ()
+
+
+_FIELD: dict[str, Any] = {"slope": "coefficients", "returns": ("loss", "stats")}
+_DMD: dict[str, Any] = {"group_rows": "group_rows", "unused": _noisy_image_cancels}
+
+
+@operator
+def score_difference_backward(
+    row_grad: PerRow,
+    pred: Stream,
+    target: Stream,
+    uncond: Stream | None,
+    weight: PerRow | None,
+    gate: Stream | None,
+    guidance_scale: float,
+    grad_clip: float,
     dtype: torch.dtype,
-    terms: int,
-    stats: int,
-    group_rows: int,
-    reduction: str,
-    with_grad: bool,
-) -> Outputs:
-    present = [t for t in streams if t is not None]
-    first = present[0]
-    rows = first.shape[0]
-    groups = rows // group_rows
-    wide = torch.float64 if dtype == torch.float64 else _layout.arithmetic_dtype(*present)
-    return (
-        first.new_empty((groups,) if reduction == "none" else (), dtype=wide),
-        first.new_empty((rows,) if terms == 1 else (terms, rows), dtype=wide),
-        first.new_empty((stats, groups), dtype=wide),
-        _layout.new_output(*present, dtype=dtype) if with_grad else first.new_empty((0,), dtype=dtype),
-    )
+) -> Gradient:
+    """`row_grad` times G."""
 
 
-def _gradient(streams: list[Tensor | None], dtype: torch.dtype) -> Tensor:
-    return _layout.new_output(*[t for t in streams if t is not None], dtype=dtype)
-
-
-@_backend.operator(f"score_difference({_SCORE}, str reduction, bool with_grad) -> {_OUTPUTS}")
+@differentiable(score_difference_backward, **_FIELD)
+@operator
 def score_difference(
-    pred: Tensor,
-    target: Tensor,
-    uncond: Tensor | None,
-    weight: Tensor | None,
-    gate: Tensor | None,
+    pred: Stream,
+    target: Stream,
+    uncond: Stream | None,
+    weight: PerRow | None,
+    gate: Stream | None,
     guidance_scale: float,
     grad_clip: float,
     dtype: torch.dtype,
-    reduction: str,
+    reduction: Reduction,
     with_grad: bool,
-) -> Outputs:
-    return _outputs([pred, target, uncond, gate], dtype, 1, 3, 1, reduction, with_grad)
+) -> FieldOutputs:
+    """SDS and VSD: ``G = w (guided - target)``."""
 
 
-@_backend.operator(f"score_difference_backward(Tensor row_grad, {_SCORE}) -> Tensor")
-def _score_difference_backward(
-    row_grad: Tensor,
-    pred: Tensor,
-    target: Tensor,
-    uncond: Tensor | None,
-    weight: Tensor | None,
-    gate: Tensor | None,
+@operator
+def dmd_backward(
+    row_grad: PerRow,
+    x_t: Stream | None,
+    real: Stream,
+    fake: Stream,
+    uncond: Stream | None,
+    weight: PerRow | None,
+    gate: Stream | None,
+    alpha_t: PerRow,
+    sigma_t: PerRow,
+    prediction_type: PredictionType,
+    fake_prediction_type: PredictionType,
     guidance_scale: float,
-    grad_clip: float,
     dtype: torch.dtype,
-) -> Tensor:
-    return _gradient([pred, target, uncond, gate], dtype)
+) -> Gradient:
+    """`row_grad` times G without its normaliser; x_t may be missing where both networks predict one quantity."""
 
 
-@_backend.operator(f"dmd(Tensor x, Tensor x_t, {_DMD}, {_PASS}) -> {_OUTPUTS}")
+@differentiable(dmd_backward, **_FIELD, **_DMD)
+@operator
 def dmd(
-    x: Tensor,
-    x_t: Tensor,
-    real: Tensor,
-    fake: Tensor,
-    uncond: Tensor | None,
-    weight: Tensor | None,
-    gate: Tensor | None,
-    alpha_t: Tensor,
-    sigma_t: Tensor,
-    prediction_type: str,
-    fake_prediction_type: str,
+    x: Stream,
+    x_t: Stream,
+    real: Stream,
+    fake: Stream,
+    uncond: Stream | None,
+    weight: PerRow | None,
+    gate: Stream | None,
+    alpha_t: PerRow,
+    sigma_t: PerRow,
+    prediction_type: PredictionType,
+    fake_prediction_type: PredictionType,
     guidance_scale: float,
     dtype: torch.dtype,
-    count: Tensor | None,
+    count: Whole | None,
     normalize: bool,
     normalizer_min: float,
     normalizer_eps: float,
     group_rows: int,
-    reduction: str,
+    reduction: Reduction,
     with_grad: bool,
-) -> Outputs:
-    return _outputs([real, fake, uncond, gate, x_t, x], dtype, 1, 3, group_rows, reduction, with_grad)
+) -> FieldOutputs:
+    """DMD: ``G = w (f - r) / n``; `count` elements share the mean, `group_rows` rows a normaliser."""
 
 
-@_backend.operator(f"dmd_backward(Tensor row_grad, Tensor? x_t, {_DMD}) -> Tensor")
-def _dmd_backward(
-    row_grad: Tensor,
-    x_t: Tensor | None,
-    real: Tensor,
-    fake: Tensor,
-    uncond: Tensor | None,
-    weight: Tensor | None,
-    gate: Tensor | None,
-    alpha_t: Tensor,
-    sigma_t: Tensor,
-    prediction_type: str,
-    fake_prediction_type: str,
+@operator
+def decoupled_dmd_backward(
+    row_grad: Annotated[Tensor, Role.STACKED, 2],
+    dm_x_t: Stream | None,
+    dm_real: Stream,
+    dm_fake: Stream,
+    ca_real: Stream,
+    ca_uncond: Stream,
+    weight: PerRow | None,
+    gate: Stream | None,
+    dm_alpha_t: PerRow,
+    dm_sigma_t: PerRow,
+    ca_alpha_t: PerRow,
+    ca_sigma_t: PerRow,
+    prediction_type: PredictionType,
+    fake_prediction_type: PredictionType,
     guidance_scale: float,
     dtype: torch.dtype,
-) -> Tensor:
-    return _gradient([real, fake, uncond, gate, x_t], dtype)
+) -> Gradient:
+    """Each row of `row_grad` times its term, without normalisers."""
 
 
-@_backend.operator(f"decoupled_dmd(Tensor x, Tensor ca_x_t, Tensor dm_x_t, {_DECOUPLED}, {_PASS}) -> {_OUTPUTS}")
+@differentiable(decoupled_dmd_backward, **_FIELD, **_DMD)
+@operator
 def decoupled_dmd(
-    x: Tensor,
-    ca_x_t: Tensor,
-    dm_x_t: Tensor,
-    dm_real: Tensor,
-    dm_fake: Tensor,
-    ca_real: Tensor,
-    ca_uncond: Tensor,
-    weight: Tensor | None,
-    gate: Tensor | None,
-    dm_alpha_t: Tensor,
-    dm_sigma_t: Tensor,
-    ca_alpha_t: Tensor,
-    ca_sigma_t: Tensor,
-    prediction_type: str,
-    fake_prediction_type: str,
+    x: Stream,
+    ca_x_t: Stream,
+    dm_x_t: Stream,
+    dm_real: Stream,
+    dm_fake: Stream,
+    ca_real: Stream,
+    ca_uncond: Stream,
+    weight: PerRow | None,
+    gate: Stream | None,
+    dm_alpha_t: PerRow,
+    dm_sigma_t: PerRow,
+    ca_alpha_t: PerRow,
+    ca_sigma_t: PerRow,
+    prediction_type: PredictionType,
+    fake_prediction_type: PredictionType,
     guidance_scale: float,
     dtype: torch.dtype,
-    count: Tensor | None,
+    count: Whole | None,
     normalize: bool,
     normalizer_min: float,
     normalizer_eps: float,
     group_rows: int,
-    reduction: str,
+    reduction: Reduction,
     with_grad: bool,
-) -> Outputs:
-    streams = [dm_real, dm_fake, ca_real, ca_uncond, gate, dm_x_t, ca_x_t, x]
-    return _outputs(streams, dtype, 2, 5, group_rows, reduction, with_grad)
-
-
-@_backend.operator(f"decoupled_dmd_backward(Tensor row_grad, Tensor? dm_x_t, {_DECOUPLED}) -> Tensor")
-def _decoupled_dmd_backward(
-    row_grad: Tensor,
-    dm_x_t: Tensor | None,
-    dm_real: Tensor,
-    dm_fake: Tensor,
-    ca_real: Tensor,
-    ca_uncond: Tensor,
-    weight: Tensor | None,
-    gate: Tensor | None,
-    dm_alpha_t: Tensor,
-    dm_sigma_t: Tensor,
-    ca_alpha_t: Tensor,
-    ca_sigma_t: Tensor,
-    prediction_type: str,
-    fake_prediction_type: str,
-    guidance_scale: float,
-    dtype: torch.dtype,
-) -> Tensor:
-    return _gradient([dm_real, dm_fake, ca_real, ca_uncond, gate, dm_x_t], dtype)
-
-
-class _FieldLoss(torch.autograd.Function):
-    """A loss whose gradient with respect to `x` is a given field; `args` are its operator's.
-
-    Where `keep_grad`, the pass that computes the loss writes the gradient too. The first backward takes that buffer
-    over and scales it in place; a later one (retain_graph) recomputes, as every backward does where `keep_grad` is off.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, name: str, backend: str, group_rows: int, keep_grad: bool, x: Tensor, args: tuple[Any, ...]
-    ) -> tuple[Tensor, Tensor]:
-        loss, coefficients, stats, grad = _backend.operators[name].on(backend)(*args, keep_grad)
-        kept = list(args[slice(*_KEPT[name])])
-        if name != "score_difference" and kept[-4] == kept[-3]:
-            kept[0] = None  # of two predictions of one quantity the noisy image cancels
-        ctx.places = [i for i, value in enumerate(kept) if isinstance(value, Tensor)]
-        ctx.save_for_backward(coefficients, *[kept[i] for i in ctx.places])
-        ctx.kept = [None if isinstance(value, Tensor) else value for value in kept]
-        ctx.mark_non_differentiable(stats)
-        ctx.set_materialize_grads(False)
-        ctx.name, ctx.backend, ctx.group_rows = name, backend, group_rows
-        ctx.grad = grad if keep_grad else None
-        return loss, stats
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        grad, ctx.grad = ctx.grad, None
-        if grad_loss is None:  # the loss was not used
-            grad = None
-        elif grad is not None:
-            scale_gradient(grad, grad_loss, ctx.backend)
-        else:
-            grad = _FieldLoss.recompute(ctx, grad_loss)
-        return None, None, None, None, grad, None
-
-    @staticmethod
-    def recompute(ctx: Any, grad_loss: Tensor) -> Tensor:
-        coefficients, *tensors = ctx.saved_tensors
-        args = list(ctx.kept)
-        for place, value in zip(ctx.places, tensors, strict=True):
-            args[place] = value
-        if grad_loss.dim() == 1 and ctx.group_rows > 1:  # one number a group: spread it over the group's rows
-            grad_loss = grad_loss.repeat_interleave(ctx.group_rows)
-        return _backend.operators[f"{ctx.name}_backward"].on(ctx.backend)(coefficients * grad_loss, *args)
-
-
-def field_loss(op: _backend.Operator, backend: str, x: Tensor, group_rows: int, *args: Any) -> tuple[Tensor, Tensor]:
-    """The loss and the statistics; `args` are the operator's but the last, and end with the reduction."""
-    if not (torch.is_grad_enabled() and x.requires_grad):
-        with torch.no_grad():  # the networks' outputs may have a graph
-            loss, _, stats, _ = op.on(backend)(*args, False)
-        return loss, stats
-    if torch.compiler.is_compiling():  # which takes no tensor twice: x, or one level's times for both levels
-        args = tuple(value.detach() if isinstance(value, Tensor) else value for value in args)
-    # float16 would underflow before a loss scale reaches it; a compiled backward cannot take the buffer over.
-    keep_grad = (
-        args[-1] != "none"
-        and x.dtype != torch.float16
-        and type(x) in (Tensor, torch.nn.Parameter)
-        and not torch.compiler.is_compiling()
-    )
-    return _FieldLoss.apply(op.name, backend, group_rows, keep_grad, x, args)
+) -> DecoupledOutputs:
+    """Decoupled DMD: distribution matching and guidance, each at its own level with its own normaliser."""
 
 
 class Rows(NamedTuple):

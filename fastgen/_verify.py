@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 import fastgen
 
-from . import _analytic_dpm, _backend, _gradient, reference
+from . import _analytic_dpm, _backend, reference
+from .core.gradient import scale_gradient_
 from ._accuracy import accurate, errors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -66,12 +67,13 @@ def _scaled(m: ModuleType, p: Tensor, q: Tensor, y: Tensor) -> Tensor:
         return out
     scale = torch.tensor(0.3, device=p.device, dtype=torch.float64 if p.dtype == torch.float64 else torch.float32)
     copy = p.detach().clone()
-    return _gradient.scale_gradient(copy, scale, _backend.backend_for("scale_gradient_", p.device.type))
+    scale_gradient_(_backend.backend_for("scale_gradient_", p.device.type), grad=copy, scale=scale)
+    return copy
 
 
 def _mean_square(m: ModuleType, p: Tensor, q: Tensor, y: Tensor) -> Tensor:
     # The public way to it adds up rows in float64.
-    return reference.mean_square(p) if m is reference else _analytic_dpm.mean_square(p)
+    return reference.mean_square(p) if m is reference else _analytic_dpm.row_mean_square(p)
 
 
 def _reverse_step(m: ModuleType, p: Tensor, q: Tensor, y: Tensor, *, in_place: bool = False) -> Tensor:

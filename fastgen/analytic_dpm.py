@@ -16,13 +16,14 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _checks, _distributed, _layout
+from . import _checks
+from .core import distributed
 from ._analytic_dpm import (
     DataRange,
     Step,
     checked_moments,
     isotonic,
-    mean_square,
+    row_mean_square,
     node_alphas,
     nodes_of_steps,
     radius_of,
@@ -76,14 +77,14 @@ class ScoreMoments:
         A prediction that is not finite makes the moments of its timestep NaN, which their users report.
         """
         _checks.streams(pred=pred)
-        if _distributed.is_dtensor(pred):
+        if distributed.is_dtensor(pred):
             raise TypeError("pred must be a plain tensor: pass pred.to_local(), and in the end call all_reduce()")
         _checks.indices("t", t, pred)
         if pred.device != self._sums.device:
             raise ValueError(
                 f"pred is on {pred.device}, the moments on {self._sums.device}: give ScoreMoments a device"
             )
-        square = mean_square(pred).double()
+        square = row_mean_square(pred).double()
         terms = torch.stack([torch.ones_like(square), square, square.square()], 1)
         # Accumulating index_put_ adds in a fixed order, on GPUs too, where index_add_ would use atomics.
         self._sums.index_put_((t.long(),), terms, accumulate=True)
@@ -347,7 +348,7 @@ def pixel_reverse_variance(
     s, t = nodes_of_steps(s, t, len(alpha_bar) - 1)
     if t.dim() > 1 or (t.dim() == 1 and len(t) != len(head)):
         raise ValueError(f"s and t must be ints or have shape [{len(head)}], got {list(t.shape)}")
-    dtype = _layout.arithmetic_dtype(*(x for x in (head, pred) if x is not None))
+    dtype = layout.arithmetic_dtype(*(x for x in (head, pred) if x is not None))
     step = Step.of(alpha_bar, s, t, _checks.share("eta", eta))
     # Numbers stay where they are: as zero-dimensional tensors they go into a GPU's operations without a copy.
     floor, gain, ratio = (

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from typing import Any, Literal, overload
 
-import torch
 from torch import Tensor
 
-from . import _backend, _checks, _distributed, _elbo, reference
+from . import _backend, _checks, _elbo, reference
+from .core import distributed
+from .core.autograd import FusedLoss
 
 REDUCTIONS = ("mean", "sum", "none")
 ELEMENT_REDUCTIONS = ("mean", "sum")
 
 
-def _backend_of(op: _backend.Operator, pred: Tensor) -> str:
-    if _distributed.is_dtensor(pred):
-        _distributed.register_sharding_rules()
+def _backend_of(op: FusedLoss, pred: Tensor) -> str:
+    if distributed.is_dtensor(pred):
+        distributed.register_sharding_rules()
     return _backend.backend_for(op.name, pred.device.type)
 
 
@@ -58,9 +59,9 @@ def elbo_error(
     backend = _backend_of(_elbo.elbo_error, pred)
     if backend == "reference":
         return reference.elbo_error(pred, target, weight=weight, loss=loss, element_reduction=element_reduction)
-    if torch.is_grad_enabled() and pred.requires_grad:
-        return _elbo.RowError.apply(backend, pred, None, target, weight, loss, element_reduction == "mean")
-    return _elbo.elbo_error.on(backend)(pred, target, weight, loss, element_reduction == "mean")
+    return _elbo.elbo_error(
+        backend, pred=pred, target=target, weight=weight, loss=loss, element_mean=element_reduction == "mean"
+    )
 
 
 def elbo_difference(
@@ -107,9 +108,9 @@ def elbo_difference(
     backend = _backend_of(_elbo.elbo_difference, pred)
     if backend == "reference":
         return reference.elbo_difference(pred, ref_pred, target, weight=weight, element_reduction=element_reduction)
-    if torch.is_grad_enabled() and pred.requires_grad:
-        return _elbo.RowError.apply(backend, pred, ref_pred, target, weight, "l2", element_reduction == "mean")
-    return _elbo.elbo_difference.on(backend)(pred, ref_pred, target, weight, element_reduction == "mean")
+    return _elbo.elbo_difference(
+        backend, pred=pred, ref_pred=ref_pred, target=target, weight=weight, element_mean=element_reduction == "mean"
+    )
 
 
 @overload
@@ -220,11 +221,21 @@ def ddo_loss(
             pred, ref_pred, target, is_real, weight=weight, alpha=alpha, beta=beta, mc_samples=mc_samples,
             element_reduction=element_reduction, reduction=reduction, return_delta=return_delta, group=group,
         )  # fmt: skip
-    counts = _distributed.loss_counts(is_real, group) if reduction == "mean" else None
-    loss, delta = _elbo.difference_loss(
-        _elbo.ddo_loss, backend, (-1, mc_samples), reduction, element_reduction, pred, ref_pred, target, weight,
-        is_real, counts, alpha, beta, mc_samples,
-    )  # fmt: skip
+    counts = distributed.loss_counts(is_real, group) if reduction == "mean" else None
+    loss, delta = _elbo.ddo_loss(
+        backend,
+        pred=pred,
+        ref_pred=ref_pred,
+        target=target,
+        weight=weight,
+        element_mean=element_reduction == "mean",
+        reduction=reduction,
+        is_real=is_real,
+        counts=counts,
+        alpha=alpha,
+        beta=beta,
+        mc_samples=mc_samples,
+    )
     return (loss, delta) if return_delta else loss
 
 
@@ -313,8 +324,15 @@ def diffusion_dpo_loss(
             pred, ref_pred, target, weight=weight, beta=beta, kind=kind, element_reduction=element_reduction,
             reduction=reduction, return_delta=return_delta,
         )  # fmt: skip
-    loss, margin = _elbo.difference_loss(
-        _elbo.diffusion_dpo_loss, backend, (2, -1), reduction, element_reduction, pred, ref_pred, target, weight,
-        beta, kind,
-    )  # fmt: skip
+    loss, margin = _elbo.diffusion_dpo_loss(
+        backend,
+        pred=pred,
+        ref_pred=ref_pred,
+        target=target,
+        weight=weight,
+        element_mean=element_reduction == "mean",
+        reduction=reduction,
+        beta=beta,
+        kind=kind,
+    )
     return (loss, margin) if return_delta else loss

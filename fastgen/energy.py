@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, overload
 
@@ -22,13 +23,15 @@ class _JointEnergyLoss(torch.autograd.Function):
     def forward(
         ctx: Any, backend: str, real: Tensor, labels: Tensor, fake: Tensor, weight: float, ignore_index: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        sweep = _sequence.token_logprob.on(backend)
         labelled = labels != ignore_index
         # -1 for any label outside: one that the sweep ignores would go without its row's log-sum-exp.
         inside = (labels >= 0) & (labels < real.shape[1])
         tokens = torch.where(labelled, torch.where(inside, labels, -1), 0)
-        logprob, stats_real = sweep(real, tokens, 1.0, _sequence.IGNORE_INDEX)
-        _, stats_fake = sweep(fake, labels.new_zeros(fake.shape[0]), 1.0, _sequence.IGNORE_INDEX)
+        sweep = functools.partial(
+            _sequence.token_logprob.operator, backend, temperature=1.0, ignore_index=_sequence.IGNORE_INDEX
+        )
+        logprob, stats_real = sweep(logits=real, tokens=tokens)
+        _, stats_fake = sweep(logits=fake, tokens=labels.new_zeros(fake.shape[0]))
         lse_real, lse_fake = (peak + total.log() for peak, total in (stats_real, stats_fake))
         count = labelled.sum().clamp(min=1)
         gap = lse_fake.sum() / max(fake.shape[0], 1) - lse_real.sum() / max(real.shape[0], 1)

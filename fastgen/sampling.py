@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from . import _backend, _checks, _layout, reference
+from . import _backend, _checks, reference
 from . import _sampling as _ops
 from .reference.sampling import StepCoefficients, randn_like
 from .schedule import NoiseSchedule
@@ -250,7 +250,7 @@ def guidance(cond: Tensor, uncond: Tensor, scale: float | Tensor) -> Tensor:
     scale = _ops.vector(scale, cond, uncond)
     if _ops.needs_grad(cond, uncond):
         return _ops.Guidance.apply(backend, cond, uncond, scale)
-    return _ops.guidance.on(backend)(cond, uncond, scale)
+    return _ops.guidance(backend, cond=cond, uncond=uncond, scale=scale)
 
 
 def posterior_sample(
@@ -304,7 +304,7 @@ def posterior_sample(
     backend = _backend.backend_for("reverse_step", x_t.device.type)
     if backend == "reference":
         return reference.posterior_sample(schedule, x0, x_t, t, s=s, noise=noise)
-    dtype = _layout.arithmetic_dtype(x0, x_t, noise)
+    dtype = layout.arithmetic_dtype(x0, x_t, noise)
     k = reference.step_coefficients(schedule, t - 1 if s is None else s, t, dtype=dtype)
     if _ops.needs_grad(x0, x_t, noise):
         return _ops.Posterior.apply(backend, x0, x_t, noise, k.x0, k.x_t, k.noise)

@@ -9,16 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _backend, _checks, _layout, reference
+from . import _backend, _checks, reference
+from .core.operator import Output, PerRow, Stream, operator
+from .triton_kernels import layout
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "flow_prediction")
 
 
-@_backend.operator("row_combination(Tensor x, Tensor a, Tensor? y=None, Tensor? b=None) -> Tensor")
-def _row_combination(x: Tensor, a: Tensor, y: Tensor | None = None, b: Tensor | None = None) -> Tensor:
+@operator
+def row_combination(x: Stream, a: PerRow, y: Stream | None, b: PerRow | None) -> Output:
+    """``a_i x (+ b_i y)``"""
     inputs = (x,) if y is None else (x, y)
     dtype = x.dtype if y is None else torch.promote_types(x.dtype, y.dtype)
-    return _layout.new_output(*inputs, dtype=dtype)
+    return layout.new_output(*inputs, dtype=dtype)
 
 
 class _RowCombination(torch.autograd.Function):
@@ -28,7 +31,7 @@ class _RowCombination(torch.autograd.Function):
     def forward(ctx: Any, backend: str, x: Tensor, a: Tensor, y: Tensor | None, b: Tensor | None) -> Tensor:
         ctx.backend = backend
         ctx.save_for_backward(a, b)
-        return _row_combination.on(backend)(x, a, y, b)
+        return row_combination(backend, x=x, a=a, y=y, b=b)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -42,7 +45,7 @@ class _RowCombination(torch.autograd.Function):
 def _combine(x: Tensor, a: Tensor, y: Tensor, b: Tensor, backend: str) -> Tensor:
     if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
         return _RowCombination.apply(backend, x, a, y, b)
-    return _row_combination.on(backend)(x, a, y, b)
+    return row_combination(backend, x=x, a=a, y=y, b=b)
 
 
 def add_noise(x0: Tensor, noise: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Tensor:

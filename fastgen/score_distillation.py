@@ -208,16 +208,32 @@ def dmd_loss(
             **common,
         )  # fmt: skip
     rows = _ops.rows_of(x, normalizer_dims, weight, alpha_t, sigma_t)
-    streams = [rows.stream(t) for t in (x, x_t, real_cond, fake)]
     gate, count = _ops.gate_of(x, weight, mask)
     divisor = count if reduction == "mean" else None
-    loss, stats = _ops.field_loss(
-        _ops.dmd, backend, streams[0], rows.group, *streams,
-        rows.optional(real_uncond), rows.scalars(_ops.row_weight(weight, x)), rows.optional(gate),
-        rows.scalars(alpha_t), rows.scalars(sigma_t), prediction_type, fake_prediction_type or prediction_type,
-        guidance, x.dtype, divisor,
-        normalizer is not None, float(normalizer_min), float(normalizer_eps), rows.group, reduction,
-    )  # fmt: skip
+    seen = rows.stream(x)
+    loss, stats = _ops.dmd(
+        backend,
+        seen,
+        x=seen,
+        x_t=rows.stream(x_t),
+        real=rows.stream(real_cond),
+        fake=rows.stream(fake),
+        uncond=rows.optional(real_uncond),
+        weight=rows.scalars(_ops.row_weight(weight, x)),
+        gate=rows.optional(gate),
+        alpha_t=rows.scalars(alpha_t),
+        sigma_t=rows.scalars(sigma_t),
+        prediction_type=prediction_type,
+        fake_prediction_type=fake_prediction_type or prediction_type,
+        guidance_scale=guidance,
+        dtype=x.dtype,
+        count=divisor,
+        normalize=normalizer is not None,
+        normalizer_min=float(normalizer_min),
+        normalizer_eps=float(normalizer_eps),
+        group_rows=rows.group,
+        reduction=reduction,
+    )
     return rows.finish(loss, stats, 1, count, x, return_stats)
 
 
@@ -291,15 +307,36 @@ def decoupled_dmd_loss(
             return_stats=return_stats, **common,
         )  # fmt: skip
     rows = _ops.rows_of(x, normalizer_dims, weight, *times.values())
-    streams = [rows.stream(t) for t in (x, ca.x_t, dm.x_t, dm.real, dm.contrast, ca.real, ca.contrast)]
     gate, count = _ops.gate_of(x, weight, mask)
     divisor = count if reduction == "mean" else None
-    loss, stats = _ops.field_loss(
-        _ops.decoupled_dmd, backend, streams[0], rows.group, *streams,
-        rows.scalars(_ops.row_weight(weight, x)), rows.optional(gate), *map(rows.scalars, times.values()),
-        prediction_type, fake_prediction_type or prediction_type, guidance, x.dtype, divisor,
-        normalizer is not None, float(normalizer_min), float(normalizer_eps), rows.group, reduction,
-    )  # fmt: skip
+    seen = rows.stream(x)
+    loss, stats = _ops.decoupled_dmd(
+        backend,
+        seen,
+        x=seen,
+        ca_x_t=rows.stream(ca.x_t),
+        dm_x_t=rows.stream(dm.x_t),
+        dm_real=rows.stream(dm.real),
+        dm_fake=rows.stream(dm.contrast),
+        ca_real=rows.stream(ca.real),
+        ca_uncond=rows.stream(ca.contrast),
+        weight=rows.scalars(_ops.row_weight(weight, x)),
+        gate=rows.optional(gate),
+        dm_alpha_t=rows.scalars(dm.alpha_t),
+        dm_sigma_t=rows.scalars(dm.sigma_t),
+        ca_alpha_t=rows.scalars(ca.alpha_t),
+        ca_sigma_t=rows.scalars(ca.sigma_t),
+        prediction_type=prediction_type,
+        fake_prediction_type=fake_prediction_type or prediction_type,
+        guidance_scale=guidance,
+        dtype=x.dtype,
+        count=divisor,
+        normalize=normalizer is not None,
+        normalizer_min=float(normalizer_min),
+        normalizer_eps=float(normalizer_eps),
+        group_rows=rows.group,
+        reduction=reduction,
+    )
     return rows.finish(loss, stats, 2, count, x, return_stats)
 
 
@@ -387,8 +424,17 @@ def _score_loss(
             return_stats=return_stats, **{uncond_name: uncond},
         )  # fmt: skip
     gate, _ = _ops.gate_of(x, weight, None)
-    loss, stats = _ops.field_loss(
-        _ops.score_difference, backend, x, 1, pred, target, uncond, _ops.row_weight(weight, x), gate, guidance, clip,
-        x.dtype, reduction,
-    )  # fmt: skip
+    loss, stats = _ops.score_difference(
+        backend,
+        x,
+        pred=pred,
+        target=target,
+        uncond=uncond,
+        weight=_ops.row_weight(weight, x),
+        gate=gate,
+        guidance_scale=guidance,
+        grad_clip=clip,
+        dtype=x.dtype,
+        reduction=reduction,
+    )
     return _ops.Rows(None, 1).finish(loss, stats, 1, None, x, return_stats)

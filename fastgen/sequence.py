@@ -7,7 +7,8 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from . import _backend, _checks, _distributed, _linear_sequence, _sequence, reference
+from . import _backend, _checks, _linear_sequence, _sequence, reference
+from .core import distributed
 from ._linear_sequence import MAX_CHUNK_BYTES
 from ._sequence import IGNORE_INDEX
 
@@ -59,9 +60,9 @@ def token_logprob(
     backend = _backend.backend_for("token_logprob", logits.device.type)
     if backend == "reference":
         return reference.token_logprob(logits, tokens, temperature=temperature, ignore_index=ignore_index)
-    if torch.is_grad_enabled() and logits.requires_grad:
-        return _sequence.TokenLogprob.apply(backend, logits, tokens, temperature, ignore_index)
-    return _sequence.token_logprob.on(backend)(logits, tokens, temperature, ignore_index)[0]
+    return _sequence.token_logprob(
+        backend, logits=logits, tokens=tokens, temperature=temperature, ignore_index=ignore_index
+    )
 
 
 @overload
@@ -169,10 +170,19 @@ def sequence_ddo_loss(
         )  # fmt: skip
     if mask is not None:
         tokens = torch.where(mask, tokens, IGNORE_INDEX)
-    counts = _distributed.loss_counts(is_real, group) if reduction == "mean" else None
+    counts = distributed.loss_counts(is_real, group) if reduction == "mean" else None
     scale = 1 / max(alpha, 1.0) if normalize else 1.0
-    loss, delta = _sequence.SequenceDdoLoss.apply(
-        backend, logits, ref_logits.detach(), tokens, is_real, counts, alpha, beta, scale, reduction
+    options = {"tokens": tokens, "temperature": 1.0, "ignore_index": IGNORE_INDEX}
+    loss, delta = _sequence.sequence_ddo_loss(
+        backend,
+        logprob=_sequence.token_logprob(backend, logits=logits, **options),
+        ref_logprob=_sequence.token_logprob(backend, logits=ref_logits.detach(), **options),
+        is_real=is_real,
+        counts=counts,
+        alpha=alpha,
+        beta=beta,
+        scale=scale,
+        reduction=reduction,
     )
     return (loss, delta) if return_delta else loss
 
@@ -255,11 +265,17 @@ def generalized_jsd_loss(
             num_items=num_items, ignore_index=ignore_index,
         )  # fmt: skip
     scale = _scale(student_logits, teacher_logits, labels, reduction, num_items, ignore_index, vocabulary)
-    args = (labels, scale, beta, temperature, ignore_index, reduction != "none")
-    if torch.is_grad_enabled() and student_logits.requires_grad:
-        keep_grad = reduction != "none" and _sequence.can_keep_gradient(student_logits)
-        return _sequence.GeneralizedJsd.apply(backend, keep_grad, student_logits, teacher_logits, *args)
-    return _sequence.generalized_jsd.on(backend)(student_logits, teacher_logits, *args, False)[0]
+    return _sequence.generalized_jsd(
+        backend,
+        student=student_logits,
+        teacher=teacher_logits,
+        labels=labels,
+        scale=scale,
+        beta=beta,
+        temperature=temperature,
+        ignore_index=ignore_index,
+        reduction="none" if reduction == "none" else "sum",
+    )
 
 
 def linear_token_logprob(

@@ -6,37 +6,48 @@ on the semirings of ``csrc/formulas/trajectory.h``.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch import library as torch_library
 
 from . import _backend, _checks
+from .core.operator import Whole, operator
 from .reference import trajectory as _reference
 
 CONVENTIONS = ("edges", "nodes")
 METHODS = ("auto", "exact", "monge")
 
 
-@_backend.operator(
-    "trajectory_table(Tensor cost, Tensor? h, int first, int edges, bool monge) -> (Tensor totals, Tensor table)"
-)
-def _trajectory_table(cost: Tensor, h: Tensor | None, first: int, edges: int, monge: bool) -> tuple[Tensor, Tensor]:
+class TableOutputs(NamedTuple):
+    """Of :func:`trajectory_table`."""
+
+    totals: Whole
+    table: Whole
+
+
+@operator
+def trajectory_table(cost: Whole, h: Whole | None, first: int, edges: int, monge: bool) -> TableOutputs:
+    """The totals [B, edges + 1] of every number of edges, and what recovers their paths."""
     # The table's layout is the implementation's own; only trajectory_path of the same one reads it.
-    return cost.new_empty((cost.shape[0], edges + 1)), cost.new_empty((torch_library.get_ctx().new_dynamic_size(),))
+    table = cost.new_empty((torch_library.get_ctx().new_dynamic_size(),))
+    return TableOutputs(cost.new_empty((cost.shape[0], edges + 1)), table)
 
 
-@_backend.operator("trajectory_path(Tensor cost, Tensor? h, Tensor table, int first, int edges, bool monge) -> Tensor")
-def _trajectory_path(cost: Tensor, h: Tensor | None, table: Tensor, first: int, edges: int, monge: bool) -> Tensor:
+@operator
+def trajectory_path(cost: Whole, h: Whole | None, table: Whole, first: int, edges: int, monge: bool) -> Whole:
+    """The nodes of the cheapest paths of `edges` edges, int64 [B, edges + 1]."""
     return cost.new_empty((cost.shape[0], edges + 1), dtype=torch.int64)
 
 
-@_backend.operator("trajectory_inspect(Tensor cost, Tensor? h, int first, bool certify) -> Tensor")
-def _trajectory_inspect(cost: Tensor, h: Tensor | None, first: int, certify: bool) -> Tensor:
+@operator
+def trajectory_inspect(cost: Whole, h: Whole | None, first: int, certify: bool) -> Whole:
+    """What is wrong with each problem, and whether it is certified: bits, int64 [B]."""
     return cost.new_empty((cost.shape[0],), dtype=torch.int64)
 
 
@@ -188,12 +199,13 @@ def optimal_trajectory(
         raise ValueError(f"cost must have at least 2 timesteps, 0 and N = 1; got {list(problems.shape[1:])}")
     counts = _step_counts(num_steps, first, last)
     backend = _backend.backend_for("trajectory_table", device.type)
-    certified = _certified(_run(backend, "trajectory_inspect"), problems, h, first, method)
+    certified = _certified(backend, problems, h, first, method)
     if certified and h is not None and _backend.is_automatic("trajectory_table", "native", "cpu"):
         # Copying two vectors from a GPU costs less than its exhaustive sweep.
         backend, problems, h = "native", problems.cpu(), h.cpu()
     monge = certified and backend == "native" and problems.device.type == "cpu"
-    totals, table = _run(backend, "trajectory_table")(problems, h, first, max(counts) - first, monge)
+    solve = _reference.trajectory_table if backend == "reference" else functools.partial(trajectory_table, backend)
+    totals, table = solve(cost=problems, h=h, first=first, edges=max(counts) - first, monge=monge)
     totals = totals[:, slice(counts[0] - first, None) if num_steps == "all" else [k - first for k in counts]]
     totals = totals if h is None else totals.log()
     if num_steps != "all":
@@ -202,7 +214,8 @@ def optimal_trajectory(
     def recover(k: int) -> Tensor:
         if num_steps == "all":
             _require_paths(totals[:, [counts.index(k)]], [k])
-        path = _run(backend, "trajectory_path")(problems, h, table, first, k - first, monge)
+        trace = _reference.trajectory_path if backend == "reference" else functools.partial(trajectory_path, backend)
+        path = trace(cost=problems, h=h, table=table, first=first, edges=k - first, monge=monge)
         return path.reshape(*batch, path.shape[1]).to(device)
 
     name = "monge" if monge else "exact"
@@ -257,10 +270,13 @@ _FAULTS = (
 )
 
 
-def _certified(inspect: Callable[..., Tensor], problems: Tensor, h: Tensor | None, first: int, method: str) -> bool:
+def _certified(backend: str, problems: Tensor, h: Tensor | None, first: int, method: str) -> bool:
     """Raises for invalid costs; says whether the Monge method is wanted and right."""
     certify = method == "monge" or (method == "auto" and h is not None)
-    status = inspect(problems, h, first, certify).tolist()
+    inspect = (
+        _reference.trajectory_inspect if backend == "reference" else functools.partial(trajectory_inspect, backend)
+    )
+    status = inspect(cost=problems, h=h, first=first, certify=certify).tolist()
     where = f"problem {{}} of {len(status)}: " if len(status) > 1 else ""
     for i, faults in enumerate(status):
         if h is None and faults & 1:
@@ -274,10 +290,6 @@ def _certified(inspect: Callable[..., Tensor], problems: Tensor, h: Tensor | Non
             reason = "h decreases" if h is not None else "the quadrangle inequality fails, or an entry is inf"
             raise ValueError(f"{where.format(i)}method 'monge' needs a certified cost, but {reason}")
     return certify and all(not faults & 2 for faults in status)
-
-
-def _run(backend: str, name: str) -> Callable[..., Any]:
-    return getattr(_reference, name) if backend == "reference" else _backend.operators[name].on(backend)
 
 
 def _require_paths(totals: Tensor, counts: Sequence[int]) -> None:

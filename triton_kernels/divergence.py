@@ -419,7 +419,7 @@ def _shared_vocabulary(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor
 
 def generalized_jsd(
     student: Tensor, teacher: Tensor, labels: Tensor | None, scale: Tensor | None, beta: float, temperature: float,
-    ignore_index: int, reduce: bool, with_grad: bool,
+    ignore_index: int, reduction: str, with_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     grad = student.new_empty(student.shape if with_grad else (0,))
     rows = LogitRows(*_shared_vocabulary(student, teacher), out=grad if with_grad else None)
@@ -430,7 +430,7 @@ def generalized_jsd(
         labels = None if labels is None else labels.contiguous()
         scale = None if scale is None else scale.to(rows.dtype)
         _run_divergence(rows, grad, labels, scale, loss, stats, numbers, beta, ignore_index)
-    return loss.sum() if reduce else loss, stats, grad
+    return loss if reduction == "none" else loss.sum(), stats, grad
 
 
 def _run_divergence(

@@ -134,25 +134,25 @@ def _numbers(rows: Rows, t: Tensor | None) -> Numbers | None:
 def _step(
     out: Tensor | None, x_t: Tensor, cond: Tensor, uncond: Tensor | None, noise: Tensor | None, alpha_t: Tensor,
     sigma_t: Tensor, k_x0: Tensor, k_x_t: Tensor, k_eps: Tensor | None, k_noise: Tensor | None,
-    guidance: Tensor | None, kind: str, low: float, high: float,
+    guidance_scale: Tensor | None, prediction_type: str, low: float, high: float,
 ) -> Tensor:  # fmt: skip
     rows = Rows(x_t, cond, uncond, noise)
     if out is not None and (rows.first is not x_t or (rows.count > 1 and x_t.stride(0) != rows.size)):
         raise ValueError("reverse_step_: x_t must be packed, and the other tensors laid out like it")
-    vectors = (_numbers(rows, t) for t in (alpha_t, sigma_t, k_x0, k_x_t, k_eps, k_noise, guidance))
+    vectors = (_numbers(rows, t) for t in (alpha_t, sigma_t, k_x0, k_x_t, k_eps, k_noise, guidance_scale))
     clamps = low > -float("inf") or high < float("inf")
     bounds = (scalar.argument(low, rows.dtype), scalar.argument(high, rows.dtype)) if clamps else None
     out = rows.new_output(x_t.dtype) if out is None else out
-    run(STEP, Groups(rows.count), rows, Step(*vectors, X0[kind], EPS[kind], bounds), out)
+    run(STEP, Groups(rows.count), rows, Step(*vectors, X0[prediction_type], EPS[prediction_type], bounds), out)
     return out
 
 
-def reverse_step(x_t: Tensor, cond: Tensor, *args: Any) -> Tensor:
-    return _step(None, x_t, cond, *args)
+def reverse_step(x_t: Tensor, **arguments: Any) -> Tensor:
+    return _step(None, x_t, **arguments)
 
 
-def reverse_step_(x_t: Tensor, cond: Tensor, *args: Any) -> None:
-    _step(x_t, x_t, cond, *args)
+def reverse_step_(x_t: Tensor, **arguments: Any) -> None:
+    _step(x_t, x_t, **arguments)
 
 
 def guidance(cond: Tensor, uncond: Tensor, scale: Tensor) -> Tensor:

@@ -77,85 +77,85 @@ def _score(rows: Rows, weight: Tensor | None, guidance: float, clip: float) -> S
 
 
 def score_difference(
-    pred: Tensor, target: Tensor, uncond: Tensor | None, weight: Tensor | None, gate: Tensor | None, guidance: float,
-    clip: float, dtype: torch.dtype, reduction: str, with_grad: bool,
+    pred: Tensor, target: Tensor, uncond: Tensor | None, weight: Tensor | None, gate: Tensor | None, guidance_scale: float,
+    grad_clip: float, dtype: torch.dtype, reduction: str, with_grad: bool,
 ) -> LossOutputs:  # fmt: skip
     rows = Rows(pred, target, uncond, gate, dtype=dtype)
-    field = _score(rows, weight, guidance, clip)
+    field = _score(rows, weight, guidance_scale, grad_clip)
     return _run_loss(SCORE, field, rows, Groups(rows.count), 1, None, dtype, reduction, with_grad)
 
 
 def score_difference_backward(
-    grad: Tensor, pred: Tensor, target: Tensor, uncond: Tensor | None, weight: Tensor | None, gate: Tensor | None,
-    guidance: float, clip: float, dtype: torch.dtype,
+    row_grad: Tensor, pred: Tensor, target: Tensor, uncond: Tensor | None, weight: Tensor | None, gate: Tensor | None,
+    guidance_scale: float, grad_clip: float, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     rows = Rows(pred, target, uncond, gate, dtype=dtype)
-    return _run_backward(SCORE_BACKWARD, _score(rows, weight, guidance, clip), rows, grad, dtype)
+    return _run_backward(SCORE_BACKWARD, _score(rows, weight, guidance_scale, grad_clip), rows, row_grad, dtype)
 
 
 def _dmd(
-    rows: Rows, group_rows: int, weight: Tensor | None, alpha: Tensor, sigma: Tensor, kind: str, fake_kind: str,
-    guidance: float,
+    rows: Rows, group_rows: int, weight: Tensor | None, alpha: Tensor, sigma: Tensor, prediction_type: str, fake_prediction_type: str,
+    guidance_scale: float,
 ) -> Dmd:  # fmt: skip
     vectors = (rows.scalars(t) for t in (weight, alpha, sigma))
-    fake = None if kind == fake_kind else X0[fake_kind]
-    return Dmd(*vectors, X0[kind], fake, scalar.argument(guidance, rows.dtype), _mean(rows, group_rows))
+    fake = None if prediction_type == fake_prediction_type else X0[fake_prediction_type]
+    return Dmd(*vectors, X0[prediction_type], fake, scalar.argument(guidance_scale, rows.dtype), _mean(rows, group_rows))
 
 
 def dmd(
     x: Tensor, x_t: Tensor, real: Tensor, fake: Tensor, uncond: Tensor | None, weight: Tensor | None,
-    gate: Tensor | None, alpha_t: Tensor, sigma_t: Tensor, kind: str, fake_kind: str, guidance: float,
-    dtype: torch.dtype, count: Tensor | None, normalize: bool, minimum: float, eps: float, group_rows: int,
+    gate: Tensor | None, alpha_t: Tensor, sigma_t: Tensor, prediction_type: str, fake_prediction_type: str, guidance_scale: float,
+    dtype: torch.dtype, count: Tensor | None, normalize: bool, normalizer_min: float, normalizer_eps: float, group_rows: int,
     reduction: str, with_grad: bool,
 ) -> LossOutputs:  # fmt: skip
     rows = Rows(real, fake, uncond, gate, x_t, x, dtype=dtype)
-    field = _dmd(rows, group_rows, weight, alpha_t, sigma_t, kind, fake_kind, guidance)
-    field = field._replace(normalizer=_bounds(rows, normalize, minimum, eps))
+    field = _dmd(rows, group_rows, weight, alpha_t, sigma_t, prediction_type, fake_prediction_type, guidance_scale)
+    field = field._replace(normalizer=_bounds(rows, normalize, normalizer_min, normalizer_eps))
     groups = Groups.consecutive(rows.count, group_rows)
-    return _run_loss(DMD[kind == fake_kind], field, rows, groups, 1, count, dtype, reduction, with_grad)
+    return _run_loss(DMD[prediction_type == fake_prediction_type], field, rows, groups, 1, count, dtype, reduction, with_grad)
 
 
 def dmd_backward(
-    grad: Tensor, x_t: Tensor | None, real: Tensor, fake: Tensor, uncond: Tensor | None, weight: Tensor | None,
-    gate: Tensor | None, alpha_t: Tensor, sigma_t: Tensor, kind: str, fake_kind: str, guidance: float,
+    row_grad: Tensor, x_t: Tensor | None, real: Tensor, fake: Tensor, uncond: Tensor | None, weight: Tensor | None,
+    gate: Tensor | None, alpha_t: Tensor, sigma_t: Tensor, prediction_type: str, fake_prediction_type: str, guidance_scale: float,
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    same = kind == fake_kind
+    same = prediction_type == fake_prediction_type
     rows = Rows(real, fake, uncond, gate, *(() if same else (x_t,)), dtype=dtype)
-    field = _dmd(rows, 1, weight, alpha_t, sigma_t, kind, fake_kind, guidance)
-    return _run_backward(DMD_BACKWARD[same], field, rows, grad, dtype)
+    field = _dmd(rows, 1, weight, alpha_t, sigma_t, prediction_type, fake_prediction_type, guidance_scale)
+    return _run_backward(DMD_BACKWARD[same], field, rows, row_grad, dtype)
 
 
 def _decoupled(
-    rows: Rows, group_rows: int, weight: Tensor | None, times: tuple[Tensor, ...], kind: str, fake_kind: str,
-    guidance: float,
+    rows: Rows, group_rows: int, weight: Tensor | None, times: tuple[Tensor, ...], prediction_type: str, fake_prediction_type: str,
+    guidance_scale: float,
 ) -> Decoupled:  # fmt: skip
     vectors = (rows.scalars(t) for t in (weight, *times))
-    fake = None if kind == fake_kind else X0[fake_kind]
-    return Decoupled(*vectors, X0[kind], fake, scalar.argument(guidance - 1, rows.dtype), _mean(rows, group_rows))
+    fake = None if prediction_type == fake_prediction_type else X0[fake_prediction_type]
+    return Decoupled(*vectors, X0[prediction_type], fake, scalar.argument(guidance_scale - 1, rows.dtype), _mean(rows, group_rows))
 
 
 def decoupled_dmd(
     x: Tensor, ca_x_t: Tensor, dm_x_t: Tensor, dm_real: Tensor, dm_fake: Tensor, ca_real: Tensor, ca_uncond: Tensor,
     weight: Tensor | None, gate: Tensor | None, dm_alpha_t: Tensor, dm_sigma_t: Tensor, ca_alpha_t: Tensor,
-    ca_sigma_t: Tensor, kind: str, fake_kind: str, guidance: float, dtype: torch.dtype, count: Tensor | None,
-    normalize: bool, minimum: float, eps: float, group_rows: int, reduction: str, with_grad: bool,
+    ca_sigma_t: Tensor, prediction_type: str, fake_prediction_type: str, guidance_scale: float, dtype: torch.dtype, count: Tensor | None,
+    normalize: bool, normalizer_min: float, normalizer_eps: float, group_rows: int, reduction: str, with_grad: bool,
 ) -> LossOutputs:  # fmt: skip
     rows = Rows(dm_real, dm_fake, ca_real, ca_uncond, gate, dm_x_t, ca_x_t, x, dtype=dtype)
     times = (dm_alpha_t, dm_sigma_t, ca_alpha_t, ca_sigma_t)
-    field = _decoupled(rows, group_rows, weight, times, kind, fake_kind, guidance)
-    field = field._replace(normalizer=_bounds(rows, normalize, minimum, eps))
+    field = _decoupled(rows, group_rows, weight, times, prediction_type, fake_prediction_type, guidance_scale)
+    field = field._replace(normalizer=_bounds(rows, normalize, normalizer_min, normalizer_eps))
     groups = Groups.consecutive(rows.count, group_rows)
-    return _run_loss(DECOUPLED[kind == fake_kind], field, rows, groups, 2, count, dtype, reduction, with_grad)
+    return _run_loss(DECOUPLED[prediction_type == fake_prediction_type], field, rows, groups, 2, count, dtype, reduction, with_grad)
 
 
 def decoupled_dmd_backward(
-    grad: Tensor, dm_x_t: Tensor | None, dm_real: Tensor, dm_fake: Tensor, ca_real: Tensor, ca_uncond: Tensor,
+    row_grad: Tensor, dm_x_t: Tensor | None, dm_real: Tensor, dm_fake: Tensor, ca_real: Tensor, ca_uncond: Tensor,
     weight: Tensor | None, gate: Tensor | None, dm_alpha_t: Tensor, dm_sigma_t: Tensor, ca_alpha_t: Tensor,
-    ca_sigma_t: Tensor, kind: str, fake_kind: str, guidance: float, dtype: torch.dtype,
+    ca_sigma_t: Tensor, prediction_type: str, fake_prediction_type: str, guidance_scale: float, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    same = kind == fake_kind
+    same = prediction_type == fake_prediction_type
     rows = Rows(dm_real, dm_fake, ca_real, ca_uncond, gate, *(() if same else (dm_x_t,)), dtype=dtype)
     times = (dm_alpha_t, dm_sigma_t, ca_alpha_t, ca_sigma_t)
-    field = _decoupled(rows, 1, weight, times, kind, fake_kind, guidance)
-    return _run_backward(DECOUPLED_BACKWARD[same], field, rows, grad, dtype)
+    field = _decoupled(rows, 1, weight, times, prediction_type, fake_prediction_type, guidance_scale)
+    return _run_backward(DECOUPLED_BACKWARD[same], field, rows, row_grad, dtype)

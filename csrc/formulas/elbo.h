@@ -17,6 +17,8 @@ FASTGEN_HD T sigmoid(T x) {
   return (x >= T(0) ? T(1) : e) / (T(1) + e);
 }
 
+enum class Penalty : int64_t { l2, l1, huber };
+
 // Penalties on d = p - y: value and derivative. NaN stays NaN.
 struct L2 {
   template <class T> FASTGEN_HD static T value(T d) { return d * d; }

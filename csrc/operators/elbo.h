@@ -1,23 +1,21 @@
 // The operators of the family elbo, for any device (csrc/operators/device.h says what that is).
 #pragma once
 
-#include <string>
 #include <tuple>
 
 #include "../formulas/elbo.h"
 #include "device.h"
+#include "options.h"
 
 namespace fastgen {
 
 template <class F>
-void with_penalty(const std::string& loss, const F& f) {
-  if (loss == "l2") f(L2{});
-  else if (loss == "l1") f(L1{});
-  else f(Huber{});
-}
-
-inline Preference preference(const std::string& kind) {
-  return kind == "sigmoid" ? Preference::sigmoid : kind == "ipo" ? Preference::ipo : Preference::hinge;
+void with_penalty(int64_t loss, const F& f) {
+  switch (option<Penalty>(loss)) {
+    case Penalty::l2: return f(L2{});
+    case Penalty::l1: return f(L1{});
+    default: return f(Huber{});
+  }
 }
 
 inline double element_scale(bool element_mean, int64_t size) {
@@ -25,7 +23,7 @@ inline double element_scale(bool element_mean, int64_t size) {
 }
 
 template <class Device>
-Tensor elbo_error(const Tensor& pred, const Tensor& target, std::optional<Tensor> weight, const std::string& loss,
+Tensor elbo_error(const Tensor& pred, const Tensor& target, std::optional<Tensor> weight, int64_t loss,
                   bool element_mean) {
   const Rows<2> rows({pred, target});
   const auto dtype = rows.arithmetic();
@@ -44,7 +42,7 @@ Tensor elbo_error(const Tensor& pred, const Tensor& target, std::optional<Tensor
 
 template <class Device>
 Tensor elbo_error_backward(const Tensor& grad, const Tensor& pred, const Tensor& target, std::optional<Tensor> weight,
-                           const std::string& loss, bool element_mean) {
+                           int64_t loss, bool element_mean) {
   const Rows<2> rows({pred, target});
   const auto dtype = rows.arithmetic();
   weight = row_scalars(weight, dtype);
@@ -122,7 +120,7 @@ LossOutputs elbo_difference_loss(const Rows<3>& rows, const Groups& groups, std:
 
 template <class Device>
 LossOutputs ddo_loss(const Tensor& pred, const Tensor& ref_pred, const Tensor& target,
-                     const std::optional<Tensor>& weight, bool element_mean, const std::string& reduction,
+                     const std::optional<Tensor>& weight, bool element_mean, int64_t reduction,
                      bool with_grad, const Tensor& is_real, std::optional<Tensor> counts, double alpha, double beta,
                      int64_t mc_samples) {
   const Rows<3> rows({pred, target, ref_pred});
@@ -131,27 +129,27 @@ LossOutputs ddo_loss(const Tensor& pred, const Tensor& ref_pred, const Tensor& t
   counts = row_scalars(counts, rows.arithmetic());
   return with_arithmetic(rows.arithmetic(), [&](auto zero) {
     using T = decltype(zero);
-    const bool mean = reduction == "mean";
+    const bool mean = option<Reduction>(reduction) == Reduction::mean;
     std::optional<typename Device::template FlagCounts<T>> own_counts;
     if (mean && !counts) own_counts.emplace(real);
     const T* n = !mean ? nullptr : counts ? data_or_null<T>(counts) : own_counts->data();
     const DdoLink<T> link{static_cast<const bool*>(real.const_data_ptr()), n, T(alpha), T(beta),
                           T(1.0 / static_cast<double>(mc_samples))};
-    return elbo_difference_loss<Device, T>(rows, groups, weight, element_mean, reduction != "none", with_grad, link);
+    return elbo_difference_loss<Device, T>(rows, groups, weight, element_mean, option<Reduction>(reduction) != Reduction::none, with_grad, link);
   });
 }
 
 template <class Device>
 LossOutputs diffusion_dpo_loss(const Tensor& pred, const Tensor& ref_pred, const Tensor& target,
-                               const std::optional<Tensor>& weight, bool element_mean, const std::string& reduction,
-                               bool with_grad, double beta, const std::string& kind) {
+                               const std::optional<Tensor>& weight, bool element_mean, int64_t reduction,
+                               bool with_grad, double beta, int64_t kind) {
   const Rows<3> rows({pred, target, ref_pred});
   const Groups groups = Groups::halves(rows.count);
-  const double scale = reduction == "mean" ? 1.0 / static_cast<double>(std::max<int64_t>(groups.count, 1)) : 1.0;
+  const double scale = option<Reduction>(reduction) == Reduction::mean ? 1.0 / static_cast<double>(std::max<int64_t>(groups.count, 1)) : 1.0;
   return with_arithmetic(rows.arithmetic(), [&](auto zero) {
     using T = decltype(zero);
-    const PreferenceLink<T> link{preference(kind), T(beta), T(scale)};
-    return elbo_difference_loss<Device, T>(rows, groups, weight, element_mean, reduction != "none", with_grad, link);
+    const PreferenceLink<T> link{option<Preference>(kind), T(beta), T(scale)};
+    return elbo_difference_loss<Device, T>(rows, groups, weight, element_mean, option<Reduction>(reduction) != Reduction::none, with_grad, link);
   });
 }
 

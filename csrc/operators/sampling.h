@@ -1,10 +1,8 @@
 // The operators of the family sampling, for any device (csrc/operators/device.h says what that is).
 #pragma once
 
-#include <string>
-
 #include "../formulas/sampling.h"
-#include "score_distillation.h"  // names of prediction types, optional streams
+#include "score_distillation.h"  // optional streams
 
 namespace fastgen {
 
@@ -27,7 +25,7 @@ struct Step {
   const std::optional<Tensor>&uncond, &noise;
   const Tensor &alpha_t, &sigma_t, &k_x0, &k_x_t;
   const std::optional<Tensor>&k_eps, &k_noise, &guidance;
-  const std::string& type;
+  int64_t type;
   double low, high;
 
   // Writes to `in_place`, or to an output of x_t's dtype that it returns.
@@ -51,7 +49,7 @@ struct Step {
           }
           out = in_place ? *in_place : Device::new_output(rows, x_t.scalar_type());
           const Formula formula{alpha.view<T>(), sigma.view<T>(), x0.view<T>(), x.view<T>(),
-                                eps.view<T>(),   z.view<T>(),     s.view<T>(),  distillation::prediction(type),
+                                eps.view<T>(),   z.view<T>(),     s.view<T>(),  option<Prediction>(type),
                                 T(low),          T(high)};
           Device::template rowwise<T>(formula, Groups::single(rows.count), rows,
                                       {out.mutable_data_ptr(), out.scalar_type()});
@@ -69,7 +67,7 @@ Tensor reverse_step(const Tensor& x_t, const Tensor& cond, const std::optional<T
                     const std::optional<Tensor>& noise, const Tensor& alpha_t, const Tensor& sigma_t,
                     const Tensor& k_x0, const Tensor& k_x_t, const std::optional<Tensor>& k_eps,
                     const std::optional<Tensor>& k_noise, const std::optional<Tensor>& guidance,
-                    const std::string& type, double low, double high) {
+                    int64_t type, double low, double high) {
   return sampling::Step{x_t,   cond,  uncond,  noise,    alpha_t, sigma_t, k_x0,
                         k_x_t, k_eps, k_noise, guidance, type,    low,     high}
       .template run<Device>(nullptr);
@@ -80,7 +78,7 @@ void reverse_step_(const Tensor& x_t, const Tensor& cond, const std::optional<Te
                    const std::optional<Tensor>& noise, const Tensor& alpha_t, const Tensor& sigma_t,
                    const Tensor& k_x0, const Tensor& k_x_t, const std::optional<Tensor>& k_eps,
                    const std::optional<Tensor>& k_noise, const std::optional<Tensor>& guidance,
-                   const std::string& type, double low, double high) {
+                   int64_t type, double low, double high) {
   sampling::Step{x_t,   cond,  uncond,  noise,    alpha_t, sigma_t, k_x0,
                  k_x_t, k_eps, k_noise, guidance, type,    low,     high}
       .template run<Device>(&x_t);

@@ -1,24 +1,17 @@
 // The operators of the family score_distillation, for any device (csrc/operators/device.h says what that is).
 #pragma once
 
-#include <string>
 #include <tuple>
 
 #include "../formulas/score_distillation.h"
 #include "device.h"
+#include "options.h"
 
 namespace fastgen {
 
 namespace distillation {
 
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // loss, coefficients, stats, grad
-
-inline Prediction prediction(const std::string& name) {
-  return name == "epsilon"        ? Prediction::epsilon
-         : name == "sample"       ? Prediction::sample
-         : name == "v_prediction" ? Prediction::v_prediction
-                                  : Prediction::flow_prediction;
-}
 
 template <class F>
 void with_flag(bool flag, const F& f) {
@@ -64,9 +57,9 @@ inline ScalarType arithmetic_of(std::initializer_list<std::optional<Tensor>> str
   return ScalarType::Float;
 }
 
-inline double reduction_scale(const std::string& reduction, bool counted, int64_t rows, int64_t size) {
-  if (reduction == "mean") return counted ? 1.0 : 1.0 / static_cast<double>(std::max<int64_t>(rows * size, 1));
-  return reduction == "sum_per_batch" ? 1.0 / static_cast<double>(std::max<int64_t>(rows, 1)) : 1.0;
+inline double reduction_scale(Reduction reduction, bool counted, int64_t rows, int64_t size) {
+  if (reduction == Reduction::mean) return counted ? 1.0 : 1.0 / static_cast<double>(std::max<int64_t>(rows * size, 1));
+  return reduction == Reduction::sum_per_batch ? 1.0 / static_cast<double>(std::max<int64_t>(rows, 1)) : 1.0;
 }
 
 inline Tensor matrix(const Tensor& like, int64_t rows, int64_t columns, ScalarType dtype) {
@@ -89,8 +82,8 @@ struct Result {
   }
 
   template <class Device, class T>
-  Outputs outputs(const std::string& reduction) const {
-    return {reduction == "none" ? terms : Device::template sum<T>(terms), coefficients, stats, grad};
+  Outputs outputs(Reduction reduction) const {
+    return {reduction == Reduction::none ? terms : Device::template sum<T>(terms), coefficients, stats, grad};
   }
 };
 
@@ -99,7 +92,7 @@ inline Output output_of(const Tensor& grad, bool wanted) {
 }
 
 template <class Device, class T, class Field, int N>
-Outputs field_loss(const Field& field, const Rows<N>& rows, const Groups& groups, const std::string& reduction,
+Outputs field_loss(const Field& field, const Rows<N>& rows, const Groups& groups, Reduction reduction,
                    const std::optional<Tensor>& count, ScalarType arithmetic, ScalarType dtype, bool with_grad) {
   using Formula = FieldLoss<T, Field>;
   const Result result = Result::of<Device>(rows, groups, arithmetic, 1, Formula::kStats, dtype, with_grad);
@@ -133,7 +126,7 @@ T mean_of(const Groups& groups, int64_t size) {
 template <class Device>
 distillation::Outputs score_difference(const Tensor& pred, const Tensor& target, const std::optional<Tensor>& uncond,
                          std::optional<Tensor> weight, const std::optional<Tensor>& gate, double guidance, double clip,
-                         ScalarType dtype, const std::string& reduction, bool with_grad) {
+                         ScalarType dtype, int64_t reduction, bool with_grad) {
   using namespace distillation;
   const auto arithmetic = arithmetic_of({pred, target, uncond, gate}, dtype);
   weight = row_scalars(weight, arithmetic);
@@ -146,7 +139,7 @@ distillation::Outputs score_difference(const Tensor& pred, const Tensor& target,
           present<Field::kStreams>({pred, target, or_cond(uncond, pred, has_uncond), gate}));
       const Groups groups = Groups::single(rows.count);
       const Field field{data_or_null<T>(weight), T(guidance), T(clip), mean_of<T>(groups, rows.size)};
-      out = field_loss<Device, T>(field, rows, groups, reduction, std::nullopt, arithmetic, dtype, with_grad);
+      out = field_loss<Device, T>(field, rows, groups, option<Reduction>(reduction), std::nullopt, arithmetic, dtype, with_grad);
     });
   });
   return out;
@@ -177,9 +170,9 @@ Tensor score_difference_backward(const Tensor& grad, const Tensor& pred, const T
 template <class Device>
 distillation::Outputs dmd(const Tensor& x, const Tensor& x_t, const Tensor& real, const Tensor& fake,
             const std::optional<Tensor>& uncond, std::optional<Tensor> weight, const std::optional<Tensor>& gate,
-            const Tensor& alpha_t, const Tensor& sigma_t, const std::string& type, const std::string& fake_type,
+            const Tensor& alpha_t, const Tensor& sigma_t, int64_t type, int64_t fake_type,
             double guidance, ScalarType dtype, std::optional<Tensor> count, bool normalize, double minimum, double eps,
-            int64_t group_rows, const std::string& reduction, bool with_grad) {
+            int64_t group_rows, int64_t reduction, bool with_grad) {
   using namespace distillation;
   const auto arithmetic = arithmetic_of({x, x_t, real, fake, uncond, gate}, dtype);
   weight = row_scalars(weight, arithmetic);
@@ -195,9 +188,9 @@ distillation::Outputs dmd(const Tensor& x, const Tensor& x_t, const Tensor& real
           present<Field::kStreams>({real, fake, or_cond(uncond, real, has_uncond), gate, x_t, x}));
       const Groups groups = Groups::consecutive(rows.count, group_rows);
       const Field field{data_or_null<T>(weight), data_or_null<T>(alpha), data_or_null<T>(sigma),
-                        prediction(type),        prediction(fake_type),  T(guidance),
+                        option<Prediction>(type),        option<Prediction>(fake_type),  T(guidance),
                         mean_of<T>(groups, rows.size), {normalize, T(minimum), T(eps)}};
-      out = field_loss<Device, T>(field, rows, groups, reduction, count, arithmetic, dtype, with_grad);
+      out = field_loss<Device, T>(field, rows, groups, option<Reduction>(reduction), count, arithmetic, dtype, with_grad);
     });
   });
   return out;
@@ -207,7 +200,7 @@ template <class Device>
 Tensor dmd_backward(const Tensor& grad, const std::optional<Tensor>& x_t, const Tensor& real, const Tensor& fake,
                     const std::optional<Tensor>& uncond, std::optional<Tensor> weight,
                     const std::optional<Tensor>& gate, const Tensor& alpha_t, const Tensor& sigma_t,
-                    const std::string& type, const std::string& fake_type, double guidance, ScalarType dtype) {
+                    int64_t type, int64_t fake_type, double guidance, ScalarType dtype) {
   using namespace distillation;
   const auto arithmetic = arithmetic_of({x_t, real, fake, uncond, gate}, dtype);
   weight = row_scalars(weight, arithmetic);
@@ -221,8 +214,8 @@ Tensor dmd_backward(const Tensor& grad, const std::optional<Tensor>& x_t, const 
       using Field = DmdField<T, has_uncond, has_gate, same>;
       const Rows<Field::kMapStreams> rows(
           present<Field::kMapStreams>({real, fake, or_cond(uncond, real, has_uncond), gate, x_t}));
-      const Field field{data_or_null<T>(weight), data_or_null<T>(alpha), data_or_null<T>(sigma), prediction(type),
-                        prediction(fake_type),   T(guidance),            T(1),                   {}};
+      const Field field{data_or_null<T>(weight), data_or_null<T>(alpha), data_or_null<T>(sigma), option<Prediction>(type),
+                        option<Prediction>(fake_type),   T(guidance),            T(1),                   {}};
       out = map_again<Device, T>(FieldBackward<T, Field>{field, data_or_null<T>(row_grad)}, rows, dtype);
     });
   });
@@ -234,9 +227,9 @@ distillation::Outputs decoupled_dmd(const Tensor& x, const Tensor& ca_x_t, const
                       const Tensor& dm_fake, const Tensor& ca_real, const Tensor& ca_uncond,
                       std::optional<Tensor> weight, const std::optional<Tensor>& gate, const Tensor& dm_alpha_t,
                       const Tensor& dm_sigma_t, const Tensor& ca_alpha_t, const Tensor& ca_sigma_t,
-                      const std::string& type, const std::string& fake_type, double guidance, ScalarType dtype,
+                      int64_t type, int64_t fake_type, double guidance, ScalarType dtype,
                       std::optional<Tensor> count, bool normalize, double minimum, double eps, int64_t group_rows,
-                      const std::string& reduction, bool with_grad) {
+                      int64_t reduction, bool with_grad) {
   using namespace distillation;
   const auto arithmetic = arithmetic_of({x, ca_x_t, dm_x_t, dm_real, dm_fake, ca_real, ca_uncond, gate}, dtype);
   weight = row_scalars(weight, arithmetic);
@@ -260,22 +253,22 @@ distillation::Outputs decoupled_dmd(const Tensor& x, const Tensor& ca_x_t, const
                           data_or_null<T>(dm_sigma),
                           data_or_null<T>(ca_alpha),
                           data_or_null<T>(ca_sigma),
-                          prediction(type),
-                          prediction(fake_type),
+                          option<Prediction>(type),
+                          option<Prediction>(fake_type),
                           T(guidance),
                           mean_of<T>(groups, rows.size),
                           {normalize, T(minimum), T(eps)},
                           coefficients + rows.count};
         const Formula formula{field,
                               T(groups.rows * rows.size),
-                              T(reduction_scale(reduction, count.has_value(), rows.count, rows.size)),
+                              T(reduction_scale(option<Reduction>(reduction), count.has_value(), rows.count, rows.size)),
                               data_or_null<T>(count),
                               mutable_data<T>(result.terms),
                               coefficients,
                               mutable_data<T>(result.stats),
                               groups};
         Device::template rowwise<T>(formula, groups, rows, output_of(result.grad, with_grad));
-        out = result.outputs<Device, T>(reduction);
+        out = result.outputs<Device, T>(option<Reduction>(reduction));
       });
     });
   });
@@ -287,7 +280,7 @@ Tensor decoupled_dmd_backward(const Tensor& grad, const std::optional<Tensor>& d
                               const Tensor& dm_fake, const Tensor& ca_real, const Tensor& ca_uncond,
                               std::optional<Tensor> weight, const std::optional<Tensor>& gate,
                               const Tensor& dm_alpha_t, const Tensor& dm_sigma_t, const Tensor& ca_alpha_t,
-                              const Tensor& ca_sigma_t, const std::string& type, const std::string& fake_type,
+                              const Tensor& ca_sigma_t, int64_t type, int64_t fake_type,
                               double guidance, ScalarType dtype) {
   using namespace distillation;
   const auto arithmetic = arithmetic_of({dm_x_t, dm_real, dm_fake, ca_real, ca_uncond, gate}, dtype);
@@ -309,8 +302,8 @@ Tensor decoupled_dmd_backward(const Tensor& grad, const std::optional<Tensor>& d
                           data_or_null<T>(dm_sigma),
                           data_or_null<T>(ca_alpha),
                           data_or_null<T>(ca_sigma),
-                          prediction(type),
-                          prediction(fake_type),
+                          option<Prediction>(type),
+                          option<Prediction>(fake_type),
                           T(guidance),
                           T(1),
                           {},

@@ -8,12 +8,12 @@
 //   static Tensor new_logits(const Tensor& logits);
 #pragma once
 
-#include <string>
 #include <tuple>
 
 #include "../formulas/sequence.h"
 #include "../token_rows.h"
 #include "device.h"
+#include "options.h"
 
 namespace fastgen {
 
@@ -61,7 +61,7 @@ Tensor token_logprob_backward(const Tensor& grad, const Tensor& logits, const Te
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor> sequence_ddo_loss(const Tensor& logprob, const Tensor& ref_logprob,
                                                      const Tensor& is_real, std::optional<Tensor> counts, double alpha,
-                                                     double beta, double scale, const std::string& reduction) {
+                                                     double beta, double scale, int64_t reduction) {
   const Rows<2> rows({logprob, ref_logprob});
   const auto dtype = rows.arithmetic();
   const Tensor real = made_contiguous(is_real);
@@ -71,15 +71,15 @@ std::tuple<Tensor, Tensor, Tensor> sequence_ddo_loss(const Tensor& logprob, cons
   const Tensor loss = with_arithmetic(dtype, [&](auto zero) {
     using T = decltype(zero);
     std::optional<typename Device::template FlagCounts<T>> own_counts;
-    if (reduction == "mean" && !counts) own_counts.emplace(real);
-    const T* n = reduction != "mean" ? nullptr : counts ? data_or_null<T>(counts) : own_counts->data();
+    if (option<Reduction>(reduction) == Reduction::mean && !counts) own_counts.emplace(real);
+    const T* n = option<Reduction>(reduction) != Reduction::mean ? nullptr : counts ? data_or_null<T>(counts) : own_counts->data();
     const SequenceDdoLoss<T> formula{{static_cast<const bool*>(real.const_data_ptr()), n, T(alpha), T(beta), T(1)},
                                      T(scale),
                                      mutable_data<T>(term),
                                      mutable_data<T>(delta),
                                      mutable_data<T>(slope)};
     Device::template rowwise<T>(formula, Groups::single(rows.count), rows);
-    return reduction == "none" ? term : Device::template sum<T>(term);
+    return option<Reduction>(reduction) == Reduction::none ? term : Device::template sum<T>(term);
   });
   return {loss, delta, slope};
 }
@@ -104,7 +104,7 @@ inline const int64_t* labels_or_null(const std::optional<Tensor>& labels) {
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor> generalized_jsd(const Tensor& student, const Tensor& teacher,
                                                    std::optional<Tensor> labels, const std::optional<Tensor>& scale,
-                                                   double beta, double temperature, int64_t ignore_index, bool reduce,
+                                                   double beta, double temperature, int64_t ignore_index, int64_t reduction,
                                                    bool with_grad) {
   const TokenRows<2> rows({student, teacher});
   const auto dtype = rows.arithmetic();
@@ -125,7 +125,7 @@ std::tuple<Tensor, Tensor, Tensor> generalized_jsd(const Tensor& student, const 
                                 Output{with_grad ? grad.mutable_data_ptr() : nullptr, student.scalar_type()},
                                 student.size(-1));
     });
-    return {reduce ? Device::template sum<T>(loss) : loss, stats, grad};
+    return {option<Reduction>(reduction) == Reduction::none ? loss : Device::template sum<T>(loss), stats, grad};
   });
 }
 

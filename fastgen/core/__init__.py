@@ -1,0 +1,1 @@
+"""What all families share: how operators are declared, run, differentiated, checked and laid out."""

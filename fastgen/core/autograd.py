@@ -1,0 +1,244 @@
+"""The one way in which a loss becomes differentiable.
+
+A loss writes its gradient in the forward pass, while the rows are on chip. The first backward takes that buffer over
+and scales it in place; a later one (``retain_graph``), or one whose buffer was not kept, makes the gradient again from
+the inputs and a few saved numbers a row. Kernels have no second derivative: asking for one is an error.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .gradient import scale_gradient_
+from .operator import Operator, Role
+
+Gradients = tuple[Tensor | None, ...]
+
+
+class Differentiable(Protocol):
+    """What :func:`apply` differentiates."""
+
+    def forward(
+        self, backend: str, keep: bool, needed: tuple[bool, ...], arguments: dict[str, Any]
+    ) -> tuple[tuple[Tensor, ...], dict[str, Any], Gradients]:
+        """The results, of which the first is differentiable; what :meth:`backward` needs; the gradients, if `keep`."""
+        ...
+
+    def backward(self, backend: str, needed: tuple[bool, ...], saved: Mapping[str, Any], grad: Tensor) -> Gradients:
+        """The gradients from what was saved and the gradient of the first result."""
+        ...
+
+    def factor(self, saved: Mapping[str, Any], grad: Tensor) -> Tensor:
+        """What kept gradients are multiplied by."""
+        ...
+
+
+def can_keep(*inputs: Tensor | None) -> bool:
+    """Whether the forward pass may write the gradients of these inputs.
+
+    In float16 they would underflow before a loss scale reaches them; a subclass has rules of its own; and a compiled
+    backward cannot take a buffer over.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    for t in inputs:
+        if t is not None and (t.dtype == torch.float16 or type(t) not in (Tensor, torch.nn.Parameter)):
+            return False
+    return True
+
+
+def apply(
+    loss: Differentiable, backend: str, keep: bool, inputs: tuple[Tensor | None, ...], arguments: dict[str, Any]
+) -> Any:
+    """The results of `loss`, of which the first has a gradient for `inputs`; `arguments` are its forward pass's."""
+    if torch.compiler.is_compiling():  # which takes no tensor twice: a tied head, or one level's times for two
+        arguments = {name: v.detach() if isinstance(v, Tensor) else v for name, v in arguments.items()}
+    results = _Fused.apply(loss, backend, keep, arguments, *inputs)
+    return results[0] if len(results) == 1 else results
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, loss: Differentiable, backend: str, keep: bool, arguments: dict[str, Any], *inputs: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        results, saved, gradients = loss.forward(backend, keep, ctx.needs_input_grad[4:], arguments)
+        compiled = torch.compiler.is_compiling()
+        ctx.names = [name for name, value in saved.items() if isinstance(value, Tensor)]
+        ctx.options = {name: value for name, value in saved.items() if not isinstance(value, Tensor)}
+        # The inputs are kept for second derivatives alone, which have to reach them to be refused.
+        ctx.save_for_backward(*inputs, *[saved[name] for name in ctx.names], *(gradients if compiled else ()))
+        ctx.gradients = None if compiled else gradients
+        ctx.mark_non_differentiable(*results[1:])
+        ctx.set_materialize_grads(False)
+        ctx.loss, ctx.backend, ctx.inputs, ctx.kept = loss, backend, len(inputs), compiled and any(
+            g is not None for g in gradients
+        )
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> Any:
+        needed = ctx.needs_input_grad[4:]
+        if grad is None:  # the loss was not used
+            return (None,) * (4 + len(needed))
+        inputs, tensors = ctx.saved_tensors[: ctx.inputs], ctx.saved_tensors[ctx.inputs :]
+        if not torch.is_grad_enabled():
+            return (None,) * 4 + _gradients(ctx, needed, inputs, tensors, grad)
+        with torch.no_grad():
+            gradients = _gradients(ctx, needed, inputs, tensors, grad)
+        return (None,) * 4 + once_differentiable(gradients, (*inputs, grad))
+
+
+def _gradients(
+    ctx: Any, needed: tuple[bool, ...], inputs: tuple[Tensor | None, ...], tensors: tuple[Tensor, ...], grad: Tensor
+) -> Gradients:
+    saved = dict(zip(ctx.names, tensors, strict=False)) | ctx.options
+    gradients, ctx.gradients = ctx.gradients, None
+    if ctx.kept:
+        factor = ctx.loss.factor(saved, grad)
+        gradients = tuple(None if g is None else g * factor for g in tensors[len(ctx.names) :])
+    elif gradients is None or all(g is None for g in gradients):
+        gradients = ctx.loss.backward(ctx.backend, needed, saved, grad)
+    else:
+        factor = ctx.loss.factor(saved, grad)
+        for g in gradients:
+            if g is not None:
+                scale_gradient_(ctx.backend, grad=g, scale=factor)
+    return tuple(map(_like, gradients, inputs))
+
+
+def _like(grad: Tensor | None, x: Tensor | None) -> Tensor | None:
+    """The gradient as that of `x`, of which the operator may have seen another view of the same memory."""
+    if grad is None or x is None:
+        return None
+    if grad.shape != x.shape:
+        grad = grad.as_strided(x.shape, x.stride())
+    return grad.to(x.dtype)
+
+
+def once_differentiable(gradients: Gradients, sources: tuple[Tensor | None, ...]) -> Gradients:
+    """The gradients as functions of `sources` that cannot be differentiated: trying to raises.
+
+    torch's decorator of that name lets the result pass for a constant where the incoming gradient is one, as that of
+    ``loss.backward(create_graph=True)`` is, and second derivatives would silently lose this loss.
+    """
+    edges = [t for t in sources if t is not None and t.requires_grad]
+    if not edges:
+        return gradients
+    fail = torch._C._functions.DelayedError(
+        b"this loss is once differentiable: for second derivatives use fastgen.use_backend('reference')",
+        1 + len(edges),
+    )
+    return tuple(None if g is None else fail(g, *edges)[0] for g in gradients)
+
+
+class FusedLoss:
+    """A loss whose operator writes the gradient of one of its arguments, and another operator makes it again.
+
+    What the backward pass keeps follows from the names of the second operator's arguments: those that it shares with
+    the first one's arguments or results, and constants. The one that is left is the gradient of each row's number.
+
+    Args:
+        forward: the loss's operator.
+        backward: the operator that makes the gradient again.
+        wrt: the argument that has a gradient; None where the operator does not read what has one.
+        slope: what a row's number is multiplied by in the loss: the name of a result or an argument, or a number.
+        returns: the results that the caller sees; the first is the loss.
+        group_rows: the option that says how many consecutive rows share a term.
+        unused: arguments that a call's backward does not need after all.
+        constants: options of `backward`.
+    """
+
+    def __init__(
+        self,
+        forward: Operator,
+        backward: Operator | Callable[..., Tensor],
+        wrt: str | None = None,
+        *,
+        slope: str | float = 1.0,
+        returns: tuple[str, ...] = ("loss",),
+        group_rows: str | None = None,
+        unused: Callable[[Mapping[str, Any]], tuple[str, ...]] | None = None,
+        **constants: Any,
+    ) -> None:
+        self.operator, self.gradient, self.wrt = forward, backward, wrt
+        self.slope, self.returns, self.group_rows, self.unused = slope, returns, group_rows, unused
+        self.constants = constants
+        self.name = forward.name
+        given = {*forward.arguments, *forward.results, *constants}
+        wanted = list(backward.arguments if isinstance(backward, Operator) else inspect.signature(backward).parameters)
+        (self.row_grad,) = (name for name in wanted if name not in given)
+        self.shared = [name for name in wanted if name not in constants and name != self.row_grad]
+        self.kept = list(self.shared)
+        self.kept += [n for n in (slope, group_rows) if isinstance(n, str) and n not in self.kept]
+        self.buffer = next((n for n, r in forward.results.items() if r.role is Role.GRADIENT), None)
+
+    def __call__(self, backend: str, x: Tensor | None = None, **arguments: Any) -> Any:
+        """The results named by `returns`; `x` is what has the gradient where that is not the argument `wrt` itself.
+
+        `arguments` are the operator's but `with_grad`.
+        """
+        if x is None:
+            x = arguments[self.wrt]
+        if torch.is_grad_enabled() and x.requires_grad:
+            keep = self.buffer is not None and arguments.get("reduction") != "none" and can_keep(x)
+            return apply(self, backend, keep, (x,), arguments)
+        if self.buffer is not None:
+            arguments["with_grad"] = False
+        results = self.operator(backend, **arguments)
+        if self.operator.outputs is None:
+            return results
+        returned = tuple(getattr(results, name) for name in self.returns)
+        return returned[0] if len(returned) == 1 else returned
+
+    def forward(
+        self, backend: str, keep: bool, needed: tuple[bool, ...], arguments: dict[str, Any]
+    ) -> tuple[tuple[Tensor, ...], dict[str, Any], Gradients]:
+        if self.buffer is not None:
+            arguments = {**arguments, "with_grad": keep}
+        results = self.operator(backend, **arguments)
+        if self.operator.outputs is None:
+            named, returned = arguments, (results,)
+        else:
+            named = arguments | results._asdict()
+            returned = tuple(named[name] for name in self.returns)
+        dropped = () if self.unused is None else self.unused(arguments)
+        saved = {name: None if name in dropped else named[name] for name in self.kept}
+        return returned, saved, (named[self.buffer] if keep else None,)
+
+    def backward(self, backend: str, needed: tuple[bool, ...], saved: Mapping[str, Any], grad: Tensor) -> Gradients:
+        arguments = {name: saved[name] for name in self.shared} | self.constants
+        arguments[self.row_grad] = self.of_rows(saved, grad)
+        if isinstance(self.gradient, Operator):
+            return (self.gradient(backend, **arguments),)
+        return (self.gradient(**arguments),)
+
+    def of_rows(self, saved: Mapping[str, Any], grad: Tensor) -> Tensor:
+        """The gradient of each row's number."""
+        if grad.dim() == 1:  # one number a group
+            if self.operator.paired:
+                grad = grad.expand(2, -1).reshape(-1)
+            elif self.group_rows is not None and saved[self.group_rows] > 1:
+                grad = grad.unsqueeze(1).expand(-1, saved[self.group_rows]).reshape(-1)
+        slope = saved[self.slope] if isinstance(self.slope, str) else self.slope
+        if slope is not None and not (isinstance(slope, float) and slope == 1.0):
+            grad = grad * slope
+        if grad.dim() == 0:
+            of_logits = self.operator.arguments[self.wrt] is Role.LOGITS
+            grad = grad.expand(saved[self.wrt].shape[: -1 if of_logits else 1])
+        return grad
+
+    def factor(self, saved: Mapping[str, Any], grad: Tensor) -> Tensor:
+        return grad
+
+
+def differentiable(
+    backward: Operator | Callable[..., Tensor], wrt: str | None = None, **options: Any
+) -> Callable[[Operator], FusedLoss]:
+    """A decorator of operators: :class:`FusedLoss` of the operator below it, with these arguments."""
+    return lambda forward: FusedLoss(forward, backward, wrt, **options)

@@ -1,0 +1,83 @@
+"""Batch-sharded DTensors and process groups.
+
+A DTensor's operators need a rule that says which placements go in and come out. Ours work row by row, so a batch that
+is sharded over its rows stays where it is; only the scalar loss is summed over the mesh. The rules follow from the
+roles of an operator's arguments and results.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..reference.elbo import group_counts
+from .operator import Operator, Role, operators
+
+
+def is_dtensor(t: object) -> bool:
+    return type(t) is not Tensor and type(t).__name__ == "DTensor"
+
+
+def loss_counts(is_real: Tensor, group: Any) -> Tensor | None:
+    """The numbers of real and fake images to divide by, where they are not those of the tensor at hand."""
+    if is_dtensor(is_real):
+        from torch.distributed.tensor import DTensor, Replicate
+
+        mesh = is_real.device_mesh  # type: ignore[attr-defined]
+        n_real = is_real.sum().full_tensor()  # type: ignore[attr-defined]
+        counts = torch.stack([n_real, is_real.shape[0] - n_real]).to(torch.float32)
+        return DTensor.from_local(counts, mesh, [Replicate()] * mesh.ndim)
+    return None if group is None else group_counts(is_real, group)
+
+
+def row_dim(role: Role | None, dims: int, batch: int | None = None, size: int | None = None) -> int | None:
+    """The dimension of a tensor of this role that its rows, or groups of rows, lie in; None if in none."""
+    if role in (Role.STACKED, Role.STACKED_GROUP):
+        return 1 if dims > 1 else 0
+    if role is Role.WHOLE or (role is Role.ROW_OR_ALL and size == 1 and batch != 1):
+        return None
+    return 0
+
+
+def sharding_rule(op: Operator, *values: Any) -> list[Any]:
+    """The placements that may go into `op` and come out: the rows sharded, where no group spans them, or nothing."""
+    from torch.distributed.tensor import Partial, Replicate, Shard
+
+    bound = op.bind(*values)
+    rows = next(v.shape[0] for n, v in bound.items() if op.arguments[n] in (Role.STREAM, Role.WRITTEN, Role.LOGITS))
+
+    def argument(name: str, sharded: bool) -> object:
+        value, role = bound[name], op.arguments[name]
+        if value is None or role is None:
+            return None
+        dim = row_dim(role, len(value.shape), rows, value.shape[0] if len(value.shape) else None)
+        return Shard(dim) if sharded and dim is not None else Replicate()
+
+    def result(name: str, sharded: bool) -> object:
+        role, count = op.results[name].role, op.results[name].count
+        if not sharded or (role is Role.GRADIENT and not bound.get("with_grad", True)):
+            return Replicate()  # the gradient that is not wanted is an empty vector, the same on every rank
+        if role is Role.LOSS and bound.get("reduction", "sum") != "none":
+            return Partial("sum")
+        return Shard(row_dim(role, 1 if count is None else 2))
+
+    # Winners and losers lie half a batch apart: a shard of the batch does not hold its pairs.
+    row_wise = Role.STREAM in op.arguments.values() or Role.LOGITS in op.arguments.values()
+    choices = (True, False) if row_wise and not op.paired else (False,)
+    return [
+        ([result(n, sharded) for n in op.results], [argument(n, sharded) for n in op.arguments]) for sharded in choices
+    ]
+
+
+@functools.cache
+def register_sharding_rules() -> None:
+    """Called when the first DTensor arrives: importing DTensor is slow."""
+    from torch.distributed.tensor.experimental import register_sharding
+
+    for op in operators.values():
+        if any(role is not Role.WHOLE for role in op.arguments.values() if role is not None) and op.results:
+            for overload in (op.native, op.triton):
+                register_sharding(overload)(functools.partial(sharding_rule, op))  # type: ignore[arg-type]
