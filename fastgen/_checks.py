@@ -68,9 +68,15 @@ def _is_dtensor(value: object) -> bool:
 
 
 def local(name: str, value: Tensor) -> None:
-    """No DTensor: the operators at hand have no sharding rules."""
+    """No DTensor: the operators at hand have no sharding rules.
+
+    The advice must be right however it is sharded: a rank's local part may be some columns, or a summand.
+    """
     if _is_dtensor(value):
-        raise TypeError(f"{name} is a DTensor: pass each rank's rows, {name}.to_local()")
+        raise TypeError(
+            f"{name} is a DTensor: pass {name}.full_tensor(), and all else whole too, so that every rank computes the"
+            " same; or plain tensors of the rank's own rows"
+        )
 
 
 def per_row(name: str, value: Tensor | None, like: Tensor) -> None:
@@ -194,7 +200,10 @@ def row_indices(name: str, value: Tensor, like: Tensor) -> None:
 
 
 def head(prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """An output layer and its input: hidden [..., H], weight [V, H], bias [V]; one dtype, except under autocast."""
+    """An output layer and its input: hidden [..., H], weight [V, H], bias [V]; one dtype, except under autocast.
+
+    The layer's parameters may be DTensors (``_distributed.whole_parameters`` gathers them).
+    """
     floating(f"{prefix}hidden", hidden)
     local(f"{prefix}hidden", hidden)
     if hidden.dim() == 0 or hidden.shape[-1] == 0:
@@ -204,7 +213,6 @@ def head(prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> No
         if value is None:
             continue
         floating(f"{prefix}{name}", value)
-        local(f"{prefix}{name}", value)
         vocabulary = weight.shape[0] if name == "bias" else value.shape[0] if value.dim() else 0
         expected = (vocabulary, size)[:dims]
         if value.shape != expected or vocabulary == 0:

@@ -1,34 +1,47 @@
 """The losses of ``sequence`` from hidden states and output weights: no [tokens, vocabulary] tensor is ever whole.
 
 Rows are taken in chunks whose logits, and their gradient, stay within a budget of bytes; the products are torch's, the
-row operators ours. Gradients of weights and biases accumulate over the chunks in float32 (float64 for float64).
+row operators ours. Logits of half-precision operands are float32: what bfloat16 rounds off a logit is more than the
+difference between a student and a teacher who are close. Gradients accumulate over the chunks in float32 (float64 for
+float64), are scaled there by what comes in, and are then rounded once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import _sequence
-from ._autograd import once_differentiable
-from .core.gradient import scale_gradient_
+from .core.autograd import Differentiable, Gradients, apply
+from .reference.sequence import autocast_head
 
 MAX_CHUNK_BYTES = 96 << 20
 
-Head = tuple[Tensor, Tensor, Tensor | None]
+
+class Head(NamedTuple):
+    """A linear layer and its input."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
 
 
 def flat_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Head:
     """A linear layer and its input as rows, in the dtype that autocast gives them."""
-    hidden, device = hidden.reshape(-1, hidden.shape[-1]), hidden.device.type
-    if not torch.is_autocast_enabled(device) or hidden.dtype == torch.float64:
-        return hidden, weight, bias
-    dtype = torch.get_autocast_dtype(device)
-    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    return Head(*autocast_head(hidden.reshape(-1, hidden.shape[-1]), weight, bias))
+
+
+def no_autocast(t: Tensor) -> torch.autocast:
+    """Around all products: autocast, on around a ``backward()`` too, would round float32 operands to half precision."""
+    return torch.autocast(t.device.type, enabled=False)
+
+
+def wide(t: Tensor) -> torch.dtype:
+    return torch.promote_types(t.dtype, torch.float32)
 
 
 def chunks(rows: int, row_bytes: int, max_bytes: int) -> Iterator[slice]:
@@ -38,172 +51,229 @@ def chunks(rows: int, row_bytes: int, max_bytes: int) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, max(rows, 1), size))  # one empty chunk of no rows
 
 
-class HeadGradients:
-    """Gradients of ``logits = hidden weightᵀ + bias``, accumulated chunk by chunk; None for what needs none."""
+def chunks_of(head: Head, logits_bytes: int, max_bytes: int) -> Iterator[slice]:
+    """Chunks of a head's rows, of which each has `logits_bytes` and a copy of its hidden state."""
+    hidden = head.hidden
+    return chunks(hidden.shape[0], logits_bytes + hidden.shape[1] * wide(hidden).itemsize, max_bytes)
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needed: tuple[bool, bool, bool]) -> None:
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        self.inputs = hidden, weight
-        self.hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needed[0] else None
-        self.weight = weight.new_zeros(weight.shape, dtype=wide) if needed[1] else None
-        self.bias = bias.new_zeros(bias.shape, dtype=wide) if needed[2] and bias is not None else None
+
+def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """``a b`` of two matrices of one dtype, summed and returned in `dtype`, which is theirs or a wider one.
+
+    Tensor cores take half-precision operands as they are and sum in float32. Other devices get copies, which are exact;
+    who calls keeps them small (:func:`blocks`).
+    """
+    if a.dtype == dtype:
+        return torch.mm(a, b)
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=dtype)
+    return torch.mm(a.to(dtype), b.to(dtype))
+
+
+def add_product(out: Tensor, a: Tensor, b: Tensor, factor: Tensor | None) -> None:
+    """``out += factor a b``."""
+    if factor is not None:
+        out.addcmul_(product(a, b, out.dtype), factor)
+    elif a.dtype == out.dtype:
+        out.addmm_(a, b)
+    else:
+        out.add_(product(a, b, out.dtype))
+
+
+def blocks(weight: Tensor, rows: int, dtype: torch.dtype, max_bytes: int, whole: bool) -> Iterator[slice]:
+    """The vocabulary: all of it if `whole`, else as much at a time as fits into `max_bytes` in `dtype`, of the weight
+    [V, H] and of logits [rows, V] together."""
+    size, width = weight.shape
+    return iter((slice(None),)) if whole else chunks(size, (width + rows) * dtype.itemsize, max_bytes)
+
+
+def linear_logits(head: Head, rows: slice, dtype: torch.dtype, max_bytes: int) -> Tensor:
+    """``hidden weightᵀ + bias`` in `dtype`, with copies of at most `max_bytes`."""
+    hidden, weight, bias = head.hidden[rows], head.weight, head.bias
+    if dtype == hidden.dtype:
+        return F.linear(hidden, weight, bias)
+    if weight.is_cuda:
+        logits = product(hidden, weight.t(), dtype)
+    else:
+        logits = hidden.new_empty((hidden.shape[0], weight.shape[0]), dtype=dtype)
+        for block in blocks(weight, hidden.shape[0], dtype, max_bytes, whole=False):
+            logits[:, block] = product(hidden, weight[block].t(), dtype)
+    return logits if bias is None else logits.add_(bias)
+
+
+def narrowed(grad_logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """A gradient of logits as the operand of products with a head of `dtype`, and what to multiply these by.
+
+    The products need one dtype, and in half precision they are several times as fast and a chunk's gradient is half as
+    large. Rounding it is as harmless as rounding logits is not: it changes each element by at most one part in 2⁸
+    (2¹¹ in float16), independently, where rounding a logit changes the difference from the teacher's by an amount that
+    does not shrink with that difference. The errors average out over a product's sum, so that they add to a gradient
+    about what rounding the gradient itself to `dtype` does.
+
+    float16 has no exponents for most elements of a softmax: there the largest element of the chunk becomes almost
+    2¹⁵. Its power of two is exact, and is taken out again in float32. One factor does for all rows: what underflows
+    beside the largest element would do so in the float16 gradients of the head as well.
+    """
+    if grad_logits.dtype == dtype:
+        return grad_logits, None
+    if dtype != torch.float16:
+        return grad_logits.to(dtype), None
+    largest = torch.linalg.vector_norm(grad_logits, torch.inf, 1)
+    # A row that is not finite has no say in the others' factor.
+    largest = torch.where(largest < torch.inf, largest, 0).amax()
+    exponent = torch.frexp(largest).exponent.clamp(min=-100) - 15  # its negative is an exponent of float32 too
+    return grad_logits.mul_(torch.ldexp(torch.ones_like(largest), -exponent)).to(dtype), torch.ldexp(
+        torch.ones_like(largest), exponent
+    )
+
+
+class HeadGradients:
+    """Gradients of ``logits = hidden weightᵀ + bias``, accumulated chunk by chunk in float32 (float64 for float64), for
+    whose range and precision no scale is wrong; None for what needs none."""
+
+    def __init__(self, head: Head, needed: tuple[bool, ...], max_bytes: int) -> None:
+        hidden, weight, bias = head
+        self.inputs, self.dtype, self.max_bytes = (hidden, weight), wide(weight), max_bytes
+        self.hidden = hidden.new_zeros(hidden.shape, dtype=self.dtype) if needed[0] else None
+        self.weight = weight.new_zeros(weight.shape, dtype=self.dtype) if needed[1] else None
+        self.bias = bias.new_zeros(bias.shape, dtype=self.dtype) if needed[2] and bias is not None else None
 
     def add(self, rows: slice, grad_logits: Tensor) -> None:
+        """Overwrites `grad_logits`."""
         hidden, weight = self.inputs
-        if self.hidden is not None:
-            torch.mm(grad_logits, weight, out=self.hidden[rows])
-        if self.weight is not None:
-            if self.weight.dtype == hidden.dtype:
-                self.weight.addmm_(grad_logits.t(), hidden[rows])
-            else:
-                self.weight.add_(grad_logits.t() @ hidden[rows])
+        count = grad_logits.shape[0]
+        if count == 0:
+            return
         if self.bias is not None:
-            self.bias.add_(grad_logits.sum(0, dtype=self.bias.dtype))
+            self.bias.add_(grad_logits.sum(0, dtype=self.dtype))
+        grad, factor = narrowed(grad_logits, weight.dtype)
+        no_copy = weight.dtype == self.dtype
+        if self.hidden is not None:
+            for block in blocks(weight, count, self.dtype, self.max_bytes, whole=no_copy or weight.is_cuda):
+                add_product(self.hidden[rows], grad[:, block], weight[block], factor)
+        if self.weight is not None:
+            for block in blocks(weight, count, self.dtype, self.max_bytes, whole=no_copy):
+                add_product(self.weight[block], grad[:, block].t(), hidden[rows], factor)
 
     def all(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         return self.hidden, self.weight, self.bias
 
 
-class LinearGeneralizedJsd(torch.autograd.Function):
-    """The sum over rows of the divergence, times `scale`.
+class _LinearLogprob:
+    """Log-probabilities of tokens; the backward pass computes each chunk's logits again."""
 
-    Forward computes the gradients, unscaled, while a chunk's logits are there; the first backward takes them over and
-    scales them in place. A later one computes everything again.
-    """
-
-    @staticmethod
     def forward(
-        ctx: Any,
-        backend: str,
-        student_hidden: Tensor,
-        student_weight: Tensor,
-        student_bias: Tensor | None,
-        teacher_hidden: Tensor,
-        teacher_weight: Tensor,
-        teacher_bias: Tensor | None,
-        labels: Tensor | None,
-        scale: Tensor | None,
-        beta: float,
-        temperature: float,
-        ignore_index: int,
-        max_chunk_bytes: int,
-    ) -> Tensor:
-        student = (student_hidden, student_weight, student_bias)
-        teacher = (teacher_hidden, teacher_weight, teacher_bias)
-        ctx.backend, ctx.args = backend, (beta, temperature, ignore_index, max_chunk_bytes)
-        needed = tuple(ctx.needs_input_grad[1:4])
-        total, gradients = linear_jsd(backend, student, teacher, labels, needed, *ctx.args)
-        ctx.dtypes = [None if t is None else t.dtype for t in student]
-        ctx.compiled = torch.compiler.is_compiling()  # a compiled backward cannot take buffers over
-        kept = gradients if ctx.compiled else (None,) * 3
-        ctx.gradients = None if ctx.compiled else gradients
-        ctx.save_for_backward(*student, *teacher, labels, scale, *kept)
-        return total if scale is None else total * scale
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        s, w, b, *teacher, labels, scale, kept_s, kept_w, kept_b = ctx.saved_tensors
-        factor = grad_loss if scale is None else grad_loss * scale
-        if ctx.compiled:
-            scaled = [None if g is None else g * factor for g in (kept_s, kept_w, kept_b)]
-        else:
-            gradients, ctx.gradients = ctx.gradients, None
-            if gradients is None:
-                needed = tuple(ctx.needs_input_grad[1:4])
-                _, gradients = linear_jsd(ctx.backend, (s, w, b), tuple(teacher), labels, needed, *ctx.args)
-            for g in gradients:
-                if g is not None:
-                    scale_gradient_(ctx.backend, grad=g, scale=factor)
-            scaled = list(gradients)
-        typed = [None if g is None else g.to(dtype) for g, dtype in zip(scaled, ctx.dtypes, strict=True)]
-        return (None, *typed, *[None] * 9)
-
-
-def linear_jsd(
-    backend: str,
-    student: Head,
-    teacher: Head,
-    labels: Tensor | None,
-    needed: tuple[bool, ...],
-    beta: float,
-    temperature: float,
-    ignore_index: int,
-    max_chunk_bytes: int,
-) -> tuple[Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
-    """The sum of the rows' divergences and its gradients for the student's head."""
-    hidden, weight, bias = student
-    gradients = HeadGradients(hidden, weight, bias, needed)  # type: ignore[arg-type]
-    with_grad = any(needed)
-    row_bytes = (1 + with_grad) * weight.shape[0] * weight.itemsize + teacher[1].shape[0] * teacher[1].itemsize
-    losses = []
-    for rows in chunks(hidden.shape[0], row_bytes, max_chunk_bytes):
-        student_logits = F.linear(hidden[rows], weight, bias)
-        teacher_logits = F.linear(teacher[0][rows], *teacher[1:])
-        loss, _, grad_logits = _sequence.generalized_jsd.operator(
-            backend,
-            student=student_logits,
-            teacher=teacher_logits,
-            labels=None if labels is None else labels[rows],
-            scale=None,
-            beta=beta,
-            temperature=temperature,
-            ignore_index=ignore_index,
-            reduction="none",
-            with_grad=with_grad,
-        )
-        losses.append(loss)
-        if with_grad:
-            gradients.add(rows, grad_logits)
-        del student_logits, teacher_logits, grad_logits  # before the next chunk's are made
-    return torch.cat(losses).sum(), gradients.all()
-
-
-class LinearTokenLogprob(torch.autograd.Function):
-    """Log-probabilities of tokens; backward computes each chunk's logits again."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        backend: str,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        tokens: Tensor,
-        temperature: float,
-        ignore_index: int,
-        max_chunk_bytes: int,
-    ) -> Tensor:
-        ctx.backend, ctx.args, ctx.max_chunk_bytes = backend, (temperature, ignore_index), max_chunk_bytes
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        logprob = hidden.new_empty(tokens.shape, dtype=wide)
-        stats = hidden.new_empty((2, *tokens.shape), dtype=wide)
-        for rows in chunks(hidden.shape[0], weight.shape[0] * weight.itemsize, max_chunk_bytes):
-            logits = F.linear(hidden[rows], weight, bias)
+        self, backend: str, keep: bool, needed: tuple[bool, ...], arguments: dict[str, Any]
+    ) -> tuple[tuple[Tensor, ...], dict[str, Any], Gradients]:
+        head, tokens = _head(arguments), arguments["tokens"]
+        logprob = head.hidden.new_empty(tokens.shape, dtype=wide(head.hidden))
+        stats = head.hidden.new_empty((2, *tokens.shape), dtype=wide(head.hidden))
+        for rows, logits in self.chunks(head, 1, arguments):
             logprob[rows], stats[:, rows] = _sequence.token_logprob.operator(
-                backend, logits=logits, tokens=tokens[rows], temperature=temperature, ignore_index=ignore_index
-            )
-        ctx.save_for_backward(hidden, weight, bias, tokens, stats)
-        return logprob
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, tokens, stats = ctx.saved_tensors
-        gradients = HeadGradients(hidden, weight, bias, ctx.needs_input_grad[1:4])
-        temperature, ignore_index = ctx.args
-        for rows in chunks(hidden.shape[0], 2 * weight.shape[0] * weight.itemsize, ctx.max_chunk_bytes):
-            logits = F.linear(hidden[rows], weight, bias)
-            grad_logits = _sequence.token_logprob_backward(
-                ctx.backend,
-                grad=grad[rows],
-                logits=logits,
+                backend,
+                logits=logits.pop(),  # freed before the next chunk's are made
                 tokens=tokens[rows],
-                stats=stats[:, rows],
-                temperature=temperature,
-                ignore_index=ignore_index,
+                temperature=arguments["temperature"],
+                ignore_index=arguments["ignore_index"],
+            )
+        return (logprob,), arguments | {"stats": stats}, (None,) * 3
+
+    def backward(self, backend: str, needed: tuple[bool, ...], saved: Mapping[str, Any], grad: Tensor) -> Gradients:
+        head = _head(saved)
+        gradients = HeadGradients(head, needed, saved["max_chunk_bytes"] // 4)
+        for rows, logits in self.chunks(head, 2, saved):
+            grad_logits = _sequence.token_logprob_backward(
+                backend,
+                grad=grad[rows],
+                logits=logits.pop(),
+                tokens=saved["tokens"][rows],
+                stats=saved["stats"][:, rows],
+                temperature=saved["temperature"],
+                ignore_index=saved["ignore_index"],
             )
             gradients.add(rows, grad_logits)
-            del logits
-        typed = [None if g is None else g.to(weight.dtype) for g in gradients.all()]
-        return (None, *typed, None, None, None, None)
+            del grad_logits
+        return gradients.all()
+
+    def factor(self, saved: Mapping[str, Any], grad: Tensor) -> Tensor:
+        return grad
+
+    @staticmethod
+    def chunks(head: Head, copies: int, options: Mapping[str, Any]) -> Iterator[tuple[slice, list[Tensor]]]:
+        """Chunks of rows and their logits, of which there are so many `copies` in memory at once."""
+        dtype, max_bytes = logits_dtype(head, options), options["max_chunk_bytes"]
+        for rows in chunks_of(head, copies * head.weight.shape[0] * dtype.itemsize, max_bytes):
+            with no_autocast(head.weight):
+                yield rows, [linear_logits(head, rows, dtype, max_bytes // 4)]
+
+
+class _LinearJsd:
+    """The sum over rows of the divergence, times `scale`, and its gradients while a chunk's logits are there."""
+
+    def forward(
+        self, backend: str, keep: bool, needed: tuple[bool, ...], arguments: dict[str, Any]
+    ) -> tuple[tuple[Tensor, ...], dict[str, Any], Gradients]:
+        total, gradients = self.run(backend, needed, arguments)
+        scale = arguments["scale"]
+        return (total if scale is None else total * scale,), arguments, gradients
+
+    def backward(self, backend: str, needed: tuple[bool, ...], saved: Mapping[str, Any], grad: Tensor) -> Gradients:
+        _, gradients = self.run(backend, needed, saved)
+        factor = self.factor(saved, grad)
+        return tuple(None if g is None else g.mul_(factor) for g in gradients)
+
+    def factor(self, saved: Mapping[str, Any], grad: Tensor) -> Tensor:
+        return grad if saved["scale"] is None else grad * saved["scale"]
+
+    @staticmethod
+    def run(backend: str, needed: tuple[bool, ...], arguments: Mapping[str, Any]) -> tuple[Tensor, Gradients]:
+        """The sum of the rows' divergences and its gradients for the student's head."""
+        student, teacher, labels = _head(arguments), _head(arguments, "teacher_"), arguments["labels"]
+        student_dtype, teacher_dtype = (logits_dtype(head, arguments) for head in (student, teacher))
+        max_bytes, with_grad = arguments["max_chunk_bytes"], any(needed)
+        gradients = HeadGradients(student, needed, max_bytes // 4)
+        logits_bytes = (1 + with_grad) * student.weight.shape[0] * student_dtype.itemsize
+        logits_bytes += teacher.weight.shape[0] * teacher_dtype.itemsize
+        losses = []
+        with no_autocast(student.weight):
+            for rows in chunks_of(student, logits_bytes, max_bytes):
+                student_logits = linear_logits(student, rows, student_dtype, max_bytes // 4)
+                teacher_logits = linear_logits(teacher, rows, teacher_dtype, max_bytes // 4)
+                found = _sequence.generalized_jsd.operator(
+                    backend,
+                    student=student_logits,
+                    teacher=teacher_logits,
+                    labels=None if labels is None else labels[rows],
+                    scale=None,
+                    beta=arguments["beta"],
+                    temperature=arguments["temperature"],
+                    ignore_index=arguments["ignore_index"],
+                    reduction="none",
+                    with_grad=with_grad,
+                )
+                losses.append(found.loss)
+                del student_logits, teacher_logits  # before anything else is made
+                if with_grad:
+                    gradients.add(rows, found.grad_student)
+                del found
+        return torch.cat(losses).sum(), gradients.all()
+
+
+def _head(arguments: Mapping[str, Any], prefix: str = "") -> Head:
+    return Head(*(arguments[f"{prefix}{name}"] for name in Head._fields))
+
+
+def logits_dtype(head: Head, options: Mapping[str, Any]) -> torch.dtype:
+    return head.hidden.dtype if options["round_logits"] else wide(head.hidden)
+
+
+def run(loss: Differentiable, backend: str, head: Head, **arguments: Any) -> Any:
+    """`loss` of a head, differentiable in its three tensors where one of them needs it."""
+    arguments |= head._asdict()
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in head):
+        return apply(loss, backend, True, head, arguments)
+    (result,), _, _ = loss.forward(backend, False, (False,) * 3, arguments)
+    return result
+
+
+token_logprob, generalized_jsd = _LinearLogprob(), _LinearJsd()

@@ -78,7 +78,10 @@ class ScoreMoments:
         """
         _checks.streams(pred=pred)
         if distributed.is_dtensor(pred):
-            raise TypeError("pred must be a plain tensor: pass pred.to_local(), and in the end call all_reduce()")
+            raise TypeError(
+                "pred must be a plain tensor: pass pred.full_tensor() on every rank, or the rank's own samples and in"
+                " the end call all_reduce()"
+            )
         _checks.indices("t", t, pred)
         if pred.device != self._sums.device:
             raise ValueError(

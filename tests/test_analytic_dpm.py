@@ -421,5 +421,5 @@ def test_errors_name_the_argument(message):
 
 def test_a_dtensor_is_refused_with_advice(monkeypatch):
     monkeypatch.setattr(fastgen._distributed, "is_dtensor", lambda t: True)
-    with pytest.raises(TypeError, match=r"pass pred.to_local\(\)"):
+    with pytest.raises(TypeError, match=r"pass pred.full_tensor\(\)"):
         ScoreMoments(3).update(T, P)

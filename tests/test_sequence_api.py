@@ -346,7 +346,7 @@ class DTensor(torch.Tensor):
 jsd, ddo, logprob = fastgen.generalized_jsd_loss, fastgen.sequence_ddo_loss, fastgen.token_logprob
 BAD_CALLS = {
     "logits must be a torch.Tensor": (TypeError, lambda: logprob([1.0], Y)),
-    r"logits is a DTensor: pass each rank's rows, logits.to_local\(\)": (
+    r"logits is a DTensor: pass logits.full_tensor\(\)": (
         TypeError,
         lambda: logprob(S.as_subclass(DTensor), Y),
     ),

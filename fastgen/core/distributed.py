@@ -21,6 +21,40 @@ def is_dtensor(t: object) -> bool:
     return type(t) is not Tensor and type(t).__name__ == "DTensor"
 
 
+class _MeanGradient(torch.autograd.Function):
+    """The identity; its gradient is divided by a number of ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, ranks: int) -> Tensor:
+        ctx.ranks = ranks
+        return t.view_as(t)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad / ctx.ranks, None
+
+
+def whole_parameters(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The parameters of a layer, gathered where they are DTensors.
+
+    Their gradients are the means over the ranks of what these compute. The mean is what FSDP2, HSDP and DDP make of the
+    gradients of all other parameters, and between ranks that compute the same, as in tensor parallelism, it changes
+    nothing. Ranks have rows of their own, so each has only a part of a gradient: ``full_tensor()`` as it is would take
+    one rank's part for the whole.
+    """
+    return _whole(weight), None if bias is None else _whole(bias)
+
+
+def _whole(t: Tensor) -> Tensor:
+    if not is_dtensor(t):
+        return t
+    from torch.distributed.tensor import Partial
+
+    mesh = t.device_mesh  # type: ignore[attr-defined]
+    full = t.full_tensor(grad_placements=[Partial()] * mesh.ndim)  # type: ignore[attr-defined]
+    return _MeanGradient.apply(full, mesh.size())  # a sum, then divided: gloo has no mean
+
+
 def loss_counts(is_real: Tensor, group: Any) -> Tensor | None:
     """The numbers of real and fake images to divide by, where they are not those of the tensor at hand."""
     if is_dtensor(is_real):

@@ -97,10 +97,12 @@ def linear_token_logprob(
     bias: Tensor | None = None,
     temperature: float = 1.0,
     ignore_index: int = IGNORE_INDEX,
+    round_logits: bool = False,
     max_chunk_bytes: int = 0,
 ) -> Tensor:
     """`token_logprob` of ``hidden weightᵀ + bias``."""
-    return token_logprob(F.linear(hidden, weight, bias), tokens, temperature=temperature, ignore_index=ignore_index)
+    logits = linear_logits(hidden, weight, bias, round_logits)
+    return token_logprob(logits, tokens, temperature=temperature, ignore_index=ignore_index)
 
 
 def linear_generalized_jsd_loss(
@@ -117,15 +119,36 @@ def linear_generalized_jsd_loss(
     reduction: str = "batchmean",
     num_items: int | Tensor | None = None,
     ignore_index: int = IGNORE_INDEX,
+    round_logits: bool = False,
     max_chunk_bytes: int = 0,
 ) -> Tensor:
     """`generalized_jsd_loss` of the logits ``hidden weightᵀ + bias``."""
     with torch.no_grad():
-        teacher_logits = F.linear(teacher_hidden, teacher_weight, teacher_bias)
+        teacher_logits = linear_logits(teacher_hidden, teacher_weight, teacher_bias, round_logits)
     return generalized_jsd_loss(
-        F.linear(student_hidden, student_weight, student_bias), teacher_logits, labels, beta=beta,
+        linear_logits(student_hidden, student_weight, student_bias, round_logits), teacher_logits, labels, beta=beta,
         temperature=temperature, reduction=reduction, num_items=num_items, ignore_index=ignore_index,
     )  # fmt: skip
+
+
+def linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, round_logits: bool) -> Tensor:
+    """``hidden weightᵀ + bias`` in float32 (float64 for float64), or rounded to the operands' dtype."""
+    operands = autocast_head(hidden, weight, bias)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return F.linear(*operands if round_logits else [None if t is None else widened(t) for t in operands])
+
+
+def autocast_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A linear layer's operands in the dtype that autocast gives them."""
+    dtype = autocast_dtype(hidden)
+    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def autocast_dtype(t: Tensor) -> torch.dtype:
+    """What autocast, where it is on, makes of an operand of a matrix product. It takes no float64 along."""
+    device = t.device.type
+    on = torch.is_autocast_enabled(device) and t.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if on else t.dtype
 
 
 def kl_divergence(log_a: Tensor, log_b: Tensor) -> Tensor:
