@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import _elbo
 from .core import distributed
-from .triton_kernels import layout
+from .triton_kernels.layout import shared_row_strides
 
 # Elements of a row: a block of a GPU keeps that many between the sum and the gradient, a CPU divides them evenly.
 PIECE = 4096
@@ -39,7 +39,7 @@ def _piece(a: Tensor, b: Tensor) -> int:
     if not (_is_plain(a) and _is_plain(b)):
         return 0
     if not (a.is_contiguous() and b.is_contiguous()):
-        if layout.shared_row_strides(a, b) is None:
+        if shared_row_strides(a, b) is None:
             return 0
         if len(a) > 1 and not a.stride(0) == b.stride(0) == a.numel() // len(a):
             return 0

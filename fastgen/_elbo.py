@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple
 
-
-
 from .core.autograd import differentiable
 from .core.operator import Gradient, Loss, PerGroup, PerRow, Reduction, Stream, Whole, operator
 
@@ -98,4 +96,3 @@ def diffusion_dpo_loss(
     kind: Literal["sigmoid", "ipo", "hinge"],
 ) -> DifferenceOutputs:
     """A preference loss of the difference of row i less that of row i + B/2."""
-

@@ -16,7 +16,7 @@ from . import _checks
 from .core.operator import Operator, Output, PerRowOrAll, PredictionType, Stream, Written, operator
 from .reference.sampling import StepCoefficients, randn_like
 from .schedule import PREDICTION_TYPES, NoiseSchedule, _RowCombination
-from .triton_kernels import layout
+from .triton_kernels.layout import arithmetic_dtype, new_output, shared_row_strides
 
 
 @operator
@@ -62,7 +62,7 @@ def reverse_step_(
 @operator
 def guidance(cond: Stream, uncond: Stream, scale: PerRowOrAll) -> Output:
     """``uncond + scale (cond - uncond)``"""
-    return layout.new_output(cond, uncond, dtype=torch.promote_types(cond.dtype, uncond.dtype))
+    return new_output(cond, uncond, dtype=torch.promote_types(cond.dtype, uncond.dtype))
 
 
 def launch_step(
@@ -216,7 +216,7 @@ def check_number_or_rows(name: str, value: float | Tensor, like: Tensor) -> None
 def vector(value: float | Tensor, *streams: Tensor) -> Tensor:
     if isinstance(value, Tensor):
         return value
-    return torch.full((1,), value, dtype=layout.arithmetic_dtype(*streams), device=streams[0].device)
+    return torch.full((1,), value, dtype=arithmetic_dtype(*streams), device=streams[0].device)
 
 
 def scale_vector(scale: float | Tensor, uncond: Tensor | None, streams: list[Tensor]) -> Tensor | None:
@@ -293,4 +293,4 @@ def needs_grad(*tensors: Tensor) -> bool:
 def in_place(x: Tensor, *others: Tensor) -> bool:
     """Whether the kernel can write its rows over those of `x`."""
     packed = x.is_contiguous() or x.shape[0] <= 1 or x.stride(0) == x[0].numel()
-    return packed and layout.shared_row_strides(x, *others) is not None
+    return packed and shared_row_strides(x, *others) is not None

@@ -44,7 +44,7 @@ def _noisy_image_cancels(arguments: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 _FIELD: dict[str, Any] = {"slope": "coefficients", "returns": ("loss", "stats")}
-_DMD: dict[str, Any] = {"group_rows": "group_rows", "unused": _noisy_image_cancels}
+_DMD: dict[str, Any] = {"wrt": "x", "group_rows": "group_rows", "unused": _noisy_image_cancels}
 
 
 @operator

@@ -50,7 +50,7 @@ class DivergenceOutputs(NamedTuple):
 def token_logprob_backward(
     grad: PerRow, logits: Logits, tokens: PerRow, stats: TokenStats, temperature: float, ignore_index: int
 ) -> Gradient:
-    """``grad (onehot - softmax) / temperature`` per row; 0 for a token outside the vocabulary. `grad` may be expanded."""
+    """``grad (onehot - softmax) / temperature`` per row; 0 for a token outside the vocabulary."""
 
 
 @differentiable(token_logprob_backward, "logits", returns=("logprob",))

@@ -17,21 +17,22 @@ import torch
 from torch import Tensor
 
 from . import _checks
-from .core import distributed
 from ._analytic_dpm import (
     DataRange,
     Step,
     checked_moments,
     isotonic,
-    row_mean_square,
     node_alphas,
     nodes_of_steps,
     radius_of,
+    row_mean_square,
     trajectory_nodes,
     with_data_node,
 )
+from .core import distributed
 from .schedule import NoiseSchedule
 from .trajectory import FactoredCost, Trajectory, optimal_trajectory
+from .triton_kernels.layout import arithmetic_dtype
 
 VARIANCES = ("analytic", "beta", "beta_tilde")
 
@@ -351,7 +352,7 @@ def pixel_reverse_variance(
     s, t = nodes_of_steps(s, t, len(alpha_bar) - 1)
     if t.dim() > 1 or (t.dim() == 1 and len(t) != len(head)):
         raise ValueError(f"s and t must be ints or have shape [{len(head)}], got {list(t.shape)}")
-    dtype = layout.arithmetic_dtype(*(x for x in (head, pred) if x is not None))
+    dtype = arithmetic_dtype(*(x for x in (head, pred) if x is not None))
     step = Step.of(alpha_bar, s, t, _checks.share("eta", eta))
     # Numbers stay where they are: as zero-dimensional tensors they go into a GPU's operations without a copy.
     floor, gain, ratio = (

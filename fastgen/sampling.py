@@ -14,6 +14,7 @@ from . import _backend, _checks, reference
 from . import _sampling as _ops
 from .reference.sampling import StepCoefficients, randn_like
 from .schedule import NoiseSchedule
+from .triton_kernels.layout import arithmetic_dtype
 
 __all__ = [
     "StepCoefficients",
@@ -304,7 +305,7 @@ def posterior_sample(
     backend = _backend.backend_for("reverse_step", x_t.device.type)
     if backend == "reference":
         return reference.posterior_sample(schedule, x0, x_t, t, s=s, noise=noise)
-    dtype = layout.arithmetic_dtype(x0, x_t, noise)
+    dtype = arithmetic_dtype(x0, x_t, noise)
     k = reference.step_coefficients(schedule, t - 1 if s is None else s, t, dtype=dtype)
     if _ops.needs_grad(x0, x_t, noise):
         return _ops.Posterior.apply(backend, x0, x_t, noise, k.x0, k.x_t, k.noise)

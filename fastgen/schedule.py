@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import _backend, _checks, reference
 from .core.operator import Output, PerRow, Stream, operator
-from .triton_kernels import layout
+from .triton_kernels.layout import new_output
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "flow_prediction")
 
@@ -21,7 +21,7 @@ def row_combination(x: Stream, a: PerRow, y: Stream | None, b: PerRow | None) ->
     """``a_i x (+ b_i y)``"""
     inputs = (x,) if y is None else (x, y)
     dtype = x.dtype if y is None else torch.promote_types(x.dtype, y.dtype)
-    return layout.new_output(*inputs, dtype=dtype)
+    return new_output(*inputs, dtype=dtype)
 
 
 class _RowCombination(torch.autograd.Function):

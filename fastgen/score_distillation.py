@@ -210,11 +210,9 @@ def dmd_loss(
     rows = _ops.rows_of(x, normalizer_dims, weight, alpha_t, sigma_t)
     gate, count = _ops.gate_of(x, weight, mask)
     divisor = count if reduction == "mean" else None
-    seen = rows.stream(x)
     loss, stats = _ops.dmd(
         backend,
-        seen,
-        x=seen,
+        x=rows.stream(x),
         x_t=rows.stream(x_t),
         real=rows.stream(real_cond),
         fake=rows.stream(fake),
@@ -309,11 +307,9 @@ def decoupled_dmd_loss(
     rows = _ops.rows_of(x, normalizer_dims, weight, *times.values())
     gate, count = _ops.gate_of(x, weight, mask)
     divisor = count if reduction == "mean" else None
-    seen = rows.stream(x)
     loss, stats = _ops.decoupled_dmd(
         backend,
-        seen,
-        x=seen,
+        x=rows.stream(x),
         ca_x_t=rows.stream(ca.x_t),
         dm_x_t=rows.stream(dm.x_t),
         dm_real=rows.stream(dm.real),

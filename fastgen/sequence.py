@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from . import _backend, _checks, _linear_sequence, _sequence, reference
-from .core import distributed
 from ._linear_sequence import MAX_CHUNK_BYTES
 from ._sequence import IGNORE_INDEX
+from .core import distributed
 
 REDUCTIONS = ("mean", "sum", "none")
 TOKEN_REDUCTIONS = ("batchmean", "sum", "mean", "none")
@@ -177,7 +177,7 @@ def sequence_ddo_loss(
         tokens = torch.where(mask, tokens, IGNORE_INDEX)
     counts = distributed.loss_counts(is_real, group) if reduction == "mean" else None
     scale = 1 / max(alpha, 1.0) if normalize else 1.0
-    options = {"tokens": tokens, "temperature": 1.0, "ignore_index": IGNORE_INDEX}
+    options: dict[str, Any] = {"tokens": tokens, "temperature": 1.0, "ignore_index": IGNORE_INDEX}
     loss, delta = _sequence.sequence_ddo_loss(
         backend,
         logprob=_sequence.token_logprob(backend, logits=logits, **options),

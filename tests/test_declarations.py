@@ -14,7 +14,9 @@ from fastgen import _backend
 from fastgen.core import operator as declarations
 from fastgen.core.operator import Gradient, Loss, PerRow, Reduction, Role, Stream, Whole, operators
 
-needs_native = pytest.mark.skipif(_backend.missing("elbo_error", "native", "cpu") is not None, reason="needs the kernels")
+needs_native = pytest.mark.skipif(
+    _backend.missing("elbo_error", "native", "cpu") is not None, reason="needs the kernels"
+)
 
 
 @pytest.mark.parametrize("name", operators)

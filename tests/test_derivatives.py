@@ -35,8 +35,9 @@ def right_or_refused(call, exact):
     try:
         actual = call()
     except RuntimeError as error:
-        assert "use_backend('reference')" in str(error) or "once differentiable" in str(error), error
-        return
+        if "use_backend('reference')" in str(error):
+            return
+        raise
     expected = with_reference(exact)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
 
@@ -56,10 +57,12 @@ def test_second_derivatives_are_right_or_refused(name, kernel_backend):
         right_or_refused(twice, twice)
         v = torch.ones_like(x)
         for transform in (functional.hvp, functional.vhp):
-            right_or_refused(lambda f=f, x=x, t=transform, v=v: t(f, x, v)[1], lambda f=f, x=x, t=transform, v=v: t(f, x, v)[1])
+            right_or_refused(
+                lambda f=f, x=x, t=transform, v=v: t(f, x, v)[1], lambda f=f, x=x, t=transform, v=v: t(f, x, v)[1]
+            )
 
 
-@pytest.mark.parametrize("name", ["ddo_loss", "generalized_jsd_loss", "dmd_loss", "token_logprob"])
+@pytest.mark.parametrize("name", ["ddo_loss", "generalized_jsd_loss-{beta}", "dmd_loss", "token_logprob"])
 def test_hessians_are_refused(name, kernel_backend):
     case = CASES[name]
     tensors = case.inputs((2, 3), device=DEVICE)

@@ -76,8 +76,11 @@ class _Fused(torch.autograd.Function):
         ctx.gradients = None if compiled else gradients
         ctx.mark_non_differentiable(*results[1:])
         ctx.set_materialize_grads(False)
-        ctx.loss, ctx.backend, ctx.inputs, ctx.kept = loss, backend, len(inputs), compiled and any(
-            g is not None for g in gradients
+        ctx.loss, ctx.backend, ctx.inputs, ctx.kept = (
+            loss,
+            backend,
+            len(inputs),
+            compiled and any(g is not None for g in gradients),
         )
         return results
 
@@ -166,7 +169,8 @@ class FusedLoss:
         unused: Callable[[Mapping[str, Any]], tuple[str, ...]] | None = None,
         **constants: Any,
     ) -> None:
-        self.operator, self.gradient, self.wrt = forward, backward, wrt
+        self.operator, self.gradient = forward, backward
+        self.wrt: str = wrt or ""
         self.slope, self.returns, self.group_rows, self.unused = slope, returns, group_rows, unused
         self.constants = constants
         self.name = forward.name
@@ -178,13 +182,12 @@ class FusedLoss:
         self.kept += [n for n in (slope, group_rows) if isinstance(n, str) and n not in self.kept]
         self.buffer = next((n for n, r in forward.results.items() if r.role is Role.GRADIENT), None)
 
-    def __call__(self, backend: str, x: Tensor | None = None, **arguments: Any) -> Any:
-        """The results named by `returns`; `x` is what has the gradient where that is not the argument `wrt` itself.
+    def __call__(self, backend: str, source: Tensor | None = None, /, **arguments: Any) -> Any:
+        """The results named by `returns`; `source` has the gradient where that is not the argument `wrt` itself.
 
         `arguments` are the operator's but `with_grad`.
         """
-        if x is None:
-            x = arguments[self.wrt]
+        x = arguments[self.wrt] if source is None else source
         if torch.is_grad_enabled() and x.requires_grad:
             keep = self.buffer is not None and arguments.get("reduction") != "none" and can_keep(x)
             return apply(self, backend, keep, (x,), arguments)
@@ -209,7 +212,7 @@ class FusedLoss:
             returned = tuple(named[name] for name in self.returns)
         dropped = () if self.unused is None else self.unused(arguments)
         saved = {name: None if name in dropped else named[name] for name in self.kept}
-        return returned, saved, (named[self.buffer] if keep else None,)
+        return returned, saved, (named[self.buffer] if keep and self.buffer else None,)
 
     def backward(self, backend: str, needed: tuple[bool, ...], saved: Mapping[str, Any], grad: Tensor) -> Gradients:
         arguments = {name: saved[name] for name in self.shared} | self.constants

@@ -96,7 +96,7 @@ def sharding_rule(op: Operator, *values: Any) -> list[Any]:
             return Replicate()  # the gradient that is not wanted is an empty vector, the same on every rank
         if role is Role.LOSS and bound.get("reduction", "sum") != "none":
             return Partial("sum")
-        return Shard(row_dim(role, 1 if count is None else 2))
+        return Shard(row_dim(role, 1 if count is None else 2) or 0)
 
     # Winners and losers lie half a batch apart: a shard of the batch does not hold its pairs.
     row_wise = Role.STREAM in op.arguments.values() or Role.LOGITS in op.arguments.values()

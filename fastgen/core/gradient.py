@@ -7,4 +7,4 @@ from .operator import Whole, Written, operator
 
 @operator
 def scale_gradient_(grad: Written, scale: Whole) -> None:
-    """`grad` times the 0-dimensional `scale`, in place; nothing is read or written where `scale` is 1, without a sync."""
+    """`grad` times the 0-dimensional `scale`, in place; reads and writes nothing where that is 1, without a sync."""

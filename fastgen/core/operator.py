@@ -27,7 +27,6 @@ from __future__ import annotations
 import enum
 import functools
 import importlib
-import inspect
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -37,7 +36,7 @@ import torch
 from torch import Tensor
 from torch import library as torch_library
 
-from ..triton_kernels import layout
+from ..triton_kernels.layout import arithmetic_dtype, new_output
 
 
 class Role(enum.Enum):
@@ -134,8 +133,7 @@ def operator(declaration: Callable[..., Any] | None = None, *, paired: bool = Fa
     if declaration is None:
         return functools.partial(operator, paired=paired)
     name = declaration.__name__
-    package, *_, module = declaration.__module__.removesuffix(".operators").split(".")
-    family = module.lstrip("_")
+    family = declaration.__module__.removesuffix(".operators").rpartition(".")[2].lstrip("_")
     hints = typing.get_type_hints(declaration, include_extras=True)
     returned = hints.pop("return")
     outputs = returned if hasattr(returned, "_fields") else None
@@ -146,6 +144,7 @@ def operator(declaration: Callable[..., Any] | None = None, *, paired: bool = Fa
     parameters = {n: _parameter(n, t) for n, t in hints.items()}
     made = " ".join(["(" + ", ".join(f"Tensor {n}".strip() for n in results) + ")"]) if outputs else None
     result_schema = made or ("Tensor" if results else "()")
+    defined: Operator
     schema = f"{name}({', '.join(text for text, _, _ in parameters.values())}) -> {result_schema}"
     for namespace, library in libraries.items():
         library.define(schema)
@@ -154,19 +153,27 @@ def operator(declaration: Callable[..., Any] | None = None, *, paired: bool = Fa
         library.impl(name, torch_library.fallthrough_kernel, "Autograd")
         # What is_grads_batched=True and jacobian(vectorize=True) run a backward pass under.
         library.impl(name, _refuse_batches, "Batched")
-        torch_library.register_fake(f"{namespace}::{name}", lambda *a, **k: _shapes(defined, declaration, a, k), lib=library)
+        torch_library.register_fake(
+            f"{namespace}::{name}", lambda *a, **k: _shapes(defined, declaration, a, k), lib=library
+        )
 
     @functools.cache
     def launcher() -> Callable[..., Any]:
-        return getattr(importlib.import_module(f"{package}.triton_kernels.{family}"), name)
+        return getattr(importlib.import_module(f"..triton_kernels.{family}", __package__), name)
 
     # On CPU tensors too: that is how the kernels are tested under Triton's interpreter.
     libraries["fastgen_triton"].impl(
         name, lambda *values: launcher()(**defined.bind(*values)), "CompositeExplicitAutograd"
     )
     defined = Operator(
-        name, family, {n: role for n, (_, role, _) in parameters.items()}, results,
-        {n: codes for n, (_, _, codes) in parameters.items() if codes}, paired, outputs, schema,
+        name,
+        family,
+        {n: role for n, (_, role, _) in parameters.items()},
+        results,
+        {n: codes for n, (_, _, codes) in parameters.items() if codes},
+        paired,
+        outputs,
+        schema,
         *(getattr(getattr(torch.ops, namespace), name).default for namespace in libraries),
     )
     operators[name] = defined
@@ -217,18 +224,18 @@ def _shapes(op: Operator, declaration: Callable[..., Any], values: Any, named: A
     made = declaration(**bound)
     if made is not None or not op.results:
         return made
-    streams = [t for n, t in bound.items() if op.arguments[n] in (Role.STREAM, Role.WRITTEN, Role.LOGITS) and t is not None]
+    streams = [
+        t for n, t in bound.items() if op.arguments[n] in (Role.STREAM, Role.WRITTEN, Role.LOGITS) and t is not None
+    ]
     first, of_logits = streams[0], Role.LOGITS in op.arguments.values()
     rows = first.shape[:-1] if of_logits else first.shape[:1]
     dtype = bound.get("dtype", first.dtype)
-    wide = torch.float64 if dtype == torch.float64 else layout.arithmetic_dtype(*streams)
+    wide = torch.float64 if dtype == torch.float64 else arithmetic_dtype(*streams)
     groups = rows
     if not of_logits:
         of_group = [t for n, t in bound.items() if op.arguments[n] is Role.GROUP and t is not None]
-        if of_group:
-            groups = of_group[0].shape[:1]
-        else:
-            groups = (rows[0] // (2 if op.paired else bound.get("group_rows", 1)),)
+        together = 2 if op.paired else bound.get("group_rows", 1)
+        groups = of_group[0].shape[:1] if of_group else (rows[0] // together,)
 
     def result(r: Result) -> Tensor:
         if r.role in (Role.GRADIENT, Role.OUTPUT):
@@ -236,7 +243,7 @@ def _shapes(op: Operator, declaration: Callable[..., Any], values: Any, named: A
                 return first.new_empty((0,), dtype=dtype)
             if of_logits:
                 return first.new_empty(first.shape)
-            return layout.new_output(*streams, dtype=dtype)
+            return new_output(*streams, dtype=dtype)
         summed = r.role is Role.LOSS and bound.get("reduction", "sum") != "none"
         shape = () if summed else rows if r.role in (Role.ROW, Role.STACKED) else groups
         return first.new_empty(shape if r.count is None else (r.count, *shape), dtype=wide)

@@ -217,12 +217,18 @@ class _GivenGradient(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, _, G = inputs
         ctx.save_for_backward(G)
-        ctx.dtype = x.dtype
+        ctx.save_for_forward(G)
+        ctx.dtype, ctx.dims = x.dtype, output.dim()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (G,) = ctx.saved_tensors
         return (trailing(grad, G) * G).to(ctx.dtype), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, x_tangent: Tensor, *_: Any) -> Tensor:  # type: ignore[override]
+        (G,) = ctx.saved_tensors
+        return elements(G * x_tangent, ctx.dims).sum(-1)
 
 
 def loss_with_gradient(
