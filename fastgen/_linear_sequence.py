@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _sequence
-from .core.autograd import Differentiable, Gradients, apply
+from .core.autograd import Differentiable, Forward, Gradients, apply
 from .reference.sequence import autocast_head
 
 MAX_CHUNK_BYTES = 96 << 20
@@ -162,9 +162,10 @@ class HeadGradients:
 class _LinearLogprob:
     """Log-probabilities of tokens; the backward pass computes each chunk's logits again."""
 
-    def forward(
-        self, backend: str, keep: bool, needed: tuple[bool, ...], arguments: dict[str, Any]
-    ) -> tuple[tuple[Tensor, ...], dict[str, Any], Gradients]:
+    tensors = (*Head._fields, "tokens", "stats")
+    options = ("temperature", "ignore_index", "round_logits", "max_chunk_bytes")
+
+    def forward(self, backend: str, keep: bool, needed: tuple[bool, ...], arguments: dict[str, Any]) -> Forward:
         head, tokens = _head(arguments), arguments["tokens"]
         logprob = head.hidden.new_empty(tokens.shape, dtype=wide(head.hidden))
         stats = head.hidden.new_empty((2, *tokens.shape), dtype=wide(head.hidden))
@@ -176,7 +177,7 @@ class _LinearLogprob:
                 temperature=arguments["temperature"],
                 ignore_index=arguments["ignore_index"],
             )
-        return (logprob,), arguments | {"stats": stats}, (None,) * 3
+        return Forward((logprob,), arguments | {"stats": stats}, (None,) * 3)
 
     def backward(self, backend: str, needed: tuple[bool, ...], saved: Mapping[str, Any], grad: Tensor) -> Gradients:
         head = _head(saved)
@@ -195,9 +196,6 @@ class _LinearLogprob:
             del grad_logits
         return gradients.all()
 
-    def factor(self, saved: Mapping[str, Any], grad: Tensor) -> Tensor:
-        return grad
-
     @staticmethod
     def chunks(head: Head, copies: int, options: Mapping[str, Any]) -> Iterator[tuple[slice, list[Tensor]]]:
         """Chunks of rows and their logits, of which there are so many `copies` in memory at once."""
@@ -210,20 +208,18 @@ class _LinearLogprob:
 class _LinearJsd:
     """The sum over rows of the divergence, times `scale`, and its gradients while a chunk's logits are there."""
 
-    def forward(
-        self, backend: str, keep: bool, needed: tuple[bool, ...], arguments: dict[str, Any]
-    ) -> tuple[tuple[Tensor, ...], dict[str, Any], Gradients]:
+    tensors = (*Head._fields, *(f"teacher_{name}" for name in Head._fields), "labels", "scale")
+    options = ("beta", "temperature", "ignore_index", "round_logits", "max_chunk_bytes")
+
+    def forward(self, backend: str, keep: bool, needed: tuple[bool, ...], arguments: dict[str, Any]) -> Forward:
         total, gradients = self.run(backend, needed, arguments)
         scale = arguments["scale"]
-        return (total if scale is None else total * scale,), arguments, gradients
+        return Forward((total if scale is None else total * scale,), arguments, gradients, scale)
 
     def backward(self, backend: str, needed: tuple[bool, ...], saved: Mapping[str, Any], grad: Tensor) -> Gradients:
         _, gradients = self.run(backend, needed, saved)
-        factor = self.factor(saved, grad)
+        factor = grad if saved["scale"] is None else grad * saved["scale"]
         return tuple(None if g is None else g.mul_(factor) for g in gradients)
-
-    def factor(self, saved: Mapping[str, Any], grad: Tensor) -> Tensor:
-        return grad if saved["scale"] is None else grad * saved["scale"]
 
     @staticmethod
     def run(backend: str, needed: tuple[bool, ...], arguments: Mapping[str, Any]) -> tuple[Tensor, Gradients]:
@@ -272,8 +268,7 @@ def run(loss: Differentiable, backend: str, head: Head, **arguments: Any) -> Any
     arguments |= head._asdict()
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in head):
         return apply(loss, backend, True, head, arguments)
-    (result,), _, _ = loss.forward(backend, False, (False,) * 3, arguments)
-    return result
+    return loss.forward(backend, False, (False,) * 3, arguments).results[0]
 
 
 token_logprob, generalized_jsd = _LinearLogprob(), _LinearJsd()

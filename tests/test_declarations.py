@@ -50,7 +50,7 @@ def test_a_call_needs_every_argument_by_name():
 
 def test_words_become_numbers_in_the_order_of_the_declaration():
     op = operators["elbo_error"]
-    assert op.choices == {"loss": {"l2": 0, "l1": 1, "huber": 2}}
+    assert dict(op.order)["loss"] == {"l2": 0, "l1": 1, "huber": 2}
     assert op.bind(*[None] * 3, 2, True)["loss"] == "huber"
 
 

@@ -8,8 +8,8 @@ the inputs and a few saved numbers a row. Kernels have no second derivative: ask
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -20,21 +20,30 @@ from .operator import Operator, Role
 Gradients = tuple[Tensor | None, ...]
 
 
+class Forward(NamedTuple):
+    """What a forward pass leaves."""
+
+    results: tuple[Tensor, ...]  # the first is differentiable
+    named: Mapping[str, Any]  # arguments and results, of which the backward pass keeps what it names
+    gradients: Gradients  # of the inputs, where they were written already
+    scale: Tensor | None = None  # 0-dimensional: what these still lack
+
+
 class Differentiable(Protocol):
     """What :func:`apply` differentiates."""
 
-    def forward(
-        self, backend: str, keep: bool, needed: tuple[bool, ...], arguments: dict[str, Any]
-    ) -> tuple[tuple[Tensor, ...], dict[str, Any], Gradients]:
-        """The results, of which the first is differentiable; what :meth:`backward` needs; the gradients, if `keep`."""
+    # Names of what the backward pass needs.
+    @property
+    def tensors(self) -> Sequence[str]: ...
+    @property
+    def options(self) -> Sequence[str]: ...
+
+    def forward(self, backend: str, keep: bool, needed: tuple[bool, ...], arguments: dict[str, Any]) -> Forward:
+        """The forward pass, which writes the gradients if `keep`."""
         ...
 
     def backward(self, backend: str, needed: tuple[bool, ...], saved: Mapping[str, Any], grad: Tensor) -> Gradients:
         """The gradients from what was saved and the gradient of the first result."""
-        ...
-
-    def factor(self, saved: Mapping[str, Any], grad: Tensor) -> Tensor:
-        """What kept gradients are multiplied by."""
         ...
 
 
@@ -67,61 +76,58 @@ class _Fused(torch.autograd.Function):
     def forward(
         ctx: Any, loss: Differentiable, backend: str, keep: bool, arguments: dict[str, Any], *inputs: Tensor | None
     ) -> tuple[Tensor, ...]:
-        results, saved, gradients = loss.forward(backend, keep, ctx.needs_input_grad[4:], arguments)
-        compiled = torch.compiler.is_compiling()
-        ctx.names = [name for name, value in saved.items() if isinstance(value, Tensor)]
-        ctx.options = {name: value for name, value in saved.items() if not isinstance(value, Tensor)}
+        results, named, gradients, scale = loss.forward(backend, keep, ctx.needs_input_grad[4:], arguments)
+        tensors = [named[name] for name in loss.tensors]
+        compiled = torch.compiler.is_compiling() and any(g is not None for g in gradients)
         # The inputs are kept for second derivatives alone, which have to reach them to be refused.
-        ctx.save_for_backward(*inputs, *[saved[name] for name in ctx.names], *(gradients if compiled else ()))
-        ctx.gradients = None if compiled else gradients
-        ctx.mark_non_differentiable(*results[1:])
+        ctx.save_for_backward(*inputs, *tensors, scale, *(gradients if compiled else ()))
+        ctx.gradients = None if compiled else tuple(map(_like, gradients, inputs))
+        ctx.scaled = scale is not None
+        ctx.options = {name: named[name] for name in loss.options}
+        ctx.loss, ctx.backend, ctx.compiled = loss, backend, compiled
+        ctx.dtypes = [None if t is None else t.dtype for t in inputs]
+        if len(results) > 1:
+            ctx.mark_non_differentiable(*results[1:])
         ctx.set_materialize_grads(False)
-        ctx.loss, ctx.backend, ctx.inputs, ctx.kept = (
-            loss,
-            backend,
-            len(inputs),
-            compiled and any(g is not None for g in gradients),
-        )
         return results
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> Any:
-        needed = ctx.needs_input_grad[4:]
+        count = len(ctx.dtypes)
         if grad is None:  # the loss was not used
-            return (None,) * (4 + len(needed))
-        inputs, tensors = ctx.saved_tensors[: ctx.inputs], ctx.saved_tensors[ctx.inputs :]
+            return (None,) * (4 + count)
         if not torch.is_grad_enabled():
-            return (None,) * 4 + _gradients(ctx, needed, inputs, tensors, grad)
+            return None, None, None, None, *_gradients(ctx, grad)
         with torch.no_grad():
-            gradients = _gradients(ctx, needed, inputs, tensors, grad)
-        return (None,) * 4 + once_differentiable(gradients, (*inputs, grad))
+            gradients = _gradients(ctx, grad)
+        return None, None, None, None, *once_differentiable(gradients, (*ctx.saved_tensors[:count], grad))
 
 
-def _gradients(
-    ctx: Any, needed: tuple[bool, ...], inputs: tuple[Tensor | None, ...], tensors: tuple[Tensor, ...], grad: Tensor
-) -> Gradients:
-    saved = dict(zip(ctx.names, tensors, strict=False)) | ctx.options
+def _gradients(ctx: Any, grad: Tensor) -> Gradients:
     gradients, ctx.gradients = ctx.gradients, None
-    if ctx.kept:
-        factor = ctx.loss.factor(saved, grad)
-        gradients = tuple(None if g is None else g * factor for g in tensors[len(ctx.names) :])
-    elif gradients is None or all(g is None for g in gradients):
-        gradients = ctx.loss.backward(ctx.backend, needed, saved, grad)
-    else:
-        factor = ctx.loss.factor(saved, grad)
+    count, names = len(ctx.dtypes), ctx.loss.tensors
+    if ctx.compiled:
+        *_, scale = saved = ctx.saved_tensors[: count + len(names) + 1]
+        factor = grad if scale is None else grad * scale
+        gradients = [None if g is None else g * factor for g in ctx.saved_tensors[len(saved) :]]
+    elif gradients is not None and any(g is not None for g in gradients):
+        scale = ctx.saved_tensors[count + len(names)] if ctx.scaled else None
+        factor = grad if scale is None else grad * scale
         for g in gradients:
             if g is not None:
                 scale_gradient_(ctx.backend, grad=g, scale=factor)
-    return tuple(map(_like, gradients, inputs))
+    else:
+        saved = dict(zip(names, ctx.saved_tensors[count:], strict=False)) | ctx.options
+        gradients = ctx.loss.backward(ctx.backend, ctx.needs_input_grad[4:], saved, grad)
+        gradients = tuple(map(_like, gradients, ctx.saved_tensors))
+    return tuple(
+        [g if g is None or g.dtype is dtype else g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)]
+    )
 
 
 def _like(grad: Tensor | None, x: Tensor | None) -> Tensor | None:
     """The gradient as that of `x`, of which the operator may have seen another view of the same memory."""
-    if grad is None or x is None:
-        return None
-    if grad.shape != x.shape:
-        grad = grad.as_strided(x.shape, x.stride())
-    return grad.to(x.dtype)
+    return grad if grad is None or x is None or grad.shape == x.shape else grad.as_strided(x.shape, x.stride())
 
 
 def once_differentiable(gradients: Gradients, sources: tuple[Tensor | None, ...]) -> Gradients:
@@ -178,9 +184,15 @@ class FusedLoss:
         wanted = list(backward.arguments if isinstance(backward, Operator) else inspect.signature(backward).parameters)
         (self.row_grad,) = (name for name in wanted if name not in given)
         self.shared = [name for name in wanted if name not in constants and name != self.row_grad]
-        self.kept = list(self.shared)
-        self.kept += [n for n in (slope, group_rows) if isinstance(n, str) and n not in self.kept]
+        kept = dict.fromkeys(self.shared + [n for n in (slope, group_rows) if isinstance(n, str)])
+        roles = {**forward.arguments, **{n: r.role for n, r in forward.results.items()}}
+        self.tensors = tuple(n for n in kept if roles[n] is not None)
+        self.options = tuple(n for n in kept if roles[n] is None)
         self.buffer = next((n for n, r in forward.results.items() if r.role is Role.GRADIENT), None)
+
+    def returned(self, results: Any) -> tuple[Tensor, ...]:
+        """What the caller sees of the operator's results."""
+        return tuple([getattr(results, name) for name in self.returns])
 
     def __call__(self, backend: str, source: Tensor | None = None, /, **arguments: Any) -> Any:
         """The results named by `returns`; `source` has the gradient where that is not the argument `wrt` itself.
@@ -193,32 +205,28 @@ class FusedLoss:
             return apply(self, backend, keep, (x,), arguments)
         if self.buffer is not None:
             arguments["with_grad"] = False
-        results = self.operator(backend, **arguments)
+        results = self.operator.run(backend, arguments)
         if self.operator.outputs is None:
             return results
-        returned = tuple(getattr(results, name) for name in self.returns)
+        returned = self.returned(results)
         return returned[0] if len(returned) == 1 else returned
 
-    def forward(
-        self, backend: str, keep: bool, needed: tuple[bool, ...], arguments: dict[str, Any]
-    ) -> tuple[tuple[Tensor, ...], dict[str, Any], Gradients]:
+    def forward(self, backend: str, keep: bool, needed: tuple[bool, ...], arguments: dict[str, Any]) -> Forward:
         if self.buffer is not None:
-            arguments = {**arguments, "with_grad": keep}
-        results = self.operator(backend, **arguments)
+            arguments["with_grad"] = keep
+        results = self.operator.run(backend, arguments)
         if self.operator.outputs is None:
-            named, returned = arguments, (results,)
-        else:
-            named = arguments | results._asdict()
-            returned = tuple(named[name] for name in self.returns)
-        dropped = () if self.unused is None else self.unused(arguments)
-        saved = {name: None if name in dropped else named[name] for name in self.kept}
-        return returned, saved, (named[self.buffer] if keep and self.buffer else None,)
+            return Forward((results,), arguments, (None,))
+        named = arguments | dict(zip(self.operator.results, results, strict=True))
+        if self.unused is not None:
+            named.update(dict.fromkeys(self.unused(arguments)))
+        return Forward(self.returned(results), named, (named[self.buffer] if keep and self.buffer else None,))
 
     def backward(self, backend: str, needed: tuple[bool, ...], saved: Mapping[str, Any], grad: Tensor) -> Gradients:
         arguments = {name: saved[name] for name in self.shared} | self.constants
         arguments[self.row_grad] = self.of_rows(saved, grad)
         if isinstance(self.gradient, Operator):
-            return (self.gradient(backend, **arguments),)
+            return (self.gradient.run(backend, arguments),)
         return (self.gradient(**arguments),)
 
     def of_rows(self, saved: Mapping[str, Any], grad: Tensor) -> Tensor:
@@ -234,9 +242,6 @@ class FusedLoss:
         if grad.dim() == 0:
             of_logits = self.operator.arguments[self.wrt] is Role.LOGITS
             grad = grad.expand(saved[self.wrt].shape[: -1 if of_logits else 1])
-        return grad
-
-    def factor(self, saved: Mapping[str, Any], grad: Tensor) -> Tensor:
         return grad
 
 

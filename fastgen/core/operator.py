@@ -92,7 +92,7 @@ class Operator:
     family: str
     arguments: Mapping[str, Role | None]  # None: an option, no tensor
     results: Mapping[str, Result]
-    choices: Mapping[str, Mapping[str, int]]
+    order: tuple[tuple[str, Mapping[str, int] | None], ...]  # the arguments, and the codes of those that are words
     paired: bool  # groups are made of rows half a batch apart
     outputs: Callable[..., Any] | None  # the NamedTuple of its results, where there are several
     schema: str
@@ -100,19 +100,22 @@ class Operator:
     triton: Callable[..., Any] = field(repr=False)
 
     def __call__(self, backend: str, **arguments: Any) -> Any:
+        return self.run(backend, arguments)
+
+    def run(self, backend: str, arguments: Mapping[str, Any]) -> Any:
+        """The operator's results; `arguments` are all that it declares, by name."""
         if len(arguments) != len(self.arguments):
             raise TypeError(f"{self.name} takes {', '.join(self.arguments)}; got {', '.join(arguments)}")
-        for name, codes in self.choices.items():
-            arguments[name] = codes[arguments[name]]
-        run = self.native if backend == "native" else self.triton
-        results = run(*[arguments[name] for name in self.arguments])
+        values = [arguments[name] if codes is None else codes[arguments[name]] for name, codes in self.order]
+        results = (self.native if backend == "native" else self.triton)(*values)
         return results if self.outputs is None else self.outputs(*results)
 
     def bind(self, *values: Any, **named: Any) -> dict[str, Any]:
         """Names the arguments of a call of the schema, and turns integers back into the words that they stand for."""
         bound = dict(zip(self.arguments, values, strict=False)) | named
-        for name, codes in self.choices.items():
-            bound[name] = list(codes)[bound[name]]
+        for name, codes in self.order:
+            if codes is not None:
+                bound[name] = list(codes)[bound[name]]
         return bound
 
 
@@ -170,7 +173,7 @@ def operator(declaration: Callable[..., Any] | None = None, *, paired: bool = Fa
         family,
         {n: role for n, (_, role, _) in parameters.items()},
         results,
-        {n: codes for n, (_, _, codes) in parameters.items() if codes},
+        tuple((n, codes or None) for n, (_, _, codes) in parameters.items()),
         paired,
         outputs,
         schema,
