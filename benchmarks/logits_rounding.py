@@ -33,13 +33,15 @@ class Errors(NamedTuple):
     logprob: float
 
 
-def operands(rows: int, width: int, vocabulary: int, noise: float, dtype: torch.dtype, seed: int) -> list[Tensor]:
+def operands(
+    rows: int, width: int, vocabulary: int, noise: float, dtype: torch.dtype, seed: int, device: str
+) -> list[Tensor]:
     """The student's hidden states and weight, and the teacher's."""
     generator = torch.Generator().manual_seed(seed)
     normal = partial(torch.randn, generator=generator)
     hidden, weight = normal(rows, width), normal(vocabulary, width) * (LOGIT_SCALE / width**0.5)
     noises = normal(rows, width), normal(vocabulary, width) * (LOGIT_SCALE / width**0.5)
-    return [t.to(dtype) for t in (hidden, weight, hidden + noise * noises[0], weight + noise * noises[1])]
+    return [t.to(device, dtype) for t in (hidden, weight, hidden + noise * noises[0], weight + noise * noises[1])]
 
 
 def rounded(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -104,12 +106,13 @@ def study(
     dtype: torch.dtype = torch.bfloat16,
     loss_scale: float = 1.0,
     seed: int = 0,
+    device: str = "cpu",
 ) -> Iterator[Errors]:
     for noise in noises:
-        given = operands(rows, width, vocabulary, noise, dtype, seed)
+        given = operands(rows, width, vocabulary, noise, dtype, seed, device)
         wide = [t.double() for t in given]
         truth = step(partial(of_logits, rounded), wide, beta, loss_scale)
-        tokens = torch.randint(vocabulary, (rows,), generator=torch.Generator().manual_seed(seed))
+        tokens = torch.randint(vocabulary, (rows,), generator=torch.Generator().manual_seed(seed)).to(device)
         logprob = reference.token_logprob(rounded(*wide[:2]), tokens)
         for method in methods:
             loss, of_tokens = METHODS[method]

@@ -57,15 +57,19 @@ def chunks_of(head: Head, logits_bytes: int, max_bytes: int) -> Iterator[slice]:
     return chunks(hidden.shape[0], logits_bytes + hidden.shape[1] * wide(hidden).itemsize, max_bytes)
 
 
+def has_mixed_products(device: torch.device) -> bool:
+    """Whether torch multiplies half-precision matrices into a float32 one there: tensor cores sum in float32 anyway."""
+    return device.type == "cuda"
+
+
 def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """``a b`` of two matrices of one dtype, summed and returned in `dtype`, which is theirs or a wider one.
 
-    Tensor cores take half-precision operands as they are and sum in float32. Other devices get copies, which are exact;
-    who calls keeps them small (:func:`blocks`).
+    Devices without mixed products get copies, which are exact; who calls keeps them small (:func:`blocks`).
     """
     if a.dtype == dtype:
         return torch.mm(a, b)
-    if a.is_cuda:
+    if has_mixed_products(a.device):
         return torch.mm(a, b, out_dtype=dtype)
     return torch.mm(a.to(dtype), b.to(dtype))
 
@@ -92,7 +96,7 @@ def linear_logits(head: Head, rows: slice, dtype: torch.dtype, max_bytes: int) -
     hidden, weight, bias = head.hidden[rows], head.weight, head.bias
     if dtype == hidden.dtype:
         return F.linear(hidden, weight, bias)
-    if weight.is_cuda:
+    if has_mixed_products(weight.device):
         logits = product(hidden, weight.t(), dtype)
     else:
         logits = hidden.new_empty((hidden.shape[0], weight.shape[0]), dtype=dtype)
@@ -147,12 +151,13 @@ class HeadGradients:
         if self.bias is not None:
             self.bias.add_(grad_logits.sum(0, dtype=self.dtype))
         grad, factor = narrowed(grad_logits, weight.dtype)
-        no_copy = weight.dtype == self.dtype
+        one_dtype = weight.dtype == self.dtype
+        no_copy = one_dtype or has_mixed_products(weight.device)
         if self.hidden is not None:
-            for block in blocks(weight, count, self.dtype, self.max_bytes, whole=no_copy or weight.is_cuda):
-                add_product(self.hidden[rows], grad[:, block], weight[block], factor)
-        if self.weight is not None:
             for block in blocks(weight, count, self.dtype, self.max_bytes, whole=no_copy):
+                add_product(self.hidden[rows], grad[:, block], weight[block], factor)
+        if self.weight is not None:  # a mixed product cannot add to what is there: it makes a part of the gradient
+            for block in blocks(weight, count, self.dtype, self.max_bytes, whole=one_dtype):
                 add_product(self.weight[block], grad[:, block].t(), hidden[rows], factor)
 
     def all(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

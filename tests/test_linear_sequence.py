@@ -186,6 +186,40 @@ def test_compiles_without_a_graph_break(kernel_backend, device):
         torch.testing.assert_close(gradients(run, fastgen, tensors, labels), gradients(f, fastgen, tensors, labels))
 
 
+SHARED = {  # which of (h, w, b, t, v, c) stand for the two heads
+    "one head": (0, 1, 2, 3, 1, 2),
+    "one head and one input": (0, 1, 2, 0, 1, 2),
+    "inputs that are weights": (0, 0, 2, 3, 3, 2),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shared", SHARED)
+def test_compiles_where_tensors_are_shared(shared, dtype, kernel_backend, device):
+    """Of a tensor that both models have, only the student's use gets a gradient."""
+    given = [torch.randn(6, 6).to(device, dtype) for _ in range(2)]
+    bias = torch.randn(6).to(device, dtype)
+    tensors, labels = [given[0], given[1], bias, given[0].flip(0).contiguous(), given[1].t().contiguous(), bias], None
+    tokens = torch.arange(6, device=device)
+    losses = (
+        lambda *t: fastgen.linear_generalized_jsd_loss(
+            t[0], t[1], t[3], t[4], labels, student_bias=t[2], teacher_bias=t[5]
+        ),
+        lambda *t: fastgen.linear_token_logprob(t[0], t[1], tokens, bias=t[2]).mean(),
+    )
+    for loss in losses:
+        torch._dynamo.reset()
+        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+        results = []
+        for f in (loss, compiled):
+            leaves = [t.clone().requires_grad_() for t in tensors]
+            used = [leaves[i] for i in SHARED[shared]]
+            value = f(*used)
+            results.append((value.detach(), *torch.autograd.grad(value, {id(t): t for t in used[:3]}.values())))
+        torch.testing.assert_close(results[1], results[0])
+        assert all(g.norm() > 0 for g in results[0][1:]) or shared == "one head and one input"
+
+
 def test_autocast(kernel_backend, device):
     tensors, labels = heads((6,), device=device)
     for f in (jsd, logprob):
@@ -200,26 +234,28 @@ PEAK = """
 import re, sys, torch, fastgen
 def status(key):
     return int(re.search(key + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
-tokens, size, vocabulary = (int(x) for x in sys.argv[1:])
-s, t, w, v = (torch.randn(n, size) for n in (tokens, tokens, vocabulary, vocabulary))
+tokens, size, vocabulary = (int(x) for x in sys.argv[1:4])
+dtype = getattr(torch, sys.argv[4])
+s, t, w, v = (torch.randn(n, size).to(dtype) for n in (tokens, tokens, vocabulary, vocabulary))
 w.mul_(0.05).requires_grad_(), s.requires_grad_()
 fastgen.linear_generalized_jsd_loss(s[:8], w[:99], t[:8], v[:99]).backward()
 s.grad = w.grad = None
 before = status("VmRSS")
 open("/proc/self/clear_refs", "w").write("5")
 fastgen.linear_generalized_jsd_loss(s, w, t, v).backward()
-print(status("VmHWM") - before - w.nbytes)
+print(status("VmHWM") - before - 4 * w.numel() - (w.nbytes if dtype != torch.float32 else 0))
 """
 
 
 @native
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     "sizes", [(1024, 32, 32_000), pytest.param((4096, 1024, 32_000), marks=pytest.mark.slow)], ids=str
 )
-def test_memory_beyond_the_weight_gradient(sizes):
-    """The logits alone would be 131 and 524 MB, of each model."""
-    command = [sys.executable, "-c", PEAK, *map(str, sizes)]
+def test_memory_beyond_the_weight_gradient(sizes, dtype):
+    """The logits alone would be 131 and 524 MB, of each model; the weight gradient is summed in float32."""
+    command = [sys.executable, "-c", PEAK, *map(str, sizes), dtype]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     if run.returncode and "clear_refs" in run.stderr:
         pytest.skip("this kernel does not let a process reset its peak memory")
