@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _distributed, _layout
-from ._autograd import once_differentiable
+from ._autograd import apart, once_differentiable
 from ._elbo import elbo_error_backward, l1_distance
 from ._gradient import scale_gradient
 
@@ -62,7 +62,7 @@ def weighted_l1(backend: str, a: Sequence[Tensor], b: Sequence[Tensor], weights:
         return torch.stack(distances).sum()
     # float16 would underflow before a loss scale reaches it; a compiled backward cannot take a buffer over.
     keep = [wanted and t.dtype != torch.float16 and _is_plain(t) for wanted, t in zip(with_grad, a, strict=True)]
-    return WeightedL1.apply(backend, weights, keep, *a, *b)
+    return WeightedL1.apply(backend, weights, keep, *apart(*a, *b))
 
 
 def _distance(backend: str, a: Tensor, b: Tensor, weight: float, keep: bool) -> tuple[Tensor, Tensor | None]:

@@ -1,4 +1,4 @@
-"""Backwards that cannot be differentiated again."""
+"""What autograd Functions share: arguments that are told apart, backwards that cannot be differentiated again."""
 
 from __future__ import annotations
 
@@ -7,6 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+
+
+def apart(*args: Any) -> tuple[Any, ...]:
+    """The arguments of a Function, while compiling each tensor under a name of its own: torch.compile takes none twice."""
+    if not torch.compiler.is_compiling():
+        return args
+    return tuple(a.view_as(a) if isinstance(a, Tensor) else a for a in args)
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:

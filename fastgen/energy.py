@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _backend, _checks, _sequence, reference
-from ._autograd import once_differentiable
+from ._autograd import apart, once_differentiable
 from .sampling import langevin_step
 
 Classifier = Callable[[Tensor], Tensor]
@@ -138,7 +138,9 @@ def joint_energy_loss(
             logits_real, labels, logits_fake, energy_weight=energy_weight, ignore_index=ignore_index,
             return_energies=return_energies,
         )  # fmt: skip
-    results = _JointEnergyLoss.apply(backend, logits_real, labels, logits_fake, energy_weight, ignore_index)
+    results = _JointEnergyLoss.apply(
+        backend, *apart(logits_real, labels, logits_fake), energy_weight, ignore_index
+    )
     return results if return_energies else results[0]
 
 
@@ -320,7 +322,7 @@ class ReplayBuffer:
     def update(self, index: Tensor, samples: Tensor) -> None:
         """Puts the chains' ends back to their places."""
         _checks.tensor("samples", samples)
-        _checks.integers("index", index)
+        index = _checks.integers("index", index)
         if index.dim() != 1 or samples.shape != (len(index), *self.samples.shape[1:]):
             raise ValueError(
                 f"samples must have shape {[*index.shape, *self.samples.shape[1:]]}, got {list(samples.shape)}"
@@ -334,13 +336,19 @@ class ReplayBuffer:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Takes the state of a buffer of the same capacity and shape; draws then go on as that one's would.
 
-        The generator's state fits the type of device that it came from alone.
+        The generator's state fits the type of device that it came from alone. Where an error is raised, the buffer is
+        what it was.
         """
         if set(state) != {"samples", "generator"}:
             raise ValueError(f"state must have the keys 'samples' and 'generator', got {sorted(state)}")
-        samples = state["samples"]
-        _checks.tensor("state['samples']", samples)
+        samples, generator = state["samples"], state["generator"]
+        _checks.floating("state['samples']", samples)
+        _checks.tensor("state['generator']", generator)
         if samples.shape != self.samples.shape:
             raise ValueError(f"state's samples have shape {list(samples.shape)}, not {list(self.samples.shape)}")
+        try:
+            self.generator.set_state(generator.cpu())  # before the samples: it is this that can fail
+        except (RuntimeError, TypeError) as error:
+            device = self.samples.device.type
+            raise ValueError(f"state['generator'] is no state of a generator on {device}: {error}") from error
         self.samples.copy_(samples)
-        self.generator.set_state(state["generator"].cpu())

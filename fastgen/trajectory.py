@@ -86,17 +86,39 @@ class FactoredCost:
         return cost.masked_fill(torch.ones_like(cost, dtype=torch.bool).tril(), torch.inf)
 
 
+@dataclass(frozen=True)
+class _Solution:
+    """What the solver leaves behind, from which any path is recovered."""
+
+    backend: str
+    problems: Tensor
+    h: Tensor | None
+    first: int
+    totals: Tensor  # [B, len(counts)]
+    table: Tensor
+    monge: bool
+    batch: torch.Size
+    device: torch.device
+    counts: tuple[int, ...]
+
+    def path(self, k: int) -> Tensor:
+        _require_paths(self.totals[:, [self.counts.index(k)]], [k])
+        run = _run(self.backend, "trajectory_path")
+        path = run(self.problems, self.h, self.table, self.first, k - self.first, self.monge)
+        return path.reshape(*self.batch, path.shape[1]).to(self.device)
+
+
 class Paths(Mapping[int, Tensor]):
     """The paths of several numbers of steps, ``paths[K]``, each recovered from the solver's table when asked for."""
 
-    def __init__(self, counts: Sequence[int], recover: Callable[[int], Tensor]) -> None:
-        self._counts = dict.fromkeys(counts)
-        self._recover = recover
+    def __init__(self, solution: _Solution) -> None:
+        self._solution = solution
+        self._counts = dict.fromkeys(solution.counts)
 
     def __getitem__(self, num_steps: int) -> Tensor:
         if num_steps not in self._counts:
             raise KeyError(num_steps)
-        return self._recover(num_steps)
+        return self._solution.path(num_steps)
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._counts)
@@ -115,7 +137,8 @@ class Trajectory:
     Attributes:
         steps: the path's nodes, int64 [..., K+1] from 0 to N (``"edges"``) or [..., K] from 1 to N (``"nodes"``). For
             several K a mapping from K to such a tensor: each path is recovered when it is looked up, from the solver's
-            table and the cost, which must not have been changed in place by then.
+            table and the cost, which must not have been changed in place by then. Pickled they go along, for the same
+            version of fastgen and the same type of device.
         total_cost: [...], or [..., number of Ks] in the order asked for.
         method: ``"exact"`` or ``"monge"``, what ran.
 
@@ -199,16 +222,11 @@ def optimal_trajectory(
     if num_steps != "all":
         _require_paths(totals, counts)
 
-    def recover(k: int) -> Tensor:
-        if num_steps == "all":
-            _require_paths(totals[:, [counts.index(k)]], [k])
-        path = _run(backend, "trajectory_path")(problems, h, table, first, k - first, monge)
-        return path.reshape(*batch, path.shape[1]).to(device)
-
+    solution = _Solution(backend, problems, h, first, totals, table, monge, batch, device, tuple(counts))
     name = "monge" if monge else "exact"
     if isinstance(num_steps, int):
-        return Trajectory(recover(num_steps), totals.reshape(batch).to(device), name)
-    return Trajectory(Paths(counts, recover), totals.reshape(*batch, len(counts)).to(device), name)
+        return Trajectory(solution.path(num_steps), totals.reshape(batch).to(device), name)
+    return Trajectory(Paths(solution), totals.reshape(*batch, len(counts)).to(device), name)
 
 
 def _check_floats(name: str, value: object) -> None:
