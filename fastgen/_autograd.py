@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def apart(*args: Any) -> tuple[Any, ...]:
-    """The arguments of a Function, while compiling each tensor under a name of its own: torch.compile takes none twice."""
+    """A Function's arguments; while compiling, each tensor by a view of its own, as torch.compile takes none twice."""
     if not torch.compiler.is_compiling():
         return args
     return tuple(a.view_as(a) if isinstance(a, Tensor) else a for a in args)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from itertools import pairwise
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -16,7 +17,6 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from . import _checks
-from ._analytic_dpm import trajectory_nodes
 from .analytic_dpm import analytic_trajectory
 from .sampler import plan_steps
 from .sampling import StepCoefficients, reverse_step
@@ -73,7 +73,7 @@ class AnalyticDPMScheduler(SchedulerMixin, ConfigMixin):
         tensor([999, 749, 499, 250,   0])
     """
 
-    _compatibles = [scheduler.name for scheduler in KarrasDiffusionSchedulers]
+    _compatibles: ClassVar[list[str]] = [scheduler.name for scheduler in KarrasDiffusionSchedulers]
     order = 1
 
     @register_to_config
@@ -160,10 +160,10 @@ class AnalyticDPMScheduler(SchedulerMixin, ConfigMixin):
         if self.config.ms_eps is None:
             raise ValueError("ms_eps is missing: gather fastgen.ScoreMoments and pass ms_eps=moments.ms_eps.tolist()")
         if timesteps is not None:
-            times = torch.as_tensor(timesteps)
-            if times.dim() != 1 or len(times) == 0 or not (0 <= int(times[-1]) and bool((times.diff() < 0).all())):
-                raise ValueError(f"timesteps must decrease, from less than {last} to no less than 0; got {timesteps}")
-            nodes = trajectory_nodes(times.flip(0) + 1, last)
+            times = [int(t) for t in timesteps]
+            if not times or times[0] >= last or times[-1] < 0 or any(s >= t for t, s in pairwise(times)):
+                raise ValueError(f"timesteps must decrease, from less than {last} to no less than 0; got {times}")
+            nodes = torch.tensor(times).flip(0) + 1
         else:
             assert num_inference_steps is not None
             nodes = self._even_or_optimal(num_inference_steps)

@@ -138,9 +138,7 @@ def joint_energy_loss(
             logits_real, labels, logits_fake, energy_weight=energy_weight, ignore_index=ignore_index,
             return_energies=return_energies,
         )  # fmt: skip
-    results = _JointEnergyLoss.apply(
-        backend, *apart(logits_real, labels, logits_fake), energy_weight, ignore_index
-    )
+    results = _JointEnergyLoss.apply(backend, *apart(logits_real, labels, logits_fake), energy_weight, ignore_index)
     return results if return_energies else results[0]
 
 
@@ -316,7 +314,7 @@ class ReplayBuffer:
         index = torch.randperm(len(self), generator=self.generator, device=device)[:n]
         start = self.samples[index]
         fresh = torch.empty_like(start).uniform_(self.low, self.high, generator=self.generator)
-        afresh = torch.rand(n, generator=self.generator, device=device) < self.reinit_rate
+        afresh = torch.rand(n, generator=self.generator, device=device, dtype=torch.float32) < self.reinit_rate
         return torch.where(afresh.view(-1, *[1] * (start.dim() - 1)), fresh, start), index
 
     def update(self, index: Tensor, samples: Tensor) -> None:

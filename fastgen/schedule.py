@@ -430,8 +430,8 @@ class NoiseSchedule:
         return getattr(self, kept) if kept else self._make(name, device)
 
     def _keep(self, name: str, device: torch.device) -> str:
-        """The attribute that holds a table, made once for each device; "" where what is made is no plain numbers: a fake
-        of torch.export, a wrapper of torch.func."""
+        """The attribute that holds a table, made once for each device. Empty where what is made would be no numbers
+        but a fake of torch.export or a wrapper of torch.func, of no use to later calls."""
         attribute = f"_{name}_on_{device}"
         if attribute not in self.__dict__:
             if torch._C._are_functorch_transforms_active():
