@@ -131,7 +131,7 @@ class AnalyticDPMScheduler(SchedulerMixin, ConfigMixin):
         A ``UserWarning`` says where images that may be latents would be clamped: where the configuration does not speak
         of `clip_sample`, or wants it with the β of latent models. An argument ``clip_sample=…`` settles it.
         """
-        if isinstance(config, Mapping) and config.get("_class_name") != cls.__name__ and "clip_sample" not in kwargs:
+        if isinstance(config, Mapping) and "ms_eps" not in config and "clip_sample" not in kwargs:  # another's
             latent = config.get("beta_schedule") == "scaled_linear"
             if "clip_sample" not in config or (latent and config["clip_sample"]):
                 warnings.warn(
