@@ -82,10 +82,10 @@ def nodes_of_steps(s: int | Tensor, t: int | Tensor, last: int) -> tuple[Tensor,
     nodes = []
     for name, value in (("s", s), ("t", t)):
         if isinstance(value, Tensor):
-            _checks.integers(name, value)
+            value = _checks.integers(name, value)
         elif isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{name} must be an int or a tensor of ints, got {type(value).__name__}")
-        nodes.append(torch.as_tensor(value).detach().long().cpu())
+        nodes.append(torch.as_tensor(value).detach().cpu())
     try:
         lower, upper = torch.broadcast_tensors(*nodes)
     except RuntimeError:
@@ -96,8 +96,7 @@ def nodes_of_steps(s: int | Tensor, t: int | Tensor, last: int) -> tuple[Tensor,
 
 
 def trajectory_nodes(steps: Tensor, last: int) -> Tensor:
-    _checks.integers("steps", steps)
-    nodes = steps.detach().long().cpu()
+    nodes = _checks.integers("steps", steps).detach().cpu()
     if nodes.dim() == 1 and len(nodes) and int(nodes[0]) == 0:
         nodes = nodes[1:]
     if nodes.dim() != 1 or len(nodes) == 0:

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGER = (
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64,
+)  # fmt: skip
 
 
 def tensor(name: str, value: object) -> None:
@@ -118,18 +121,20 @@ def flags(name: str, value: Tensor, length: int, like: Tensor) -> None:
     _vector(name, value, length, like)
 
 
-def integers(name: str, value: object) -> None:
-    """A tensor of integers."""
+def integers(name: str, value: object) -> Tensor:
+    """A tensor of integers, as int64: with others arithmetic wraps, and one of uint8 is a mask where it is an index."""
     tensor(name, value)
     assert isinstance(value, Tensor)
-    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+    if value.dtype not in INTEGER:
         raise TypeError(f"{name} must hold integers, got {value.dtype}")
+    return value.to(torch.int64)
 
 
-def indices(name: str, value: Tensor, like: Tensor) -> None:
-    """One integer per row; their range is not looked at."""
-    integers(name, value)
-    _vector(name, value, like.shape[0], like)
+def indices(name: str, value: object, like: Tensor) -> Tensor:
+    """One integer per row, as int64; their range is not looked at."""
+    index = integers(name, value)
+    _vector(name, index, like.shape[0], like)
+    return index
 
 
 def _vector(name: str, value: Tensor, length: int, like: Tensor) -> None:

@@ -144,10 +144,7 @@ class Posterior(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         scales = zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[1:4], strict=True)
-        grads = (
-            _RowCombination.apply(ctx.backend, grad, k, None, None).to(dtype) if needed else None
-            for k, dtype, needed in scales
-        )
+        grads = (_scaled(ctx.backend, grad, k, dtype) if needed else None for k, dtype, needed in scales)
         return None, *grads, None, None, None
 
 
@@ -164,10 +161,16 @@ class Guidance(torch.autograd.Function):
         (scale,) = ctx.saved_tensors
         scale = scale.expand(grad.shape[0])
         cond, uncond = (
-            _RowCombination.apply(ctx.backend, grad, k, None, None).to(dtype) if needed else None
+            _scaled(ctx.backend, grad, k, dtype) if needed else None
             for k, dtype, needed in zip((scale, 1 - scale), ctx.dtypes, ctx.needs_input_grad[1:3], strict=True)
         )
         return None, cond, uncond, None
+
+
+def _scaled(backend: str, grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """A row's gradient times its number, rounded once: to `dtype`, that of the input whose gradient it is."""
+    wide = grad.to(torch.promote_types(grad.dtype, dtype))
+    return _RowCombination.apply(backend, wide, scale, None, None).to(dtype)
 
 
 # -- Checks and conversions of arguments
@@ -185,9 +188,8 @@ def check_discrete(schedule: NoiseSchedule) -> None:
 
 def checked_times(schedule: NoiseSchedule, s: int | Tensor, t: int | Tensor) -> tuple[Tensor, Tensor]:
     if isinstance(s, Tensor) and isinstance(t, Tensor):
-        _checks.indices("t", t, t)
-        _checks.indices("s", s, t)
-        return s, t
+        t = _checks.indices("t", t, t)
+        return _checks.indices("s", s, t), t
     if not (type(s) is int and type(t) is int):
         raise TypeError(f"s and t must both be ints or both be tensors, got {type(s).__name__} and {type(t).__name__}")
     if not -1 <= s < t < (schedule.num_timesteps or 0):

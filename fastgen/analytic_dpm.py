@@ -83,7 +83,7 @@ class ScoreMoments:
                 "pred must be a plain tensor: pass pred.full_tensor() on every rank, or the rank's own samples and in"
                 " the end call all_reduce()"
             )
-        _checks.indices("t", t, pred)
+        t = _checks.indices("t", t, pred)
         if pred.device != self._sums.device:
             raise ValueError(
                 f"pred is on {pred.device}, the moments on {self._sums.device}: give ScoreMoments a device"
@@ -91,7 +91,7 @@ class ScoreMoments:
         square = row_mean_square(pred).double()
         terms = torch.stack([torch.ones_like(square), square, square.square()], 1)
         # Accumulating index_put_ adds in a fixed order, on GPUs too, where index_add_ would use atomics.
-        self._sums.index_put_((t.long(),), terms, accumulate=True)
+        self._sums.index_put_((t,), terms, accumulate=True)
 
     @property
     def count(self) -> Tensor:

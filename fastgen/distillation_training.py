@@ -72,7 +72,7 @@ def renoise_times(
         device = generator.device if generator is not None else getattr(generator_times, "device", None)
     if rule == "beta":
         return low + (high - low) * _beta(n, 4 - 3 * progress, 1.5 - 0.5 * progress, generator, device)
-    u = torch.rand(n, generator=generator, device=device)
+    u = torch.rand(n, generator=generator, device=device, dtype=torch.float32)
     if generator_times is None:
         return low + (high - low) * u
     _checks.tensor("generator_times", generator_times)
@@ -83,7 +83,7 @@ def renoise_times(
 
 def _beta(n: int, a: float, b: float, generator: torch.Generator | None, device: Any) -> Tensor:
     # torch.distributions.Beta takes no generator.
-    shape = torch.tensor([[a], [b]], device=device).expand(2, n)
+    shape = torch.tensor([[a], [b]], device=device, dtype=torch.float32).expand(2, n)
     gamma = torch._standard_gamma(shape, generator=generator)
     return gamma[0] / gamma.sum(0)
 

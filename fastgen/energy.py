@@ -2,56 +2,53 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from . import _backend, _checks, _sequence, reference
-from ._autograd import once_differentiable
+from .core import autograd
 from .sampling import langevin_step
 
 Classifier = Callable[[Tensor], Tensor]
 
 
-class _JointEnergyLoss(torch.autograd.Function):
+class _JointEnergyLoss:
     """One sweep over each row of logits gives both of its terms: the label's log-probability and the log-sum-exp."""
 
-    @staticmethod
+    tensors = ("real", "labels", "fake", "stats_real", "stats_fake", "labelled", "count")
+    options = ("weight",)
+
     def forward(
-        ctx: Any, backend: str, real: Tensor, labels: Tensor, fake: Tensor, weight: float, ignore_index: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        labelled = labels != ignore_index
+        self, backend: str, keep: bool, needed: tuple[bool, ...], arguments: dict[str, Any]
+    ) -> autograd.Forward:
+        real, labels, fake = arguments["real"], arguments["labels"], arguments["fake"]
+        labelled = labels != arguments["ignore_index"]
         # -1 for any label outside: one that the sweep ignores would go without its row's log-sum-exp.
         inside = (labels >= 0) & (labels < real.shape[1])
         tokens = torch.where(labelled, torch.where(inside, labels, -1), 0)
-        sweep = functools.partial(
-            _sequence.token_logprob.operator, backend, temperature=1.0, ignore_index=_sequence.IGNORE_INDEX
-        )
-        logprob, stats_real = sweep(logits=real, tokens=tokens)
-        _, stats_fake = sweep(logits=fake, tokens=labels.new_zeros(fake.shape[0]))
+        sweep, options = _sequence.token_logprob.operator, {"temperature": 1.0, "ignore_index": _sequence.IGNORE_INDEX}
+        logprob, stats_real = sweep(backend, logits=real, tokens=tokens, **options)
+        _, stats_fake = sweep(backend, logits=fake, tokens=labels.new_zeros(fake.shape[0]), **options)
         lse_real, lse_fake = (peak + total.log() for peak, total in (stats_real, stats_fake))
         count = labelled.sum().clamp(min=1)
         gap = lse_fake.sum() / max(fake.shape[0], 1) - lse_real.sum() / max(real.shape[0], 1)
-        loss = weight * gap - torch.where(labelled, logprob, 0).sum() / count
-        ctx.save_for_backward(real, labels, fake, stats_real, stats_fake, labelled, count)
-        energies = -lse_real, -lse_fake
-        ctx.mark_non_differentiable(*energies)
-        ctx.weight = weight
-        return loss, *energies
+        loss = arguments["weight"] * gap - torch.where(labelled, logprob, 0).sum() / count
+        made = {"stats_real": stats_real, "stats_fake": stats_fake, "labelled": labelled, "count": count}
+        return autograd.Forward((loss, -lse_real, -lse_fake), arguments | made, (None, None))
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        real, labels, fake, stats_real, stats_fake, labelled, count = ctx.saved_tensors
-        of_label = torch.where(labelled, grad / count, 0).unsqueeze(1)
-        of_energy = grad * ctx.weight
-        probability = _softmax(real, stats_real)
-        grad_real = probability * (of_label - of_energy / max(real.shape[0], 1)) - _onehot(real, labels) * of_label
-        grad_fake = _softmax(fake, stats_fake) * (of_energy / max(fake.shape[0], 1))
-        return None, grad_real.to(real.dtype), None, grad_fake.to(fake.dtype), None, None
+    def backward(
+        self, backend: str, needed: tuple[bool, ...], saved: Mapping[str, Any], grad: Tensor
+    ) -> autograd.Gradients:
+        real, fake = saved["real"], saved["fake"]
+        of_label = torch.where(saved["labelled"], grad / saved["count"], 0).unsqueeze(1)
+        of_energy = grad * saved["weight"]
+        probability = _softmax(real, saved["stats_real"])
+        grad_real = probability * (of_label - of_energy / max(real.shape[0], 1))
+        grad_real -= _onehot(real, saved["labels"]) * of_label
+        return grad_real, _softmax(fake, saved["stats_fake"]) * (of_energy / max(fake.shape[0], 1))
 
 
 def _softmax(logits: Tensor, stats: Tensor) -> Tensor:
@@ -141,7 +138,9 @@ def joint_energy_loss(
             logits_real, labels, logits_fake, energy_weight=energy_weight, ignore_index=ignore_index,
             return_energies=return_energies,
         )  # fmt: skip
-    results = _JointEnergyLoss.apply(backend, logits_real, labels, logits_fake, energy_weight, ignore_index)
+    arguments = {"real": logits_real, "labels": labels, "fake": logits_fake}
+    arguments |= {"weight": energy_weight, "ignore_index": ignore_index}
+    results = autograd.apply(_JointEnergyLoss(), backend, False, (logits_real, logits_fake), arguments)
     return results if return_energies else results[0]
 
 
@@ -317,13 +316,13 @@ class ReplayBuffer:
         index = torch.randperm(len(self), generator=self.generator, device=device)[:n]
         start = self.samples[index]
         fresh = torch.empty_like(start).uniform_(self.low, self.high, generator=self.generator)
-        afresh = torch.rand(n, generator=self.generator, device=device) < self.reinit_rate
+        afresh = torch.rand(n, generator=self.generator, device=device, dtype=torch.float32) < self.reinit_rate
         return torch.where(afresh.view(-1, *[1] * (start.dim() - 1)), fresh, start), index
 
     def update(self, index: Tensor, samples: Tensor) -> None:
         """Puts the chains' ends back to their places."""
         _checks.tensor("samples", samples)
-        _checks.integers("index", index)
+        index = _checks.integers("index", index)
         if index.dim() != 1 or samples.shape != (len(index), *self.samples.shape[1:]):
             raise ValueError(
                 f"samples must have shape {[*index.shape, *self.samples.shape[1:]]}, got {list(samples.shape)}"
@@ -337,13 +336,19 @@ class ReplayBuffer:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Takes the state of a buffer of the same capacity and shape; draws then go on as that one's would.
 
-        The generator's state fits the type of device that it came from alone.
+        The generator's state fits the type of device that it came from alone. Where an error is raised, the buffer is
+        what it was.
         """
         if set(state) != {"samples", "generator"}:
             raise ValueError(f"state must have the keys 'samples' and 'generator', got {sorted(state)}")
-        samples = state["samples"]
-        _checks.tensor("state['samples']", samples)
+        samples, generator = state["samples"], state["generator"]
+        _checks.floating("state['samples']", samples)
+        _checks.tensor("state['generator']", generator)
         if samples.shape != self.samples.shape:
             raise ValueError(f"state's samples have shape {list(samples.shape)}, not {list(self.samples.shape)}")
+        try:
+            self.generator.set_state(generator.cpu())  # before the samples: it is this that can fail
+        except (RuntimeError, TypeError) as error:
+            device = self.samples.device.type
+            raise ValueError(f"state['generator'] is no state of a generator on {device}: {error}") from error
         self.samples.copy_(samples)
-        self.generator.set_state(state["generator"].cpu())

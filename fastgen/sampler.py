@@ -124,6 +124,7 @@ def plan_steps(
     max_last_std: float | None,
     data_range: DataRange,
     dtype: torch.dtype,
+    use_clipped_model_output: bool = False,
 ) -> StepCoefficients:
     """The coefficients of the steps between increasing nodes, from the data on: each [K], on the CPU."""
     _checks.choice("method", method, METHODS)
@@ -142,7 +143,8 @@ def plan_steps(
     elif ms_eps is not None:
         raise ValueError(f"ms_eps is for the analytic methods, and method is {method!r}")
     k = step_coefficients(
-        schedule, before - 1, nodes - 1, method=mean, eta=eta, variance=given, dtype=torch.float64  # type: ignore[arg-type]
+        schedule, before - 1, nodes - 1, method=mean, eta=eta, variance=given,  # type: ignore[arg-type]
+        use_clipped_model_output=use_clipped_model_output, dtype=torch.float64,
     )  # fmt: skip
     if max_last_std is not None:
         _checks.number("max_last_std", max_last_std, low=0)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import _backend, _checks, reference
 from . import _sampling as _ops
+from .core.autograd import apart
 from .reference.sampling import StepCoefficients, randn_like
 from .schedule import NoiseSchedule
 from .triton_kernels.layout import arithmetic_dtype
@@ -250,7 +251,7 @@ def guidance(cond: Tensor, uncond: Tensor, scale: float | Tensor) -> Tensor:
         return reference.guidance(cond, uncond, scale)
     scale = _ops.vector(scale, cond, uncond)
     if _ops.needs_grad(cond, uncond):
-        return _ops.Guidance.apply(backend, cond, uncond, scale)
+        return _ops.Guidance.apply(backend, *apart(cond, uncond, scale))
     return _ops.guidance(backend, cond=cond, uncond=uncond, scale=scale)
 
 
@@ -298,17 +299,17 @@ def posterior_sample(
     """
     _ops.check_discrete(schedule)
     _checks.streams(x0=x0, x_t=x_t, **_checks.given(noise=noise))
-    for name, value in _checks.given(t=t, s=s).items():
-        _checks.indices(name, value, x_t)
+    t = _checks.indices("t", t, x_t)
+    s = t - 1 if s is None else _checks.indices("s", s, x_t)
     if noise is None:
         noise = randn_like(x_t, generator)
     backend = _backend.backend_for("reverse_step", x_t.device.type)
     if backend == "reference":
         return reference.posterior_sample(schedule, x0, x_t, t, s=s, noise=noise)
     dtype = arithmetic_dtype(x0, x_t, noise)
-    k = reference.step_coefficients(schedule, t - 1 if s is None else s, t, dtype=dtype)
+    k = reference.step_coefficients(schedule, s, t, dtype=dtype)
     if _ops.needs_grad(x0, x_t, noise):
-        return _ops.Posterior.apply(backend, x0, x_t, noise, k.x0, k.x_t, k.noise)
+        return _ops.Posterior.apply(backend, *apart(x0, x_t, noise, k.x0, k.x_t, k.noise))
     return _ops.launch_mix(_ops.reverse_step, backend, x_t, x0, noise, k.x_t, k.x0, k.noise)
 
 

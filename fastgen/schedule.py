@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _backend, _checks, reference
+from .core.autograd import apart
 from .core.operator import Output, PerRow, Stream, operator
 from .triton_kernels.layout import new_output
 
@@ -44,7 +45,7 @@ class _RowCombination(torch.autograd.Function):
 
 def _combine(x: Tensor, a: Tensor, y: Tensor, b: Tensor, backend: str) -> Tensor:
     if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
-        return _RowCombination.apply(backend, x, a, y, b)
+        return _RowCombination.apply(backend, *apart(x, a, y, b))
     return row_combination(backend, x=x, a=a, y=y, b=b)
 
 
@@ -92,7 +93,10 @@ def prediction_to_x0(
         "epsilon"          (x_t - sigma_t pred) / alpha_t
         "sample"           pred
         "v_prediction"     (alpha_t x_t - sigma_t pred) / (alpha_t² + sigma_t²)      arXiv 2202.00512
-        "flow_prediction"  x_t - sigma_t pred             (alpha_t = 1 - sigma_t; time 1 is noise)
+        "flow_prediction"  (x_t - sigma_t pred) / (alpha_t + sigma_t)                arXiv 2209.03003
+
+    A flow prediction means ``noise - x0``, time 1 being noise; on a flow's schedule, where alpha_t + sigma_t is 1, that
+    is ``x_t - sigma_t pred``.
 
     Args:
         pred, x_t: [B, …], any floating dtypes.
@@ -127,7 +131,8 @@ def prediction_to_x0(
         norm = alpha_t.square() + sigma_t.square()
         a, b = alpha_t / norm, -sigma_t / norm
     else:
-        a, b = torch.ones_like(sigma_t), -sigma_t
+        total = alpha_t + sigma_t
+        a, b = 1 / total, -sigma_t / total
     return _combine(x_t, a, pred, b, backend)
 
 
@@ -187,23 +192,14 @@ def diffuse_pair(
     check_schedule(schedule)
     if noise is not None and (not isinstance(noise, (tuple, list)) or len(noise) != 2):
         raise TypeError("noise must be a pair of tensors, the first step's and the second's")
-    for name, value in (("t", t), ("s", s)):
-        if value is not None:
-            _check_steps(name, value, schedule, x0)
-    first, second = reference.noise_pair(x0, generator) if noise is None else noise
-    bar_s, bar_t = schedule._alphas_cumprod_at(t - 1 if s is None else s), schedule._alphas_cumprod_at(t)
-    x_s = add_noise(x0, first, bar_s.sqrt(), (1 - bar_s).sqrt())
-    return x_s, add_noise(x_s, second, (bar_t / bar_s).sqrt(), ((bar_s - bar_t) / bar_s).sqrt())
-
-
-def _check_steps(name: str, value: Tensor, schedule: NoiseSchedule, like: Tensor) -> None:
-    _checks.tensor(name, value)
     if schedule.num_timesteps is None:
         raise ValueError(f"schedule must be discrete, such as NoiseSchedule.ddgan(4); got the kind {schedule.kind!r}")
-    if value.is_floating_point() or value.dtype == torch.bool:
-        raise TypeError(f"{name} must hold integers, got {value.dtype}")
-    if value.shape != like.shape[:1]:
-        raise ValueError(f"{name} must have shape [{like.shape[0]}], got {list(value.shape)}")
+    t = _checks.indices("t", t, x0)
+    s = t - 1 if s is None else _checks.indices("s", s, x0)
+    first, second = reference.noise_pair(x0, generator) if noise is None else noise
+    bar_s, bar_t = schedule._alphas_cumprod_at(s), schedule._alphas_cumprod_at(t)
+    x_s = add_noise(x0, first, bar_s.sqrt(), (1 - bar_s).sqrt())
+    return x_s, add_noise(x_s, second, (bar_t / bar_s).sqrt(), ((bar_s - bar_t) / bar_s).sqrt())
 
 
 @dataclass(frozen=True, eq=False)
@@ -245,8 +241,6 @@ class NoiseSchedule:
     shift: float = 1.0
     logit_std: float = 0.0
     alphas_cumprod: Tensor | None = None
-    _tables: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
-    _nodes: dict[torch.device, Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
     def from_alphas_cumprod(cls, alphas_cumprod: Tensor) -> NoiseSchedule:
@@ -361,16 +355,18 @@ class NoiseSchedule:
     def sample_t(
         self, n: int, *, generator: torch.Generator | None = None, device: torch.device | str | None = None
     ) -> Tensor:
-        """`n` training times, drawn as the constructor says (discrete and ``vp`` ones uniformly)."""
+        """`n` training times, drawn as the constructor says (discrete and ``vp`` ones uniformly): float32, or int64 for
+        a discrete schedule."""
         device = generator.device if device is None and generator is not None else device
         if self.num_timesteps is not None:
             return torch.randint(self.num_timesteps, (n,), generator=generator, device=device)
+        options: dict[str, Any] = {"generator": generator, "device": device, "dtype": torch.float32}
         if self.kind == "edm":
-            return torch.exp(self.log_mean + self.log_std * torch.randn(n, generator=generator, device=device))
+            return torch.exp(self.log_mean + self.log_std * torch.randn(n, **options))
         if self.kind == "flow" and self.logit_std > 0:
-            t = torch.sigmoid(self.log_mean + self.logit_std * torch.randn(n, generator=generator, device=device))
+            t = torch.sigmoid(self.log_mean + self.logit_std * torch.randn(n, **options))
         else:
-            t = 1 - torch.rand(n, generator=generator, device=device)  # (0, 1]: at t = 0 nothing is to be learnt
+            t = 1 - torch.rand(n, **options)  # (0, 1]: at t = 0 nothing is to be learnt
         return self.shift * t / (1 + (self.shift - 1) * t) if self.kind == "flow" else t
 
     def quantile_t(self, u: Tensor) -> Tensor:
@@ -413,11 +409,8 @@ class NoiseSchedule:
         if t.dim() != 1:
             raise ValueError(f"t must have shape [B], got {list(t.shape)}")
         if self.alphas_cumprod is not None:
-            if t.is_floating_point() or t.dtype == torch.bool:
-                raise TypeError(f"t must hold integers for a discrete schedule, got {t.dtype}")
-            alpha, sigma = self._table(t.device)
-            index = t.long()
-            return alpha[index], sigma[index]
+            index = _checks.integers("t", t)
+            return self._table("alpha_t", t.device)[index], self._table("sigma_t", t.device)[index]
         if not t.is_floating_point():
             raise TypeError(f"t must be floating-point for the schedule {self.kind!r}, got {t.dtype}")
         result = torch.float64 if t.dtype == torch.float64 else torch.float32
@@ -431,20 +424,37 @@ class NoiseSchedule:
             alpha, sigma = log_alpha.exp(), (-torch.expm1(2 * log_alpha)).sqrt()
         return alpha.to(result), sigma.to(result)
 
-    def _table(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        if device not in self._tables:
-            assert self.alphas_cumprod is not None
-            alpha, sigma = self.alphas_cumprod.sqrt(), (1 - self.alphas_cumprod).sqrt()
-            self._tables[device] = (alpha.float().to(device), sigma.float().to(device))
-        return self._tables[device]
-
     def _alphas_cumprod_at(self, t: Tensor) -> Tensor:
         """ᾱ at integer times t of any shape, float64 on t's device; 1 at t = -1, which is clean data."""
-        if t.device not in self._nodes:
-            assert self.alphas_cumprod is not None
-            one = self.alphas_cumprod.new_ones(1)
-            self._nodes[t.device] = torch.cat([one, self.alphas_cumprod]).to(t.device)
-        return self._nodes[t.device][t.long() + 1]
+        return self._table("nodes", t.device)[t.long() + 1]
+
+    def _table(self, name: str, device: torch.device) -> Tensor:
+        kept = self._keep(name, device)
+        return getattr(self, kept) if kept else self._make(name, device)
+
+    def _keep(self, name: str, device: torch.device) -> str:
+        """The attribute that holds a table, made once for each device. Empty where what is made would be no numbers
+        but a fake of torch.export or a wrapper of torch.func, of no use to later calls."""
+        attribute = f"_{name}_on_{device}"
+        if attribute not in self.__dict__:
+            if torch._C._are_functorch_transforms_active():
+                return ""
+            with torch.inference_mode(False):
+                table = self._make(name, device)
+            if type(table) is not Tensor:
+                return ""
+            object.__setattr__(self, attribute, table)
+        return attribute
+
+    # It runs while torch.compile traces a call, whose graph then reads the attribute, under a guard.
+    _keep._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+    def _make(self, name: str, device: torch.device) -> Tensor:
+        bar = self.alphas_cumprod
+        assert bar is not None
+        if name == "nodes":
+            return torch.cat([bar.new_ones(1), bar]).to(device)
+        return (bar if name == "alpha_t" else 1 - bar).sqrt().float().to(device)
 
 
 def check_schedule(schedule: object) -> None:

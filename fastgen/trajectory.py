@@ -6,9 +6,8 @@ on the semirings of ``csrc/formulas/trajectory.h``.
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -97,17 +96,40 @@ class FactoredCost:
         return cost.masked_fill(torch.ones_like(cost, dtype=torch.bool).tril(), torch.inf)
 
 
+@dataclass(frozen=True)
+class _Solution:
+    """What the solver leaves behind, from which any path is recovered."""
+
+    backend: str
+    problems: Tensor
+    h: Tensor | None
+    first: int
+    totals: Tensor  # [B, len(counts)]
+    table: Tensor
+    monge: bool
+    batch: torch.Size
+    device: torch.device
+    counts: tuple[int, ...]
+
+    def path(self, k: int) -> Tensor:
+        _require_paths(self.totals[:, [self.counts.index(k)]], [k])
+        problem = {"cost": self.problems, "h": self.h, "table": self.table, "first": self.first, "monge": self.monge}
+        trace = _reference.trajectory_path if self.backend == "reference" else trajectory_path.of(self.backend)
+        path = trace(**problem, edges=k - self.first)
+        return path.reshape(*self.batch, path.shape[1]).to(self.device)
+
+
 class Paths(Mapping[int, Tensor]):
     """The paths of several numbers of steps, ``paths[K]``, each recovered from the solver's table when asked for."""
 
-    def __init__(self, counts: Sequence[int], recover: Callable[[int], Tensor]) -> None:
-        self._counts = dict.fromkeys(counts)
-        self._recover = recover
+    def __init__(self, solution: _Solution) -> None:
+        self._solution = solution
+        self._counts = dict.fromkeys(solution.counts)
 
     def __getitem__(self, num_steps: int) -> Tensor:
         if num_steps not in self._counts:
             raise KeyError(num_steps)
-        return self._recover(num_steps)
+        return self._solution.path(num_steps)
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._counts)
@@ -126,7 +148,8 @@ class Trajectory:
     Attributes:
         steps: the path's nodes, int64 [..., K+1] from 0 to N (``"edges"``) or [..., K] from 1 to N (``"nodes"``). For
             several K a mapping from K to such a tensor: each path is recovered when it is looked up, from the solver's
-            table and the cost, which must not have been changed in place by then.
+            table and the cost, which must not have been changed in place by then. Pickled they go along, for the same
+            version of fastgen and the same type of device.
         total_cost: [...], or [..., number of Ks] in the order asked for.
         method: ``"exact"`` or ``"monge"``, what ran.
 
@@ -204,24 +227,18 @@ def optimal_trajectory(
         # Copying two vectors from a GPU costs less than its exhaustive sweep.
         backend, problems, h = "native", problems.cpu(), h.cpu()
     monge = certified and backend == "native" and problems.device.type == "cpu"
-    solve = _reference.trajectory_table if backend == "reference" else functools.partial(trajectory_table, backend)
+    solve = _reference.trajectory_table if backend == "reference" else trajectory_table.of(backend)
     totals, table = solve(cost=problems, h=h, first=first, edges=max(counts) - first, monge=monge)
     totals = totals[:, slice(counts[0] - first, None) if num_steps == "all" else [k - first for k in counts]]
     totals = totals if h is None else totals.log()
     if num_steps != "all":
         _require_paths(totals, counts)
 
-    def recover(k: int) -> Tensor:
-        if num_steps == "all":
-            _require_paths(totals[:, [counts.index(k)]], [k])
-        trace = _reference.trajectory_path if backend == "reference" else functools.partial(trajectory_path, backend)
-        path = trace(cost=problems, h=h, table=table, first=first, edges=k - first, monge=monge)
-        return path.reshape(*batch, path.shape[1]).to(device)
-
+    solution = _Solution(backend, problems, h, first, totals, table, monge, batch, device, tuple(counts))
     name = "monge" if monge else "exact"
     if isinstance(num_steps, int):
-        return Trajectory(recover(num_steps), totals.reshape(batch).to(device), name)
-    return Trajectory(Paths(counts, recover), totals.reshape(*batch, len(counts)).to(device), name)
+        return Trajectory(solution.path(num_steps), totals.reshape(batch).to(device), name)
+    return Trajectory(Paths(solution), totals.reshape(*batch, len(counts)).to(device), name)
 
 
 def _check_floats(name: str, value: object) -> None:
@@ -274,7 +291,7 @@ def _certified(backend: str, problems: Tensor, h: Tensor | None, first: int, met
     """Raises for invalid costs; says whether the Monge method is wanted and right."""
     certify = method == "monge" or (method == "auto" and h is not None)
     inspect = (
-        _reference.trajectory_inspect if backend == "reference" else functools.partial(trajectory_inspect, backend)
+        _reference.trajectory_inspect if backend == "reference" else trajectory_inspect.of(backend)
     )
     status = inspect(cost=problems, h=h, first=first, certify=certify).tolist()
     where = f"problem {{}} of {len(status)}: " if len(status) > 1 else ""

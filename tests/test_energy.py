@@ -268,6 +268,26 @@ def test_the_buffer_keeps_reinitialises_and_repeats():
     assert torch.equal(ReplayBuffer(9, (4,)).samples, ReplayBuffer(9, (4,)).samples)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "error"),
+    [
+        ("generator", torch.zeros(3, dtype=torch.uint8), ValueError),
+        ("generator", torch.zeros(16), ValueError),
+        ("generator", None, TypeError),
+        ("samples", torch.zeros(50, 4), ValueError),
+        ("samples", torch.zeros(50, 3, dtype=torch.long), TypeError),
+    ],
+)
+def test_a_state_that_does_not_fit_changes_nothing(key, value, error):
+    buffer, twin = (ReplayBuffer(50, (3,)) for _ in range(2))
+    state = ReplayBuffer(50, (3,), seed=1).state_dict()
+    with pytest.raises(error, match=f"state.*{key}"):
+        buffer.load_state_dict({**state, key: value})
+    assert torch.equal(buffer.samples, twin.samples)
+    for mine, theirs in zip(buffer.sample(20), twin.sample(20), strict=True):
+        assert torch.equal(mine, theirs)
+
+
 def test_no_host_sync():
     f, buffer = net(), ReplayBuffer(50, (6,))
     with Syncs() as syncs:

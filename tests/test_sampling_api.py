@@ -147,6 +147,31 @@ def test_posterior_and_its_gradients(dtype: torch.dtype, backend: str, device: s
     assert torch.equal(clean, there[0])
 
 
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["x0", "x_t", "noise", "cond", "uncond"])
+def test_a_gradient_is_rounded_to_its_own_inputs_dtype_alone(
+    name: str, half: torch.dtype, backend: str, device: str
+) -> None:
+    streams = [t.to(device) for t in images(half, 3)]
+    t, scale = STEPS.to(device), torch.tensor([0.3, 1.0, 2.5, 7.3], device=device)
+    names = ("cond", "uncond") if name in ("cond", "uncond") else ("x0", "x_t", "noise")
+    i = names.index(name)
+    for wide in (torch.float32, torch.float64):
+        rows = [s.to(wide if j == i else half).requires_grad_(j == i) for j, s in enumerate(streams[: len(names)])]
+        out = (
+            fastgen.guidance(*rows, scale)
+            if len(names) == 2
+            else fastgen.posterior_sample(DDGAN, *rows[:2], t, noise=rows[2])
+        )
+        cotangent = torch.randn(out.shape, device=device).to(out.dtype)
+        (grad,) = torch.autograd.grad(out, rows[i], cotangent)
+        k = fastgen.step_coefficients(DDGAN, t - 1, t, dtype=torch.float64)
+        wanted = {"x0": k.x0, "x_t": k.x_t, "noise": k.noise, "cond": scale, "uncond": 1 - scale}[name]
+        exact = wanted.double().reshape(-1, 1, 1, 1) * cotangent.double()
+        assert grad.dtype == wide
+        torch.testing.assert_close(grad.double(), exact, rtol=3e-7, atol=1e-12)
+
+
 def test_derivatives_by_finite_differences(backend: str, device: str) -> None:
     t = STEPS[:2].to(device)
     streams = [torch.randn(2, 3, dtype=torch.float64, device=device, requires_grad=True) for _ in range(3)]

@@ -109,18 +109,24 @@ def test_prediction_to_x0_matches_float64(kind, dtype, backend, device):
 
 
 def test_every_prediction_type_recovers_x0(backend, device):
-    for schedule in (NoiseSchedule.linear(), NoiseSchedule.flow(), NoiseSchedule.edm()):
+    schedules = (NoiseSchedule.linear(), NoiseSchedule.cosine(), NoiseSchedule.vp(), NoiseSchedule.edm())
+    for schedule in (*schedules, NoiseSchedule.flow(), NoiseSchedule.ddgan(4)):
         x0, noise = torch.randn(6, 10, device=device), torch.randn(6, 10, device=device)
         t = schedule.sample_t(6, generator=torch.Generator().manual_seed(1)).to(device)
-        t = t.clamp(max=600) if schedule.num_timesteps else t.clamp(0.05, 0.9)
+        t = t.clamp(1, 600) if schedule.num_timesteps else t.clamp(0.05, 0.9)
+        t = t.clamp(max=3) if schedule.num_timesteps == 5 else t
         alpha, sigma = schedule.alpha_t(t)[:, None], schedule.sigma_t(t)[:, None]
         x_t = schedule.add_noise(x0, noise, t)
         outputs = {"epsilon": noise, "sample": x0, "v_prediction": alpha * noise - sigma * x0}
-        if schedule.kind == "flow":
-            outputs["flow_prediction"] = noise - x0
+        outputs["flow_prediction"] = noise - x0
         for kind, output in outputs.items():
             recovered = schedule.prediction_to_x0(output, x_t, t, kind)
             torch.testing.assert_close(recovered, x0, rtol=1e-3, atol=1e-4)
+
+
+def test_on_a_flow_a_flow_prediction_is_divided_by_exactly_one():
+    schedule, t = NoiseSchedule.flow(), torch.linspace(0, 1, 100_001)
+    assert ((schedule.alpha_t(t) + schedule.sigma_t(t)) == 1).all()
 
 
 def test_add_noise_differentiates_twice(backend, device):

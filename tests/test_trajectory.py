@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -439,3 +441,19 @@ def test_same_bits_at_every_instruction_set_and_thread_count() -> None:
         outputs.append(done.stdout.split())
     assert len({digest for _, digest in outputs}) == 1
     assert outputs[-1][0] == "baseline"
+
+
+@pytest.mark.parametrize("factored", [False, True])
+@pytest.mark.parametrize("counts", [[2, 5], "all"], ids=str)
+def test_several_paths_are_pickled_and_copied(counts, factored, backend, tmp_path):
+    v = torch.rand(2, 9, dtype=torch.float64).cumsum(1)
+    cost = fastgen.FactoredCost(v, 0.1 + v) if factored else torch.rand(2, 9, 9)
+    result = optimal_trajectory(cost, counts)
+    torch.save(result, tmp_path / "result.pt")
+    loaded = torch.load(tmp_path / "result.pt", weights_only=False)
+    for other in (pickle.loads(pickle.dumps(result)), copy.deepcopy(result), loaded):
+        assert list(other.steps) == list(result.steps)
+        assert torch.equal(other.total_cost, result.total_cost)
+        assert all(torch.equal(other.steps[k], result.steps[k]) for k in result.steps)
+    with pytest.raises(KeyError):
+        loaded.steps[99]

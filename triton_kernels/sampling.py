@@ -57,7 +57,8 @@ def _eps_v(alpha, sigma):
 
 @triton.jit
 def _eps_flow(alpha, sigma):
-    return tl.zeros_like(alpha) + 1.0, alpha
+    total = alpha + sigma
+    return divide(1.0, total), divide(alpha, total)
 
 
 EPS = {"epsilon": _eps_epsilon, "sample": _eps_sample, "v_prediction": _eps_v, "flow_prediction": _eps_flow}

@@ -54,7 +54,8 @@ def _x0_v(alpha, sigma):
 
 @triton.jit
 def _x0_flow(alpha, sigma):
-    return tl.zeros_like(alpha) + 1.0, -sigma
+    total = alpha + sigma  # 1 of a flow, in float32 too
+    return divide(1.0, total), divide(-sigma, total)
 
 
 X0 = {"epsilon": _x0_epsilon, "sample": _x0_sample, "v_prediction": _x0_v, "flow_prediction": _x0_flow}

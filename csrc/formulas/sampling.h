@@ -24,7 +24,10 @@ FASTGEN_HD Mixture<T> eps_from(Prediction type, T alpha, T sigma) {
       const T norm = alpha * alpha + sigma * sigma;
       return {sigma / norm, alpha / norm};
     }
-    default: return {T(1), alpha};
+    default: {
+      const T total = alpha + sigma;
+      return {T(1) / total, alpha / total};
+    }
   }
 }
 

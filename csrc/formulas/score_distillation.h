@@ -31,7 +31,10 @@ FASTGEN_HD Mixture<T> x0_from(Prediction type, T alpha, T sigma) {
       const T norm = alpha * alpha + sigma * sigma;
       return {alpha / norm, -sigma / norm};
     }
-    default: return {T(1), -sigma};
+    default: {  // of a flow, 1 - sigma = alpha, x_t - sigma pred to the bit
+      const T total = alpha + sigma;
+      return {T(1) / total, -sigma / total};
+    }
   }
 }
 

@@ -61,13 +61,20 @@ def can_keep(*inputs: Tensor | None) -> bool:
     return True
 
 
+def apart(*args: Any) -> tuple[Any, ...]:
+    """A Function's arguments; while compiling, each tensor by a view of its own, as torch.compile takes none twice."""
+    if not torch.compiler.is_compiling():
+        return args
+    return tuple(a.view_as(a) if isinstance(a, Tensor) else a for a in args)
+
+
 def apply(
     loss: Differentiable, backend: str, keep: bool, inputs: tuple[Tensor | None, ...], arguments: dict[str, Any]
 ) -> Any:
     """The results of `loss`, of which the first has a gradient for `inputs`; `arguments` are its forward pass's."""
-    if torch.compiler.is_compiling():  # which takes no tensor twice: a tied head, or one level's times for two
+    if torch.compiler.is_compiling():
         arguments = {name: v.detach() if isinstance(v, Tensor) else v for name, v in arguments.items()}
-    results = _Fused.apply(loss, backend, keep, arguments, *inputs)
+    results = _Fused.apply(loss, backend, keep, arguments, *apart(*inputs))
     return results[0] if len(results) == 1 else results
 
 

@@ -102,6 +102,10 @@ class Operator:
     def __call__(self, backend: str, **arguments: Any) -> Any:
         return self.run(backend, arguments)
 
+    def of(self, backend: str) -> Callable[..., Any]:
+        """The operator on this backend."""
+        return functools.partial(self, backend)
+
     def run(self, backend: str, arguments: Mapping[str, Any]) -> Any:
         """The operator's results; `arguments` are all that it declares, by name."""
         if len(arguments) != len(self.arguments):

@@ -77,7 +77,8 @@ def gradient_penalty(
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """``weight · mean (|∇ℓ(x̂)| - 1)²`` at ``x̂ = u real + (1 - u) fake``, u uniform per row."""
-    u = torch.rand(real.shape[0], generator=generator, device=real.device).reshape(-1, *[1] * (real.dim() - 1))
+    u = torch.rand(real.shape[0], generator=generator, device=real.device, dtype=torch.float32)
+    u = u.reshape(-1, *[1] * (real.dim() - 1))
     between = (u * widened(real.detach()) + (1 - u) * widened(fake.detach())).to(real.dtype).requires_grad_()
     square = square_gradient(critic(between), between)
     # The root's derivative is infinite at 0; below the clamp the gradient is zero.

@@ -24,7 +24,7 @@ def joint_energy_loss(
     labelled = labels != ignore_index
     inside = labelled & (labels >= 0) & (labels < real.shape[1])
     logprob = F.log_softmax(real, 1).gather(1, torch.where(inside, labels, 0)[:, None]).squeeze(1)
-    logprob = torch.where(inside, logprob, torch.where(labelled, torch.nan, 0.0))
+    logprob = torch.where(labelled & ~inside, torch.nan, torch.where(inside, logprob, 0))
     energy_real, energy_fake = -real.logsumexp(1), -fake.logsumexp(1)
     cross_entropy = -logprob.sum() / labelled.sum().clamp(min=1)
     gap = energy_real.sum() / max(len(real), 1) - energy_fake.sum() / max(len(fake), 1)

@@ -112,7 +112,7 @@ def posterior_sample(
     if noise is None:
         noise = randn_like(x_t, generator)
     dtype = _arithmetic(x0, x_t, noise)
-    k = step_coefficients(schedule, t - 1 if s is None else s, t, dtype=dtype)
+    k = step_coefficients(schedule, t.long() - 1 if s is None else s, t, dtype=dtype)
     mean = _rows(k.x0, x_t, dtype) * x0.to(dtype) + _rows(k.x_t, x_t, dtype) * x_t.to(dtype)
     return (mean + _rows(k.noise, x_t, dtype) * noise.to(dtype)).to(x_t.dtype)
 
@@ -147,7 +147,8 @@ def _clean_and_noise(pred: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor, kind
     if kind == "v_prediction":
         norm = alpha**2 + sigma**2
         return (alpha * x - sigma * pred) / norm, (sigma * x + alpha * pred) / norm
-    return x - sigma * pred, x + alpha * pred
+    total = alpha + sigma
+    return (x - sigma * pred) / total, (x + alpha * pred) / total
 
 
 def _guided(cond: Tensor, uncond: Tensor, scale: float | Tensor) -> Tensor:

@@ -26,7 +26,7 @@ def prediction_to_x0(
     elif prediction_type == "v_prediction":
         x0 = (alpha * x - sigma * p) / (alpha**2 + sigma**2)
     elif prediction_type == "flow_prediction":
-        x0 = x - sigma * p
+        x0 = (x - sigma * p) / (alpha + sigma)
     else:
         x0 = p
     return x0.to(dtype)
@@ -42,7 +42,8 @@ def diffuse_pair(
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``x_s`` from x0, then ``x_t`` from x_s."""
-    bar_s, bar_t = schedule._alphas_cumprod_at(t - 1 if s is None else s), schedule._alphas_cumprod_at(t)
+    s = t.long() - 1 if s is None else s
+    bar_s, bar_t = schedule._alphas_cumprod_at(s), schedule._alphas_cumprod_at(t)
     first, second = noise_pair(x0, generator) if noise is None else noise
     x_s = add_noise(x0, first, bar_s.sqrt(), (1 - bar_s).sqrt())
     return x_s, add_noise(x_s, second, (bar_t / bar_s).sqrt(), ((bar_s - bar_t) / bar_s).sqrt())
