@@ -29,7 +29,8 @@ class _JointEnergyLoss:
         # -1 for any label outside: one that the sweep ignores would go without its row's log-sum-exp.
         inside = (labels >= 0) & (labels < real.shape[1])
         tokens = torch.where(labelled, torch.where(inside, labels, -1), 0)
-        sweep, options = _sequence.token_logprob.operator, {"temperature": 1.0, "ignore_index": _sequence.IGNORE_INDEX}
+        sweep = _sequence.token_logprob.operator
+        options: dict[str, Any] = {"temperature": 1.0, "ignore_index": _sequence.IGNORE_INDEX}
         logprob, stats_real = sweep(backend, logits=real, tokens=tokens, **options)
         _, stats_fake = sweep(backend, logits=fake, tokens=labels.new_zeros(fake.shape[0]), **options)
         lse_real, lse_fake = (peak + total.log() for peak, total in (stats_real, stats_fake))
@@ -138,7 +139,7 @@ def joint_energy_loss(
             logits_real, labels, logits_fake, energy_weight=energy_weight, ignore_index=ignore_index,
             return_energies=return_energies,
         )  # fmt: skip
-    arguments = {"real": logits_real, "labels": labels, "fake": logits_fake}
+    arguments: dict[str, Any] = {"real": logits_real, "labels": labels, "fake": logits_fake}
     arguments |= {"weight": energy_weight, "ignore_index": ignore_index}
     results = autograd.apply(_JointEnergyLoss(), backend, False, (logits_real, logits_fake), arguments)
     return results if return_energies else results[0]

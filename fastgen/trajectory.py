@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -113,7 +113,13 @@ class _Solution:
 
     def path(self, k: int) -> Tensor:
         _require_paths(self.totals[:, [self.counts.index(k)]], [k])
-        problem = {"cost": self.problems, "h": self.h, "table": self.table, "first": self.first, "monge": self.monge}
+        problem: dict[str, Any] = {
+            "cost": self.problems,
+            "h": self.h,
+            "table": self.table,
+            "first": self.first,
+            "monge": self.monge,
+        }
         trace = _reference.trajectory_path if self.backend == "reference" else trajectory_path.of(self.backend)
         path = trace(**problem, edges=k - self.first)
         return path.reshape(*self.batch, path.shape[1]).to(self.device)
@@ -290,9 +296,7 @@ _FAULTS = (
 def _certified(backend: str, problems: Tensor, h: Tensor | None, first: int, method: str) -> bool:
     """Raises for invalid costs; says whether the Monge method is wanted and right."""
     certify = method == "monge" or (method == "auto" and h is not None)
-    inspect = (
-        _reference.trajectory_inspect if backend == "reference" else trajectory_inspect.of(backend)
-    )
+    inspect = _reference.trajectory_inspect if backend == "reference" else trajectory_inspect.of(backend)
     status = inspect(cost=problems, h=h, first=first, certify=certify).tolist()
     where = f"problem {{}} of {len(status)}: " if len(status) > 1 else ""
     for i, faults in enumerate(status):
