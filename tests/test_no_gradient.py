@@ -8,7 +8,6 @@ import torch
 import fastgen
 from fastgen.cases import CASES
 
-
 # One case for each set of inputs of a function; what runs in place refuses them all.
 DISTINCT = {(case.function, *case.roles): name for name, case in CASES.items() if not case.function.endswith("_")}
 

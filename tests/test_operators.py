@@ -15,7 +15,6 @@ import fastgen
 from fastgen import _backend, reference
 from fastgen.cases import CASES, FAMILIES, FUNCTIONS
 
-
 IMAGES, LOGITS = (6, 3, 5, 7), (2, 3, 71)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Of calls alike but for an option, one stands for all where an operator's own numbers are not the matter.
