@@ -1,11 +1,15 @@
 """Comparisons with float64, in the words of a failed test."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
+import fastgen
+from fastgen import reference
 from fastgen._accuracy import bounds, errors
+from fastgen._verify import results, widened
+from fastgen.cases import Case
 
 
 def assert_accurate(actual: Tensor, eager: Tensor, exact: Tensor, what: str = "result") -> None:
@@ -14,6 +18,15 @@ def assert_accurate(actual: Tensor, eager: Tensor, exact: Tensor, what: str = "r
     assert actual.dtype == eager.dtype, f"{what}: {actual.dtype}, expected {eager.dtype}"
     for name, mine, limit in zip(("L2", "max"), errors(actual, exact), bounds(eager, exact), strict=True):
         assert mine <= limit, f"{what}: relative {name} error {mine:.2e}, allowed {limit:.2e}"
+
+
+def check_case(case: Case, tensors: Mapping[str, Tensor], what: object = "") -> dict[str, Tensor]:
+    """Values and gradients of a case, against float64 and the reference's own error; what ``_verify.results`` gives."""
+    exact, eager = results(case, reference, widened(tensors)), results(case, reference, tensors)
+    actual = results(case, fastgen, tensors)
+    for part, mine in actual.items():
+        assert_accurate(mine, eager[part], exact[part], f"{case.name} {what} {part}")
+    return actual
 
 
 def value_and_grad(f: Callable[[Tensor], Tensor], pred: Tensor, cotangent: Tensor | None = None):

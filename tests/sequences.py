@@ -3,10 +3,11 @@
 import pytest
 import torch
 from conftest import DEVICE
-from oracle import assert_accurate, value_and_grad
+from oracle import check_case
 
 import fastgen
-from fastgen import _backend, reference
+from fastgen import _backend
+from fastgen.cases import FAMILIES
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 BACKENDS = [b for b in ("native", "triton", "reference") if _backend.missing("token_logprob", b, DEVICE) is None]
@@ -38,45 +39,27 @@ def is_real(tokens):
     return torch.arange(len(tokens), device=tokens.device) % 3 != 1
 
 
+SHORT = {"generalized_jsd_loss": "jsd", "token_logprob": "logprob", "sequence_ddo_loss": "ddo"}
+BY_NAME = {c.name.replace(c.function, SHORT[c.function]): c for c in FAMILIES["sequence"] if c.function in SHORT}
+
+
+def given(case, s, t, y):
+    """The inputs of a case, of these logits of a student or model, of a teacher or reference model, and tokens."""
+    names = {"logits": s, "student_logits": s, "ref_logits": t, "teacher_logits": t, "tokens": y, "labels": y}
+    names |= {"is_real": is_real(y), "mask": y % 3 != 0, "num_items": torch.tensor(11.0, device=y.device)}
+    return {name: names[name] for name in BY_NAME[case].roles}
+
+
 # name -> function of (module, student or model, teacher or reference model, tokens)
 CASES = {
-    **{
-        f"jsd-{beta}": lambda m, s, t, y, b=beta, tau=tau: m.generalized_jsd_loss(s, t, y, beta=b, temperature=tau)
-        for beta, tau in ((0, 0.5), (0.1, 1.0), (0.5, 2.0), (0.9, 4.0), (1, 1.5))
-    },
-    "jsd-unlabelled": lambda m, s, t, y: m.generalized_jsd_loss(s, t, beta=0.3),
-    "jsd-none": lambda m, s, t, y: m.generalized_jsd_loss(s, t, y, beta=0.7, reduction="none"),
-    "jsd-forward-none": lambda m, s, t, y: m.generalized_jsd_loss(s, t, y, beta=0.0, reduction="none"),
-    "jsd-reverse-sum": lambda m, s, t, y: m.generalized_jsd_loss(s, t, y, beta=1.0, reduction="sum"),
-    "jsd-mean": lambda m, s, t, y: m.generalized_jsd_loss(s, t, y, reduction="mean", num_items=11, temperature=0.7),
-    "logprob": lambda m, s, t, y: m.token_logprob(s, y),
-    "logprob-hot": lambda m, s, t, y: m.token_logprob(s, y, temperature=4.0),
-    "logprob-cold": lambda m, s, t, y: m.token_logprob(s, y, temperature=0.5).sum(),
-    "ddo": lambda m, s, t, y: m.sequence_ddo_loss(s, t, y, is_real(y), alpha=2.0, beta=0.1),
-    "ddo-masked": lambda m, s, t, y: m.sequence_ddo_loss(
-        s, t, y, is_real(y), mask=(y % 3 != 0), alpha=3.0, normalize=True, reduction="sum"
-    ),
-    "ddo-none": lambda m, s, t, y: m.sequence_ddo_loss(s, t, y, is_real(y), beta=0.01, reduction="none"),
+    name: lambda m, s, t, y, name=name, case=case: case(m, **given(name, s, t, y)) for name, case in BY_NAME.items()
 }
 
 
 def check(case, s, t, y, what=""):
     """A case's value and gradient, against float64 and the reference's own error."""
-    f = CASES[case]
-    value64, _ = value_and_grad(lambda x: f(reference, x, t.double(), y), s.double())
-    cotangent = torch.randn_like(value64) if value64.dim() else torch.tensor(0.7, device=s.device, dtype=value64.dtype)
-    value64, grad64 = value_and_grad(lambda x: f(reference, x, t.double(), y), s.double(), cotangent)
-    eager = value_and_grad(lambda x: f(reference, x, t, y), s, cotangent)
-    actual = value_and_grad(lambda x: f(fastgen, x, t, y), s, cotangent)
-    if s.dtype == torch.float64:  # the oracle itself, whose log-probabilities cancel
-        torch.testing.assert_close(actual, (value64, grad64), rtol=1e-11, atol=1e-14)
-        return actual
-    # Of one number eager may have every digit by luck: three roundings are always allowed.
-    by_luck = value64.dim() == 0 and abs(actual[0] - value64) <= 3 * torch.finfo(actual[0].dtype).eps * abs(value64)
-    if not by_luck:
-        assert_accurate(actual[0], eager[0], value64, f"{case} {what} value")
-    assert_accurate(actual[1], eager[1], grad64, f"{case} {what} gradient")
-    return actual
+    found = check_case(BY_NAME[case], given(case, s, t, y), what)
+    return found["value"], found[f"gradient of {BY_NAME[case].differentiable[0]}"]
 
 
 def layouts(t):

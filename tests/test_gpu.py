@@ -13,7 +13,8 @@ from conftest import DEVICE, backends
 from torch import Tensor
 
 import fastgen
-from fastgen import NoiseSchedule, ScorePair, _analytic_dpm, _backend, _verify
+from fastgen import NoiseSchedule, ScorePair, _analytic_dpm, _verify
+from fastgen.cases import FUNCTIONS
 
 pytestmark = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU, and FASTGEN_TEST_DEVICE=cuda")
 
@@ -84,12 +85,10 @@ def assert_same_bits(actual: list[Tensor], expected: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("dtype", _verify.DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-@pytest.mark.parametrize("name", _verify.CASES)
+@pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("backend", KERNELS)
-def test_operator_against_float64(backend, name, dtype):
-    if reason := _backend.missing(name, backend, DEVICE):
-        pytest.skip(reason)
-    row = _verify._check(name, backend, dtype, DEVICE)
+def test_functions_against_float64(backend, function, dtype):
+    row = _verify._check(function, backend, dtype, DEVICE)
     assert row.passed, row
 
 

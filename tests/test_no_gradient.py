@@ -4,74 +4,26 @@ import warnings
 
 import pytest
 import torch
-from torch import Tensor
 
 import fastgen
+from fastgen.cases import CASES
+
+# One case for each set of inputs of a function; what runs in place refuses them all.
+DISTINCT = {(case.function, *case.roles): name for name, case in CASES.items() if not case.function.endswith("_")}
 
 
-def cases(device: str):
-    """Per function: a call, the arguments that gradients flow to, those that get none."""
-    x, y, z = (torch.randn(4, 3, device=device) for _ in range(3))
-    w, a, s = (torch.rand(4, device=device) + 0.1 for _ in range(3))
-    real = torch.tensor([True, False, True, False], device=device)
-    logits, other = torch.randn(2, 3, 5, device=device), torch.randn(2, 3, 5, device=device)
-    hidden, head, bias = (torch.randn(*n, device=device) for n in ((2, 3, 4), (5, 4), (5,)))
-    tokens, items = torch.randint(5, (2, 3), device=device), torch.tensor(3.0, device=device)
-    of_teacher = {"th": hidden.flip(0), "tw": head.flip(0), "tb": bias.flip(0)}
-    return {
-        "elbo_error": (lambda p, y, w: fastgen.elbo_error(p, y, weight=w), {"p": x}, {"y": y, "w": w}),
-        "elbo_difference": (
-            lambda p, q, y, w: fastgen.elbo_difference(p, q, y, weight=w), {"p": x}, {"q": z, "y": y, "w": w}
-        ),
-        "ddo_loss": (
-            lambda p, q, y, w: fastgen.ddo_loss(p, q, y, real, weight=w), {"p": x}, {"q": z, "y": y, "w": w}
-        ),
-        "diffusion_dpo_loss": (
-            lambda p, q, y, w: fastgen.diffusion_dpo_loss(p, q, y, weight=w, beta=5.0),
-            {"p": x}, {"q": z, "y": y, "w": w},
-        ),
-        "add_noise": (fastgen.add_noise, {"x0": x, "noise": y}, {"alpha_t": a, "sigma_t": s}),
-        "prediction_to_x0": (fastgen.prediction_to_x0, {"pred": x, "x_t": y}, {"alpha_t": a, "sigma_t": s}),
-        "fake_score_loss": (
-            fastgen.fake_score_loss, {"pred": z},
-            {"x0": x, "noise": y, "alpha_t": a, "sigma_t": s, "weight": w},
-        ),
-        "sds_loss": (fastgen.sds_loss, {"x": x}, {"pred_cond": y, "noise": z, "weight": w}),
-        "vsd_loss": (fastgen.vsd_loss, {"x": x}, {"real_cond": y, "fake": z, "weight": w}),
-        "dmd_loss": (
-            fastgen.dmd_loss, {"x": x},
-            {"x_t": x + 1, "real_cond": y, "fake": z, "alpha_t": a, "sigma_t": s, "weight": w},
-        ),
-        "sequence_ddo_loss": (
-            lambda p, q: fastgen.sequence_ddo_loss(p, q, tokens, real[:2]), {"p": logits}, {"q": other}
-        ),
-        "generalized_jsd_loss": (
-            lambda p, q, n: fastgen.generalized_jsd_loss(p, q, num_items=n), {"p": logits}, {"q": other, "n": items}
-        ),
-        "linear_generalized_jsd_loss": (
-            lambda h, w, b, th, tw, tb: fastgen.linear_generalized_jsd_loss(
-                h, w, th, tw, student_bias=b, teacher_bias=tb
-            ),
-            {"h": hidden, "w": head, "b": bias}, of_teacher,
-        ),
-        "guidance": (fastgen.guidance, {"cond": x, "uncond": y}, {"scale": w}),
-        "feature_distance": (lambda p, q: fastgen.feature_distance([p], [q]), {"p": x}, {"q": y}),
-    }  # fmt: skip
-
-
-def leaves(tensors: dict[str, Tensor], requires_grad: bool) -> dict[str, Tensor]:
-    return {name: t.clone().requires_grad_(requires_grad) for name, t in tensors.items()}
-
-
-@pytest.mark.parametrize("name", cases("cpu"))
+@pytest.mark.parametrize("name", DISTINCT.values())
 def test_only_the_documented_arguments_get_gradients(name, backend, device):
-    f, differentiable, constant = cases(device)[name]
-    inputs, others = leaves(differentiable, True), leaves(constant, True)
+    case = CASES[name]
+    tensors = case.inputs((2, 2, 6), device=device)
+    others = {n: t.requires_grad_() for n, t in tensors.items() if t.is_floating_point()}
+    inputs = [others.pop(n) for n in case.differentiable]
     with warnings.catch_warnings():
         warnings.filterwarnings("error", ".*autograd kernel was not registered")
-        f(**inputs, **others).sum().backward()
-        assert not f(**leaves(differentiable, False), **others).requires_grad
-    assert [n for n, t in inputs.items() if t.grad is None or not t.grad.any()] == []
+        if inputs:
+            case(fastgen, **tensors).square().sum().backward()
+        assert not case(fastgen, **{**tensors, **{n: tensors[n].detach() for n in case.differentiable}}).requires_grad
+    assert all(t.grad is not None and bool(t.grad.any()) for t in inputs)
     assert [n for n, t in others.items() if t.grad is not None] == []
 
 

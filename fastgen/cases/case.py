@@ -64,7 +64,7 @@ def falling(draw: Draw) -> Tensor:
 
 def for_all(draw: Draw) -> Tensor:
     """One number for all rows."""
-    return torch.full((1,), 0.6, device=draw.device, dtype=draw.wide)
+    return (draw.normal(1).abs() + 0.3).to(draw.wide)
 
 
 def flags(draw: Draw) -> Tensor:

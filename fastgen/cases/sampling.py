@@ -57,8 +57,8 @@ CASES = (
     ),
     *(
         case(
-            f"reverse_step-plain-{kind}", IMAGES | ALL_ROWS, "x_t cond k_alpha_t k_x0", _reverse_step,
-            prediction_type=kind,
+            f"reverse_step-plain-{kind}", IMAGES | ALL_ROWS, "x_t cond k_alpha_t k_sigma_t k_x0 k_x_t k_eps",
+            _reverse_step, prediction_type=kind,
         )
         for kind in PREDICTION_TYPES
     ),

@@ -40,7 +40,7 @@ def _solved(m: ModuleType, cost: Tensor | FactoredCost, *, convention: str = "ed
     else:
         paths, totals = m.optimal_trajectory(matrix, counts, convention=convention)
         path = paths[counts[1]]
-    edges = matrix.gather(1, path[:, :-1, None].expand(-1, -1, matrix.shape[-1]))
+    edges = matrix.detach().gather(1, path[:, :-1, None].expand(-1, -1, matrix.shape[-1]))
     return torch.cat([totals, edges.gather(2, path[:, 1:, None])[..., 0].to(totals.dtype)], 1)
 
 
