@@ -84,8 +84,8 @@ def nodes_of_steps(s: int | Tensor, t: int | Tensor, last: int) -> tuple[Tensor,
     for name, value in (("s", s), ("t", t)):
         if isinstance(value, Tensor):
             _checks.integers(name, value)
-        elif isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be an int or a tensor of ints, got {type(value).__name__}")
+        else:
+            value = _checks.integer(name, value)
         nodes.append(torch.as_tensor(value).detach().long().cpu())
     try:
         lower, upper = torch.broadcast_tensors(*nodes)

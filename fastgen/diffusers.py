@@ -108,7 +108,7 @@ class AnalyticDPMScheduler(SchedulerMixin, ConfigMixin):
             num_inference_steps: K, from 1 to N.
             device: of :attr:`timesteps`. On a GPU each :meth:`step` waits for it to read the time.
         """
-        _checks.positive_int("num_inference_steps", num_inference_steps)
+        num_inference_steps = _checks.positive_int("num_inference_steps", num_inference_steps)
         config = self.config
         last = config.num_train_timesteps
         if num_inference_steps > last:

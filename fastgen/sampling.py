@@ -297,7 +297,7 @@ def posterior_sample(
     """
     _ops.check_discrete(schedule)
     _checks.streams(x0=x0, x_t=x_t, **_checks.given(noise=noise))
-    for name, value in _checks.given(t=t, s=s).items():
+    for name, value in {"t": t, **_checks.given(s=s)}.items():
         _checks.indices(name, value, x_t)
     if noise is None:
         noise = randn_like(x_t, generator)
