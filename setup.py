@@ -1,9 +1,11 @@
 """Builds fastgen._C (CPU kernels) and, where an nvcc fits this torch, fastgen._C_cuda.
 
 FASTGEN_CPU=0 skips the first, FASTGEN_CUDA=0|1 skips or demands the second. Without either the package still
-installs: the PyTorch reference serves on CPUs, Triton on GPUs.
+installs: the PyTorch reference serves on CPUs, Triton on GPUs. What a source distribution holds is up to MANIFEST.in
+alone, and does not depend on what is built.
 """
 
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -11,7 +13,7 @@ import sys
 from glob import glob
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Command, Extension, setup
 
 # The oldest torch whose stable ABI the extensions use; one build then serves every later torch.
 TORCH_TARGET = "0x020b000000000000"
@@ -45,51 +47,80 @@ def want(variable: str, default: bool) -> bool:
     return default if value is None else value != "0"
 
 
-def extensions() -> tuple[list, dict]:
-    if not want("FASTGEN_CPU", compiler_works()):
-        print("fastgen: no C++ compiler (or FASTGEN_CPU=0): the PyTorch reference will serve on CPUs", file=sys.stderr)
-        return [], {}
-    home = cuda_home()
-    if home:
-        os.environ["CUDA_HOME"] = home  # before torch.utils.cpp_extension guesses
+def find_ninja() -> None:
+    """Puts ninja on the PATH, where the environment is not activated and lacks it there: else builds are serial."""
+    if shutil.which("ninja"):
+        return
+    try:
+        files = importlib.metadata.files("ninja") or []
+    except importlib.metadata.PackageNotFoundError:
+        return
+    for file in files:
+        if file.name in ("ninja", "ninja.exe"):
+            os.environ["PATH"] += os.pathsep + str(Path(file.locate()).resolve().parent)
+
+
+def cpu_extension(flags: list[str]) -> Extension:
+    import pybind11
+    from torch.utils.cpp_extension import CppExtension
+
+    return CppExtension(
+        "fastgen._C",
+        ["csrc/module.cpp", *sorted(glob("csrc/cpu/*.cpp"))],
+        include_dirs=[pybind11.get_include()],
+        define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET), ("FASTGEN_FLAGS", f'"{" ".join(flags)}"')],
+        extra_compile_args=flags,
+        depends=HEADERS,
+    )
+
+
+def cuda_extension(flags: list[str], home: str) -> Extension:
+    os.environ["CUDA_HOME"] = home  # before torch.utils.cpp_extension guesses
     import pybind11
     import torch
     from torch.utils import cpp_extension
-    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
-    flags = ["-O3", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-g0"]
-    macros = [("TORCH_TARGET_VERSION", TORCH_TARGET), ("FASTGEN_FLAGS", f'"{" ".join(flags)}"')]
-    modules = [
-        CppExtension(
-            "fastgen._C",
-            ["csrc/module.cpp", *sorted(glob("csrc/cpu/*.cpp"))],
-            include_dirs=[pybind11.get_include()],
-            define_macros=macros,
-            extra_compile_args=flags,
-            depends=HEADERS,
-        )
-    ]
-    sources = sorted(glob("csrc/cuda/*.cu"))
-    if sources and home and want("FASTGEN_CUDA", torch.version.cuda is not None):
-        cpp_extension.CUDA_HOME = home  # stays None under a torch built without CUDA
-        arch = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES]
-        cuda = CUDAExtension(
-            "fastgen._C_cuda",
-            ["csrc/cuda/module.cpp", *sources],
-            include_dirs=[pybind11.get_include()],
-            define_macros=[
-                ("TORCH_TARGET_VERSION", TORCH_TARGET),
-                ("FASTGEN_CUDA_ARCHITECTURES", f'"{";".join(CUDA_ARCHITECTURES)}"'),
-                ("USE_CUDA", None),  # declares the stream functions of torch's C shim
-            ],
-            extra_compile_args={"cxx": flags, "nvcc": ["-O3", "-std=c++20", "-Xcompiler=-fvisibility=hidden", *arch]},
-            depends=HEADERS,
-        )
-        if torch.version.cuda is None:  # a build to check compiling and linking; it does not load
-            cuda.libraries = [name for name in cuda.libraries if name not in ("c10_cuda", "torch_cuda")]
-        modules.append(cuda)
-    elif os.environ.get("FASTGEN_CUDA") == "1":
+    cpp_extension.CUDA_HOME = home  # stays None under a torch built without CUDA
+    arch = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES]
+    extension = cpp_extension.CUDAExtension(
+        "fastgen._C_cuda",
+        ["csrc/cuda/module.cpp", *sorted(glob("csrc/cuda/*.cu"))],
+        include_dirs=[pybind11.get_include()],
+        define_macros=[
+            ("TORCH_TARGET_VERSION", TORCH_TARGET),
+            ("FASTGEN_CUDA_ARCHITECTURES", f'"{";".join(CUDA_ARCHITECTURES)}"'),
+            ("USE_CUDA", None),  # declares the stream functions of torch's C shim
+        ],
+        extra_compile_args={"cxx": flags, "nvcc": ["-O3", "-std=c++20", "-Xcompiler=-fvisibility=hidden", *arch]},
+        depends=HEADERS,
+    )
+    if torch.version.cuda is None:  # a build to check compiling and linking; it does not load
+        extension.libraries = [name for name in extension.libraries if name not in ("c10_cuda", "torch_cuda")]
+    return extension
+
+
+def torch_has_cuda() -> bool:
+    import torch
+
+    return torch.version.cuda is not None
+
+
+def extensions() -> tuple[list[Extension], dict[str, type[Command]]]:
+    compiler, home = compiler_works(), cuda_home()
+    if not compiler:
+        print("fastgen: no C++ compiler: the PyTorch reference will serve on CPUs, Triton on GPUs", file=sys.stderr)
+    if os.environ.get("FASTGEN_CUDA") == "1" and home is None:
         raise SystemExit("FASTGEN_CUDA=1, but no CUDA toolkit was found: set CUDA_HOME to its root")
+    flags = ["-O3", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-g0"]
+    modules = [cpu_extension(flags)] if want("FASTGEN_CPU", compiler) else []
+    # What nvcc compiles needs the C++ compiler too.
+    if home and want("FASTGEN_CUDA", compiler and torch_has_cuda()):
+        modules.append(cuda_extension(flags, home))
+    if not modules:
+        return [], {}
+    from torch.utils.cpp_extension import BuildExtension
+
+    find_ninja()
     return modules, {"build_ext": BuildExtension}
 
 

@@ -22,12 +22,23 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _served_by(name: str, device_type: str) -> str:
-    chosen = _backend.backend_for(name, device_type)
-    order = _backend.preference(name, device_type)
-    passed_over = order[: order.index(chosen)]
-    reasons = [f"no {b}: {_backend.missing(name, b, device_type)}" for b in passed_over]
-    return chosen if not reasons else f"{chosen} ({'; '.join(reasons)})"
+def _print_backends(device_type: str) -> None:
+    """Which backend serves each operator; then why the ones preferred to it do not, each reason once."""
+    passed_over: dict[str, list[str]] = {}
+    for name in sorted(_backend.operators):
+        try:
+            chosen = _backend.backend_for(name, device_type)
+        except RuntimeError:  # FASTGEN_BACKEND asks for what is not there
+            chosen = "none"
+        print(f"  {name:26} {chosen}")
+        for backend in _backend.preference(name, device_type):
+            if backend == chosen:
+                break
+            if reason := _backend.missing(name, backend, device_type):
+                passed_over.setdefault(f"{backend}: {reason}", []).append(name)
+    for reason, names in passed_over.items():
+        where = "" if len(names) == len(_backend.operators) else f" ({', '.join(names)})"
+        print(f"not {reason}{where}")
 
 
 def info() -> int:
@@ -42,8 +53,10 @@ def info() -> int:
     else:
         print(f"GPU: none that torch can use (built for CUDA {torch.version.cuda})")
     for extension, facts in _backend.build_info().items():
-        if isinstance(facts, ImportError):
-            print(f"fastgen.{extension}: not loaded: {facts}")
+        if isinstance(facts, _backend.NotBuilt):
+            print(f"fastgen.{extension}: not built: {facts}")
+        elif isinstance(facts, ImportError):
+            print(f"fastgen.{extension}: built, but does not load: {facts}")
         else:
             print(f"fastgen.{extension}: " + ", ".join(f"{k} {v}" for k, v in facts.items()))
     for variable in VARIABLES:
@@ -51,8 +64,7 @@ def info() -> int:
             print(f"{variable}={os.environ[variable]}")
     for device_type in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         print(f"\non {device_type}:")
-        for name in sorted(_backend.operators):
-            print(f"  {name:26} {_served_by(name, device_type)}")
+        _print_backends(device_type)
     return 0
 
 

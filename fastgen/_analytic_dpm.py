@@ -81,10 +81,7 @@ def checked_moments(
 def nodes_of_steps(s: int | Tensor, t: int | Tensor, last: int) -> tuple[Tensor, Tensor]:
     nodes = []
     for name, value in (("s", s), ("t", t)):
-        if isinstance(value, Tensor):
-            value = _checks.integers(name, value)
-        elif isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be an int or a tensor of ints, got {type(value).__name__}")
+        value = _checks.integers(name, value) if isinstance(value, Tensor) else _checks.integer(name, value)
         nodes.append(torch.as_tensor(value).detach().cpu())
     try:
         lower, upper = torch.broadcast_tensors(*nodes)

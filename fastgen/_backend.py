@@ -14,6 +14,8 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.machinery import PathFinder
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -30,16 +32,33 @@ BACKENDS = ("auto", "native", "triton", "reference")
 CUDA_FAMILIES = frozenset({"trajectory"})
 
 
-def _load(name: str) -> tuple[ModuleType | None, ImportError | None]:
-    try:
-        return importlib.import_module(name), None
-    except ImportError as error:
-        return None, error
-
-
-_extensions: dict[str, tuple[ModuleType | None, ImportError | None]] = {
-    name: _load(f"fastgen.{name}") for name in ("_C", "_C_cuda")
+# Why an extension may not have been built, and what to do.
+_UNBUILT = {
+    "_C": "there was no C++ compiler when fastgen was installed, or FASTGEN_CPU=0, or this is a clone that was not"
+    " installed; install g++ and Python's headers, then fastgen (pip install --no-build-isolation --no-deps .)",
+    "_C_cuda": "there was no CUDA toolkit or C++ compiler when fastgen was installed, or FASTGEN_CUDA=0, or torch is"
+    " built without CUDA; on GPUs the Triton kernels serve",
 }
+
+
+class NotBuilt(ImportError):
+    """The extension's file is not there."""
+
+
+def _load(name: str) -> ModuleType | ImportError:
+    module, folder = f"{__package__}.{name}", Path(__file__).parent
+    # Beside this file alone: the finder of an editable installation would lend a clone another copy's kernels.
+    if PathFinder.find_spec(module, [str(folder)]) is None:
+        others = sorted(p.name for p in folder.glob(f"{name}.*") if p.suffix in (".so", ".pyd"))
+        return NotBuilt(f"there is only {', '.join(others)}, for another Python" if others else _UNBUILT[name])
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        # Python's word for an entry of None in sys.modules.
+        return NotBuilt(_UNBUILT[name]) if getattr(error, "name", None) == module else error
+
+
+_extensions: dict[str, ModuleType | ImportError] = {name: _load(name) for name in _UNBUILT}
 
 
 class _State(threading.local):
@@ -101,7 +120,7 @@ def missing(name: str, backend: str, device_type: str) -> str | None:
             return "the package triton is not installed (pip install triton)"
         if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
             return "Triton has no CPU backend (set TRITON_INTERPRET=1 before Python starts, to test its kernels)"
-        kernels = f"fastgen.triton_kernels.{operators[name].family}"
+        kernels = f"{__package__}.triton_kernels.{operators[name].family}"
         return None if importlib.util.find_spec(kernels) is not None else f"there is no {kernels}"
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
     if key is None:
@@ -109,10 +128,12 @@ def missing(name: str, backend: str, device_type: str) -> str | None:
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"fastgen::{name}", key):
         return None
     extension = {"CPU": "_C", "CUDA": "_C_cuda"}[key]
-    module, error = _extensions[extension]
-    if module is not None:
-        return f"fastgen.{extension} has no kernel for {name}"
-    return f"fastgen.{extension} did not load: {error} (python -m fastgen info says more)"
+    module = _extensions[extension]
+    if isinstance(module, NotBuilt):
+        return f"fastgen.{extension} is not built"
+    if isinstance(module, ImportError):
+        return f"fastgen.{extension} does not load"
+    return f"fastgen.{extension} has no kernel for {name}"
 
 
 def preference(name: str, device_type: str) -> tuple[str, ...]:
@@ -129,7 +150,9 @@ def _resolve(name: str, requested: str, device_type: str) -> str:
     if requested != "auto":
         reason = missing(name, requested, device_type)
         if reason:
-            raise RuntimeError(f"backend {requested!r} cannot run {name} on {device_type}: {reason}")
+            raise RuntimeError(
+                f"backend {requested!r} cannot run {name} on {device_type}: {reason} (python -m fastgen info says more)"
+            )
         return requested
     return next(b for b in preference(name, device_type) if missing(name, b, device_type) is None)
 
@@ -152,11 +175,12 @@ def is_automatic(name: str, backend: str, device_type: str) -> bool:
 
 
 def build_info() -> dict[str, Any]:
-    """What the compiled extensions say of themselves, or the ImportError that kept them from loading.
+    """What the compiled extensions say of themselves, or why they are not there.
 
     Returns:
         A dict with the keys ``"_C"`` (CPU) and ``"_C_cuda"``: a dict of facts such as the compiler and its flags, or
-        the exception. ``python -m fastgen info`` prints it.
+        an ImportError that says why the extension was not built, or what kept it from loading.
+        ``python -m fastgen info`` prints it.
 
     Example::
 
@@ -164,7 +188,4 @@ def build_info() -> dict[str, Any]:
         >>> sorted(fastgen.build_info())
         ['_C', '_C_cuda']
     """
-    info: dict[str, Any] = {}
-    for name, (module, error) in _extensions.items():
-        info[name] = module.build_info() if module is not None else error
-    return info
+    return {name: m if isinstance(m, ImportError) else m.build_info() for name, m in _extensions.items()}

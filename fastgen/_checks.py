@@ -3,32 +3,54 @@
 from __future__ import annotations
 
 import math
+import numbers
+import operator
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-INTEGER = (
+INTEGERS = (
     torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64,
 )  # fmt: skip
+STRIDED = torch.strided
+
+# Kernels compute in float32 whatever the options are in Python, and divide by some of them.
+LARGEST = torch.finfo(torch.float32).max
+SMALLEST = torch.finfo(torch.float32).smallest_normal
+
+MOST_ELEMENTS = 2**59  # of 16 bytes; more overflow the count of bytes, which an expanded tensor can have for nothing
+INT64 = 2**63
+LAST_SEED = 2**64 - 1  # that torch.Generator takes
 
 
 def tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.layout is not STRIDED or value.is_nested:
+        kind = "nested" if value.is_nested else value.layout
+        raise TypeError(f"{name} must be a dense (strided) tensor, got a {kind} one")
 
 
 def streams(**tensors: Tensor) -> None:
     """Floating-point tensors of one shape [B, …] on one device; dtypes may differ."""
-    first_name, first = next(iter(tensors.items()))
-    if type(first) is Tensor and first.dim() != 0 and first.numel() != 0:
-        shape, device = first.shape, first.device
-        for t in tensors.values():
-            if type(t) is not Tensor or t.shape != shape or t.device != device or t.dtype not in FLOATING:
-                break
-        else:  # as nearly always; what follows says what is wrong
-            return
+    rest = iter(tensors.values())
+    first = next(rest)
+    if type(first) is Tensor and first.layout is STRIDED and first.dtype in FLOATING:
+        try:
+            if first.dim() != 0 and 0 < first.numel() < MOST_ELEMENTS:
+                shape, device = first.shape, first.device
+                for t in rest:
+                    if type(t) is not Tensor or t.shape != shape or t.device != device or t.dtype not in FLOATING:
+                        break
+                    if t.layout is not STRIDED:
+                        break
+                else:  # as nearly always; what follows says what is wrong
+                    return
+        except RuntimeError:  # nested tensors have no shape
+            pass
+    first_name = next(iter(tensors))
     for name, value in tensors.items():
         floating(name, value)
         if value.shape != first.shape:
@@ -41,6 +63,12 @@ def streams(**tensors: Tensor) -> None:
         raise ValueError(f"{first_name} must have a batch dimension [B, ...], got a 0-dimensional tensor")
     if first.shape[0] != 0 and first.numel() == 0:
         raise ValueError(f"{first_name} has rows of no elements: shape {tuple(first.shape)}")
+    _addressable(first_name, first)
+
+
+def _addressable(name: str, value: Tensor) -> None:
+    if value.numel() >= MOST_ELEMENTS:
+        raise ValueError(f"{name} has too many elements for any memory: shape {list(value.shape)}")
 
 
 def given(**tensors: Tensor | None) -> dict[str, Tensor]:
@@ -121,11 +149,18 @@ def flags(name: str, value: Tensor, length: int, like: Tensor) -> None:
     _vector(name, value, length, like)
 
 
+def real(name: str, value: Tensor) -> None:
+    """A tensor of integers or of floating-point numbers."""
+    tensor(name, value)
+    if value.dtype not in (*INTEGERS, *FLOATING):
+        raise TypeError(f"{name} must hold real numbers, got {value.dtype}")
+
+
 def integers(name: str, value: object) -> Tensor:
     """A tensor of integers, as int64: with others arithmetic wraps, and one of uint8 is a mask where it is an index."""
     tensor(name, value)
     assert isinstance(value, Tensor)
-    if value.dtype not in INTEGER:
+    if value.dtype not in INTEGERS:
         raise TypeError(f"{name} must hold integers, got {value.dtype}")
     return value.to(torch.int64)
 
@@ -144,39 +179,65 @@ def _vector(name: str, value: Tensor, length: int, like: Tensor) -> None:
         raise ValueError(f"{name} is on {value.device}, but the batch is on {like.device}")
 
 
-def number(name: str, value: float, *, low: float = -math.inf, open_low: bool = False) -> float:
-    """A finite Python number, at least `low` (more than `low` if `open_low`)."""
+def number(name: str, value: float, *, low: float = -LARGEST, open_low: bool = False) -> float:
+    """A finite number in float32's range, at least `low`; if `open_low`, so much more that float32 divides by the rest.
+
+    NumPy's numbers pass for Python's.
+    """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not -math.inf < value < math.inf:  # false for NaN; math.isfinite would break a graph with dynamic floats
-        raise ValueError(f"{name} must be finite, got {value}")
-    if value < low or (open_low and value == low):
-        raise ValueError(f"{name} must be {'>' if open_low else '>='} {low:g}, got {value}")
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+        value = float(value)
+    # False for NaN; math.isfinite would break a graph with dynamic floats.
+    if not (low + SMALLEST if open_low else low) <= value <= LARGEST:
+        raise ValueError(f"{name} must be {_expected(value, low, open_low)}, got {_brief(value)}")
     return float(value)
+
+
+def _expected(value: float, low: float, open_low: bool) -> str:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "finite"
+    if not -LARGEST <= value <= LARGEST:
+        return f"from {-LARGEST:.2g} to {LARGEST:.2g}, the range of float32"
+    if open_low and value > low:
+        return f"at least {low + SMALLEST:.2g}, the least that float32 divides by"
+    return f"{'>' if open_low else '>='} {low:g}"
+
+
+def _brief(value: float) -> str:
+    if isinstance(value, int) and value.bit_length() > 128:  # Python does not print very long ones
+        return f"an int of {value.bit_length()} bits"
+    return f"{value}"
 
 
 def share(name: str, value: float) -> float:
-    """A Python number from 0 to 1."""
-    if number(name, value, low=0) > 1:
+    """A number from 0 to 1."""
+    value = number(name, value, low=0)
+    if value > 1:
         raise ValueError(f"{name} must be <= 1, got {value}")
-    return float(value)
+    return value
 
 
-def positive_int(name: str, value: int) -> None:
+def integer(name: str, value: int, *, low: int = -INT64, high: int = INT64 - 1) -> int:
+    """An integer from `low` to `high`, by default any of int64's. NumPy's pass for Python's."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+        value = operator.index(value)
+    if value < low:
+        raise ValueError(f"{name} must be at least {low}, got {_brief(value)}")
+    if value > high:
+        raise ValueError(f"{name} must be at most {high}, got {_brief(value)}")
+    return value
+
+
+def positive_int(name: str, value: int) -> int:
+    return integer(name, value, low=1)
 
 
 def choice(name: str, value: str, options: Sequence[str]) -> None:
     if value not in options:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}; got {value!r}")
-
-
-def integer(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
 
 
 def logits(**tensors: Tensor) -> None:
@@ -187,6 +248,7 @@ def logits(**tensors: Tensor) -> None:
         local(name, value)
         if value.dim() == 0 or value.shape[-1] == 0:
             raise ValueError(f"{name} must have shape [..., V] with V > 0, got {list(value.shape)}")
+        _addressable(name, value)
         if value.shape[:-1] != first.shape[:-1]:
             raise ValueError(f"{name} has rows {list(value.shape[:-1])}, but {first_name} has {list(first.shape[:-1])}")
         if value.device != first.device:
@@ -213,6 +275,7 @@ def head(prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> No
     local(f"{prefix}hidden", hidden)
     if hidden.dim() == 0 or hidden.shape[-1] == 0:
         raise ValueError(f"{prefix}hidden must have shape [..., H] with H > 0, got {list(hidden.shape)}")
+    _addressable(f"{prefix}hidden", hidden)
     size = hidden.shape[-1]
     for name, value, dims in (("weight", weight, 2), ("bias", bias, 1)):
         if value is None:

@@ -190,8 +190,9 @@ def checked_times(schedule: NoiseSchedule, s: int | Tensor, t: int | Tensor) -> 
     if isinstance(s, Tensor) and isinstance(t, Tensor):
         t = _checks.indices("t", t, t)
         return _checks.indices("s", s, t), t
-    if not (type(s) is int and type(t) is int):
+    if isinstance(s, Tensor) or isinstance(t, Tensor):
         raise TypeError(f"s and t must both be ints or both be tensors, got {type(s).__name__} and {type(t).__name__}")
+    s, t = _checks.integer("s", s), _checks.integer("t", t)
     if not -1 <= s < t < (schedule.num_timesteps or 0):
         raise ValueError(f"s and t must satisfy -1 <= s < t < {schedule.num_timesteps}, got {s} and {t}")
     return torch.tensor([s]), torch.tensor([t])
@@ -294,5 +295,8 @@ def needs_grad(*tensors: Tensor) -> bool:
 
 def in_place(x: Tensor, *others: Tensor) -> bool:
     """Whether the kernel can write its rows over those of `x`."""
+    # Of the imaginary part of a conjugate the memory holds the negatives. A compiled graph may not ask.
+    if not torch.compiler.is_compiling() and x.is_neg():
+        return False
     packed = x.is_contiguous() or x.shape[0] <= 1 or x.stride(0) == x[0].numel()
     return packed and shared_row_strides(x, *others) is not None

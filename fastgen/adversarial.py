@@ -133,7 +133,7 @@ def r1_penalty(logits: Logits, images: Tensor, *, gamma: float = 1.0, every: int
         True
     """
     gamma = _checks.number("gamma", gamma, low=0)
-    _checks.positive_int("every", every)
+    every = _checks.positive_int("every", every)
     return 0.5 * every * gamma * _square_gradient(logits, images).sum() / max(images.shape[0], 1)
 
 
@@ -180,7 +180,7 @@ def approximate_r1_penalty(
     """
     sigma = _checks.number("sigma", sigma, low=0, open_low=True)
     gamma = _checks.number("gamma", gamma, low=0)
-    _checks.positive_int("every", every)
+    every = _checks.positive_int("every", every)
     _checks.streams(images=images)
     logits = _checked_rows(logits, images)
     discriminator = _checked_network("discriminator", discriminator)

@@ -61,7 +61,7 @@ class ScoreMoments:
     """
 
     def __init__(self, num_timesteps: int, *, device: torch.device | str | None = None) -> None:
-        _checks.positive_int("num_timesteps", num_timesteps)
+        num_timesteps = _checks.positive_int("num_timesteps", num_timesteps)
         # Columns: how many, their sum, the sum of their squares.
         self._sums = torch.zeros(num_timesteps, 3, dtype=torch.float64, device=device)
         self._reduced = False
@@ -470,7 +470,7 @@ def _best_gaussian(mse: Tensor, extent: float, levels: int | None) -> Tensor:
     above by Jensen's inequality: the mean over the cell adds the cell's variance, width²/12, to the error."""
     if levels is None:
         return 0.5 * (1 + (2 * math.pi * mse).log())
-    _checks.positive_int("levels", levels)
+    levels = _checks.positive_int("levels", levels)
     if levels < 2:
         raise ValueError(f"levels must be at least 2, got {levels}")
     width = extent / (levels - 1)

@@ -145,9 +145,8 @@ class DiffusionClassifier:
             _checks.function("weighting", weighting)
         _checks.choice("prediction_type", prediction_type, PREDICTION_TYPES)
         _checks.choice("loss", loss, ("l2", "l1", "huber"))
-        _checks.positive_int("batch_size", batch_size)
-        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-            raise ValueError(f"seed must be an int >= 0, got {seed!r}")
+        batch_size = _checks.positive_int("batch_size", batch_size)
+        seed = _checks.integer("seed", seed, low=0, high=_checks.LAST_SEED)
         if error_probability is not None and not 0 < _checks.number("error_probability", error_probability) < 1:
             raise ValueError(f"error_probability must be between 0 and 1, got {error_probability}")
         self.stages = _checked_stages(stages)
@@ -310,10 +309,10 @@ def _checked_stages(stages: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     pair = (tuple, list)
     if not isinstance(stages, pair) or not all(isinstance(stage, pair) and len(stage) == 2 for stage in stages):
         raise TypeError(f"stages must be a list of pairs (n_samples, to_keep), got {stages!r}")
-    checked = [(stage[0], stage[1]) for stage in stages]
-    for n_samples, to_keep in checked:
-        _checks.positive_int("stages: n_samples", n_samples)
-        _checks.positive_int("stages: to_keep", to_keep)
+    checked = [
+        (_checks.positive_int("stages: n_samples", n), _checks.positive_int("stages: to_keep", keep))
+        for n, keep in stages
+    ]
     if not checked or checked[-1][1] != 1:
         raise ValueError(f"stages must end with to_keep = 1, got {checked}")
     for (n, keep), (more, fewer) in itertools.pairwise(checked):

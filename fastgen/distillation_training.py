@@ -60,7 +60,7 @@ def renoise_times(
         >>> tau.shape, bool((tau <= torch.tensor([0.25, 0.5, 0.75, 0.98])).all())
         (torch.Size([4]), True)
     """
-    _checks.positive_int("n", n)
+    n = _checks.positive_int("n", n)
     _checks.choice("rule", rule, RULES)
     low, high = _checks.number("low", low, low=0), _checks.number("high", high, low=0)
     if not low < high <= 1:
@@ -205,7 +205,7 @@ def backward_simulation(
     if step is None:
         step = _random_step(len(times), rng)
     else:
-        _checks.integer("step", step)
+        step = _checks.integer("step", step)
         if not 0 <= step < len(times):
             raise ValueError(f"step must be from 0 to {len(times) - 1}, got {step}")
     times = times.to(noise.device)

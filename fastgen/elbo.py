@@ -206,7 +206,7 @@ def ddo_loss(
         2.0794
     """
     _checks.streams(pred=pred, ref_pred=ref_pred, target=target)
-    _checks.positive_int("mc_samples", mc_samples)
+    mc_samples = _checks.positive_int("mc_samples", mc_samples)
     if pred.shape[0] % mc_samples:
         raise ValueError(f"mc_samples = {mc_samples} does not divide the {pred.shape[0]} rows of pred")
     _checks.flags("is_real", is_real, pred.shape[0] // mc_samples, pred)

@@ -132,7 +132,7 @@ def joint_energy_loss(
         raise ValueError(f"logits_fake is on {logits_fake.device}, but logits_real is on {logits_real.device}")
     _checks.row_indices("labels", labels, logits_real)
     energy_weight = _checks.number("energy_weight", energy_weight, low=0)
-    _checks.integer("ignore_index", ignore_index)
+    ignore_index = _checks.integer("ignore_index", ignore_index)
     backend = _backend.backend_for("token_logprob", logits_real.device.type)
     if backend == "reference":
         return reference.joint_energy_loss(
@@ -243,7 +243,7 @@ def langevin_sample(
         >>> fastgen.langevin_sample(energy, torch.ones(1, 2), step_size=0.5, noise_scale=0.0, steps=2)
         tensor([[0.2500, 0.2500]])
     """
-    _checks.positive_int("steps", steps)
+    steps = _checks.positive_int("steps", steps)
     x = x.detach() if isinstance(x, Tensor) else x
     for _ in range(steps):
         score = classifier_guidance(classifier, x, labels, guidance_scale=guidance_scale)
@@ -291,17 +291,18 @@ class ReplayBuffer:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> None:
-        _checks.positive_int("capacity", capacity)
+        capacity = _checks.positive_int("capacity", capacity)
         self.low, self.high = _checks.number("low", low), _checks.number("high", high)
         if self.low >= self.high:
             raise ValueError(f"low must be below high, got {low} and {high}")
         self.reinit_rate = _checks.share("reinit_rate", reinit_rate)
         if dtype not in _checks.FLOATING:
             raise TypeError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype}")
-        _checks.integer("seed", seed)
-        if not isinstance(shape, (tuple, list)) or not all(isinstance(n, int) and n >= 0 for n in shape):
+        seed = _checks.integer("seed", seed, high=_checks.LAST_SEED)
+        if not isinstance(shape, (tuple, list)):
             raise TypeError(f"shape must be a tuple of ints, one sample's, got {shape!r}")
-        self.samples = torch.empty((capacity, *shape), dtype=dtype, device=device)
+        sizes = [_checks.integer(f"shape[{i}]", size, low=0) for i, size in enumerate(shape)]
+        self.samples = torch.empty((capacity, *sizes), dtype=dtype, device=device)
         self.generator = torch.Generator(self.samples.device).manual_seed(seed)
         self.samples.uniform_(self.low, self.high, generator=self.generator)
 
@@ -310,7 +311,7 @@ class ReplayBuffer:
 
     def sample(self, n: int) -> tuple[Tensor, Tensor]:
         """Starts of `n` chains [n, …], and their places in the buffer, int64 [n], no two alike."""
-        _checks.positive_int("n", n)
+        n = _checks.positive_int("n", n)
         if n > len(self):
             raise ValueError(f"n must be at most the capacity, {len(self)}; got {n}")
         device = self.samples.device

@@ -160,7 +160,7 @@ def _nodes(schedule: NoiseSchedule, steps: int | Tensor | Trajectory) -> Tensor:
         steps = steps.steps
     if isinstance(steps, Tensor):
         return trajectory_nodes(steps, last)
-    _checks.positive_int("steps", steps)
+    steps = _checks.positive_int("steps", steps)
     if steps > last:
         raise ValueError(f"steps must be at most {last}, the schedule's times; got {steps}")
     return torch.tensor([last]) if steps == 1 else torch.linspace(1, last, steps, dtype=torch.float64).round().long()

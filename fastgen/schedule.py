@@ -265,7 +265,7 @@ class NoiseSchedule:
         cls, num_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02, *, scaled: bool = False
     ) -> NoiseSchedule:
         """DDPM's schedule: β from `beta_start` to `beta_end`; linear in sqrt(β) if `scaled` (Stable Diffusion)."""
-        _checks.positive_int("num_timesteps", num_timesteps)
+        num_timesteps = _checks.positive_int("num_timesteps", num_timesteps)
         low = _checks.number("beta_start", beta_start, low=0, open_low=True)
         high = _checks.number("beta_end", beta_end, low=0, open_low=True)
         if max(low, high) >= 1:
@@ -277,7 +277,7 @@ class NoiseSchedule:
     @classmethod
     def cosine(cls, num_timesteps: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> NoiseSchedule:
         """Improved DDPM's schedule (arXiv 2102.09672): ᾱ ∝ cos²(π/2 (t/N + s)/(1 + s)), each β at most `max_beta`."""
-        _checks.positive_int("num_timesteps", num_timesteps)
+        num_timesteps = _checks.positive_int("num_timesteps", num_timesteps)
         s = _checks.number("s", s, low=0)
         t = torch.linspace(0, 1, num_timesteps + 1, dtype=torch.float64)
         alpha_bar = torch.cos((t + s) / (1 + s) * math.pi / 2) ** 2
@@ -294,7 +294,7 @@ class NoiseSchedule:
         State k is at time ``1e-3 + (1 - 1e-3) k / steps`` relative to time 1e-3, and state 0 is data but for a variance
         of 1e-8, the first β. Training pairs and samplers go from t = 1 … `steps` to t - 1; 2 to 4 steps are usual.
         """
-        _checks.positive_int("steps", steps)
+        steps = _checks.positive_int("steps", steps)
         low = _checks.number("beta_min", beta_min, low=0, open_low=True)
         high = _checks.number("beta_max", beta_max, low=0, open_low=True)
         t = torch.linspace(1e-3, 1, steps + 1, dtype=torch.float64)

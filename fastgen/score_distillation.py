@@ -406,15 +406,15 @@ def _score_loss(
     return_stats: bool,
 ) -> Any:
     """SDS and VSD: `names` are the public names of the streams, in the order pred, target, uncond."""
-    _checks.streams(x=x, **_checks.given(**names))
+    uncond_name = list(names)[2]
+    _checks.streams(x=x, **dict(zip(names, (pred, target), strict=False)), **_checks.given(**{uncond_name: uncond}))
     _checks.local("x", x)
-    guidance = _guidance(guidance_scale, uncond, list(names)[2])
+    guidance = _guidance(guidance_scale, uncond, uncond_name)
     _check_weight(weight, x, frames=False)
     _checks.choice("reduction", reduction, SDS_REDUCTIONS)
     clip = math.inf if grad_clip is None else _checks.number("grad_clip", grad_clip, low=0, open_low=True)
     backend = _backend.backend_for(_ops.score_difference.name, x.device.type)
     if backend == "reference":
-        uncond_name = list(names)[2]
         return written_out(
             x, pred, target, guidance_scale=guidance, weight=weight, reduction=reduction, grad_clip=grad_clip,
             return_stats=return_stats, **{uncond_name: uncond},

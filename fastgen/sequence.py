@@ -58,7 +58,7 @@ def token_logprob(
     _checks.logits(logits=logits)
     _checks.row_indices("tokens", tokens, logits)
     temperature = _checks.number("temperature", temperature, low=0, open_low=True)
-    _checks.integer("ignore_index", ignore_index)
+    ignore_index = _checks.integer("ignore_index", ignore_index)
     backend = _backend.backend_for("token_logprob", logits.device.type)
     if backend == "reference":
         return reference.token_logprob(logits, tokens, temperature=temperature, ignore_index=ignore_index)
@@ -337,9 +337,9 @@ def linear_token_logprob(
     _checks.head("", hidden, weight, bias)
     _checks.row_indices("tokens", tokens, hidden)
     temperature = _checks.number("temperature", temperature, low=0, open_low=True)
-    _checks.integer("ignore_index", ignore_index)
+    ignore_index = _checks.integer("ignore_index", ignore_index)
     _check_rounding(round_logits, "hidden", hidden)
-    _checks.positive_int("max_chunk_bytes", max_chunk_bytes)
+    max_chunk_bytes = _checks.positive_int("max_chunk_bytes", max_chunk_bytes)
     weight, bias = distributed.whole_parameters(weight, bias)
     backend = _backend.backend_for("token_logprob", hidden.device.type)
     if backend == "reference":
@@ -435,7 +435,7 @@ def linear_generalized_jsd_loss(
     _checks.choice("reduction", reduction, TOKEN_REDUCTIONS[:3])
     _check_options(student_hidden, labels, beta, temperature, reduction, num_items, ignore_index)
     _check_rounding(round_logits, "student_hidden", student_hidden)
-    _checks.positive_int("max_chunk_bytes", max_chunk_bytes)
+    max_chunk_bytes = _checks.positive_int("max_chunk_bytes", max_chunk_bytes)
     beta, temperature = float(beta), float(temperature)
     student_weight, student_bias = distributed.whole_parameters(student_weight, student_bias)
     teacher_weight, teacher_bias = distributed.whole_parameters(teacher_weight, teacher_bias)
@@ -494,6 +494,8 @@ def _check_options(
         _checks.positive_int("num_items", num_items)
     elif num_items.dim() != 0:
         raise ValueError(f"num_items must be an int or a 0-dimensional tensor, got shape {list(num_items.shape)}")
+    else:
+        _checks.real("num_items", num_items)
 
 
 def _check_rounding(round_logits: bool, name: str, hidden: Tensor) -> None:

@@ -7,7 +7,7 @@ on the semirings of ``csrc/formulas/trajectory.h``.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -112,7 +112,7 @@ class _Solution:
     counts: tuple[int, ...]
 
     def path(self, k: int) -> Tensor:
-        _require_paths(self.totals[:, [self.counts.index(k)]], [k])
+        _require_paths(self.totals[:, [self.counts.index(k)]], [k], self.problems, self.h, self.first)
         problem: dict[str, Any] = {
             "cost": self.problems,
             "h": self.h,
@@ -202,12 +202,14 @@ def optimal_trajectory(
             costs are solved too; other implementations take the exact method for a certified cost.
 
     Returns:
-        A :class:`Trajectory` on the cost's device. With ``"all"`` a K that ``inf`` entries rule out has total ``inf``.
+        A :class:`Trajectory` on the cost's device. With ``"all"`` a K that ``inf`` entries rule out, or whose
+        total overflows, has total ``inf``; its path is an error.
 
     Raises:
         TypeError: for other dtypes or arguments of other types.
-        ValueError: if a cost that takes part is NaN or ``-inf``; K is out of range, or no path of K steps is allowed;
-            ``"monge"`` without certificate (a matrix must satisfy the inequality exactly and have no ``inf``).
+        ValueError: if a cost that takes part is NaN or ``-inf``, or a total overflows; K is out of range, or no path
+            of K steps is allowed; ``"monge"`` without certificate (a matrix must satisfy the inequality exactly and
+            have no ``inf``).
 
     This is a solver and synchronises with the device; it is not differentiable. The result depends neither on the
     number of threads nor on the processor.
@@ -224,8 +226,8 @@ def optimal_trajectory(
     first = 0 if convention == "edges" else 1
     problems, h, batch = _problems(cost)
     device, last = problems.device, problems.shape[1] - 1
-    if last < 1:
-        raise ValueError(f"cost must have at least 2 timesteps, 0 and N = 1; got {list(problems.shape[1:])}")
+    if device.type == "meta":
+        raise ValueError("cost is on the meta device, but a solver needs its values")
     counts = _step_counts(num_steps, first, last)
     backend = _backend.backend_for("trajectory_table", device.type)
     certified = _certified(backend, problems, h, first, method)
@@ -238,12 +240,12 @@ def optimal_trajectory(
     totals = totals[:, slice(counts[0] - first, None) if num_steps == "all" else [k - first for k in counts]]
     totals = totals if h is None else totals.log()
     if num_steps != "all":
-        _require_paths(totals, counts)
+        _require_paths(totals, counts, problems, h, first)
 
     solution = _Solution(backend, problems, h, first, totals, table, monge, batch, device, tuple(counts))
     name = "monge" if monge else "exact"
-    if isinstance(num_steps, int):
-        return Trajectory(solution.path(num_steps), totals.reshape(batch).to(device), name)
+    if not isinstance(num_steps, Iterable):
+        return Trajectory(solution.path(counts[0]), totals.reshape(batch).to(device), name)
     return Trajectory(Paths(solution), totals.reshape(*batch, len(counts)).to(device), name)
 
 
@@ -265,6 +267,8 @@ def _problems(cost: Tensor | FactoredCost) -> tuple[Tensor, Tensor | None, torch
     _check_floats("cost", cost)
     if cost.dim() < 2 or cost.shape[-1] != cost.shape[-2]:
         raise ValueError(f"cost must have shape [..., N+1, N+1], got {list(cost.shape)}")
+    if cost.shape[-1] < 2:
+        raise ValueError(f"cost must have at least 2 timesteps, 0 and N = 1; got {list(cost.shape[-2:])}")
     return cost.detach().reshape(-1, *cost.shape[-2:]).contiguous(), None, cost.shape[:-2]
 
 
@@ -274,12 +278,14 @@ def _step_counts(num_steps: int | Sequence[int] | str, first: int, last: int) ->
         return list(range(low, last + 1))
     if isinstance(num_steps, str):
         raise ValueError(f"num_steps must be an int, a sequence of ints or 'all', got {num_steps!r}")
-    counts = [num_steps] if isinstance(num_steps, (int, float)) else list(num_steps)
+    try:
+        several = list(num_steps)  # type: ignore[arg-type]
+    except TypeError:  # one number, or what is none
+        several = [num_steps]  # type: ignore[list-item]
+    counts = [_checks.integer("num_steps", k) for k in several]
     if not counts:
         raise ValueError("num_steps is empty")
     for k in counts:
-        if isinstance(k, bool) or not isinstance(k, int):
-            raise TypeError(f"num_steps must hold ints, got {type(k).__name__}")
         if not low <= k <= last:
             what = "edges from 0 to N" if first == 0 else "nodes from 1 to N"
             raise ValueError(f"num_steps must be from {low} to {last} ({what} = {last}), got {k}")
@@ -313,8 +319,17 @@ def _certified(backend: str, problems: Tensor, h: Tensor | None, first: int, met
     return certify and all(not faults & 2 for faults in status)
 
 
-def _require_paths(totals: Tensor, counts: Sequence[int]) -> None:
-    if not all(map(math.isfinite, totals.flatten().tolist())):
-        problem, column = (~torch.isfinite(totals)).nonzero()[0].tolist()
-        where = f" in problem {problem} of {len(totals)}" if len(totals) > 1 else ""
-        raise ValueError(f"no path of num_steps = {counts[column]} avoids the forbidden (inf) edges{where}")
+def _require_paths(totals: Tensor, counts: Sequence[int], problems: Tensor, h: Tensor | None, first: int) -> None:
+    if all(map(math.isfinite, totals.flatten().tolist())):
+        return
+    problem, column = (~torch.isfinite(totals)).nonzero()[0].tolist()
+    where = f" in problem {problem} of {len(totals)}" if len(totals) > 1 else ""
+    if h is None:
+        forbidden = problems[problem : problem + 1].isinf()
+        cost = torch.zeros_like(forbidden, dtype=totals.dtype).masked_fill(forbidden, torch.inf)
+        free, _ = _reference.trajectory_table(cost, None, first, counts[column] - first, False)
+        if free[0, -1].item() != 0:
+            raise ValueError(f"no path of num_steps = {counts[column]} avoids the forbidden (inf) edges{where}")
+    raise ValueError(
+        f"cost is too large{where}: the total of num_steps = {counts[column]} steps overflows {totals.dtype}; scale it"
+    )

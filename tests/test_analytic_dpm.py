@@ -381,7 +381,7 @@ BAD_CALLS = {
         ValueError,
         lambda: fastgen.reverse_variance(S, MS, T, torch.tensor([4, 5, 6])),
     ),
-    "num_steps must hold ints": (TypeError, lambda: fastgen.analytic_trajectory(S, MS, 3.0)),
+    "num_steps must be an int": (TypeError, lambda: fastgen.analytic_trajectory(S, MS, 3.0)),
     "eta must be <= 1": (ValueError, lambda: fastgen.reverse_variance(S, MS, 3, 4, eta=1.5)),
     "eta must be >= 0": (ValueError, lambda: fastgen.reverse_variance(S, MS, 3, 4, eta=-0.5)),
     r"data_range must be \(a, b\) with": (ValueError, lambda: fastgen.reverse_variance(S, MS, 3, 4, data_range=(1, 1))),

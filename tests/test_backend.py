@@ -75,8 +75,8 @@ except RuntimeError as error:
 """
     run = python(code)
     assert run.returncode == 0, run.stderr
-    assert "torch.Size([4, 3]) reference ModuleNotFoundError" in run.stdout
-    assert "fastgen._C did not load" in run.stdout
+    assert "torch.Size([4, 3]) reference NotBuilt" in run.stdout
+    assert "fastgen._C is not built" in run.stdout
 
 
 def test_triton_is_not_imported_before_it_is_needed():
@@ -90,6 +90,13 @@ def test_info_names_every_operator(capsys):
     assert torch.__version__ in out
     for name in _backend.operators:
         assert f"  {name} " in out
+
+
+def test_info_gives_no_reasons_where_a_backend_is_asked_for(capsys):
+    with fastgen.use_backend("reference"):
+        assert main(["info"]) == 0
+    table = capsys.readouterr().out.partition("\non cpu:\n")[2].splitlines()
+    assert [line.split()[1] for line in table] == ["reference"] * len(_backend.operators)
 
 
 def test_verify_covers_every_operator_and_fails_on_a_wrong_one(monkeypatch, capsys, kernel_backend):

@@ -331,7 +331,7 @@ BAD_CALLS = {
     "prediction_type must be one of": (ValueError, lambda: build(prediction_type="eps")),
     "loss must be one of": (ValueError, lambda: build(loss="l3")),
     "batch_size must be at least 1": (ValueError, lambda: build(batch_size=0)),
-    "seed must be an int >= 0": (ValueError, lambda: build(seed=-1)),
+    "seed must be at least 0": (ValueError, lambda: build(seed=-1)),
     "error_probability must be between 0 and 1": (ValueError, lambda: build(error_probability=1.0)),
     "error_probability must be a number": (TypeError, lambda: build(error_probability="0.1")),
     "stages must end with to_keep = 1": (ValueError, lambda: build(stages=[(4, 2)])),

@@ -294,7 +294,7 @@ def test_errors() -> None:
     with pytest.raises(ValueError, match="'all'"):
         optimal_trajectory(cost, "every")
     for k in (True, [2.0]):
-        with pytest.raises(TypeError, match="ints"):
+        with pytest.raises(TypeError, match="num_steps must be an int"):
             optimal_trajectory(cost, k)
     with pytest.raises(ValueError, match="'monge' needs a certified cost"):
         optimal_trajectory(cost, 2, method="monge")
