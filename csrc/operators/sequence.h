@@ -73,7 +73,7 @@ std::tuple<Tensor, Tensor, Tensor> sequence_ddo_loss(const Tensor& logprob, cons
     std::optional<typename Device::template FlagCounts<T>> own_counts;
     if (reduction == "mean" && !counts) own_counts.emplace(real);
     const T* n = reduction != "mean" ? nullptr : counts ? data_or_null<T>(counts) : own_counts->data();
-    const SequenceDdoLoss<T> formula{{static_cast<const bool*>(real.const_data_ptr()), n, T(alpha), T(beta), T(1)},
+    const SequenceDdoLoss<T> formula{{flag_bytes(real), n, T(alpha), T(beta), T(1)},
                                      T(scale),
                                      mutable_data<T>(term),
                                      mutable_data<T>(delta),

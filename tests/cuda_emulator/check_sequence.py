@@ -31,7 +31,7 @@ def check(case: str) -> None:
     y = torch.randint(shape[-1], shape[:-1])
     s[..., 3], t[..., 3], t[..., 5] = -torch.inf, -torch.inf, -torch.inf
     y.masked_fill_((y == 3) | (y == 5), 4).view(-1)[1::3] = -100
-    real = torch.tensor([True, False])
+    real = torch.tensor([255, 0], dtype=torch.uint8).view(torch.bool)
 
     def both(what: str, f: Callable[..., torch.Tensor], x: torch.Tensor, *others: torch.Tensor) -> None:
         got = value_and_grad(lambda x: f(fastgen, x, *others), x)
