@@ -136,6 +136,9 @@ const T* data_or_null(const std::optional<Tensor>& t) {
   return t ? static_cast<const T*>(t->const_data_ptr()) : nullptr;
 }
 
+// The bytes of a bool tensor. Any but 0 is true (a view of other data can hold them all): a C++ bool could not hold it.
+inline const uint8_t* flag_bytes(const Tensor& t) { return static_cast<const uint8_t*>(t.const_data_ptr()); }
+
 template <class T>
 T* mutable_data(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());

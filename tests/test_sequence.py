@@ -183,6 +183,47 @@ def test_a_student_close_to_its_teacher_gets_an_accurate_gradient(beta, kernel_b
     assert abs(eager[0] - exact[0]) > abs(actual[0] - exact[0])
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.3, 0.9, 1.0])
+@pytest.mark.parametrize("temperature", [0.5, 3.0])
+def test_a_constant_between_student_and_teacher_costs_no_digits(beta, temperature, backend, device):
+    """Logits mean the same with any constant added, and two models rarely have the same. Of rows that lie on different
+    sides of 0 neither can be moved to the other exactly: then the error is at most that of eager log-softmaxes."""
+    near, noise = 3 * torch.randn(6, 500, device=device), 1e-2 * torch.randn(6, 500, device=device)
+
+    def f(m, x, y):
+        return m.generalized_jsd_loss(x, y, beta=beta, temperature=temperature, reduction="none")
+
+    def error(student, teacher, m=fastgen):
+        seed = torch.linspace(0.5, 1.5, 6, device=device)
+        exact = value_and_grad(lambda x: f(reference, x, teacher.double()), student.double(), seed)[1]
+        return ((value_and_grad(lambda x: f(m, x, teacher), student, seed)[1] - exact).norm() / exact.norm()).item()
+
+    usual = max(error(near + noise, near), 1e-7)
+    for offset in (10.0, -10.0, 1000.0, -1000.0, 1e4, -1e4):
+        allowed = 4 * usual if abs(offset) >= 1000 else max(4 * usual, error(near + noise, near, reference))
+        assert error(near + noise + offset, near) < allowed, f"student + {offset}"
+        assert error(near + noise, near + offset) < allowed, f"teacher + {offset}"
+        assert error(near + noise + offset, near + offset / 3) < allowed, f"both, {offset}"
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_masks_as_large_as_numbers_go_are_no_offsets(beta, backend, device):
+    """A row that is masked throughout is uniform; one that is masked in part has zeros there."""
+    least = torch.finfo(torch.float32).min
+    s, t, _ = streams((3, 20), device=device)
+    s[0], t[1], s[2, :5], t[2, :5] = least, least, least, least
+    for x, y in ((s, t), (t, s)):
+        value, grad = value_and_grad(lambda x: fastgen.generalized_jsd_loss(x, y, beta=beta, reduction="none"), x)
+        x0, y0 = x.clone(), y.clone()
+        x0[x0.amax(1) == least], y0[y0.amax(1) == least] = 0, 0
+        expected = value_and_grad(
+            lambda x: reference.generalized_jsd_loss(x, y0.double(), beta=beta, reduction="none"),
+            x0.double(),
+        )
+        torch.testing.assert_close(value.double(), expected[0], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(grad.double(), expected[1], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("case", ["jsd-0", "jsd-0.5", "jsd-1", "jsd-none", "jsd-mean", "logprob", "ddo", "ddo-masked"])
 def test_gradcheck(case):
     s, t, y = streams((3, 2, 6), torch.float64)

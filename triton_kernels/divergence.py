@@ -71,20 +71,37 @@ def _is_read(labels, row, ignore):
 
 
 @triton.jit
-def _norms(student, teacher, T: tl.constexpr):
-    """Of two normalizers, what :func:`_divergence` takes: the largest logit and 1 / sum, of Q then of P, and
-    log2 of the sums' ratio, which the difference of two logarithms of some 10 would round."""
-    shift = tl.log2(divide(student[1], teacher[1]))
-    one = tl.full((), 1.0, T)
-    return student[0], divide(one, student[1]), teacher[0], divide(one, teacher[1]), shift
+def _exact_offset(high, low, numbers, T: tl.constexpr):
+    """What `high` lies above `low`, rounded to a multiple of the last place of all logits of these maxima that matter
+    (from 16 temperatures below): it can be subtracted from the logits of larger magnitude without rounding them."""
+    reach = tl.maximum(tl.abs(high), tl.abs(low)) + 16.0 * number(numbers.temperature, T)
+    grain = 24.0 * tl.minimum(reach, 1e29)  # adding it rounds to its last place, 16 to 32 of reach's
+    return ((high - low) + grain) - grain
 
 
 @triton.jit
-def _read_norms(student, teacher, read, T: tl.constexpr):
+def _norms(student, teacher, numbers, T: tl.constexpr):
+    """Of two normalizers, what :func:`_divergence` takes: offset, largest logit without it and 1 / sum, of Q then of P,
+    and in units of the logits how much smaller log P is for equal logits without the offsets.
+
+    What the one row lies above the other means nothing. The offsets, of which one is 0, take it from the row of the
+    larger logits. Of the sums it takes one logarithm: the difference of two of some 10 would round it.
+    """
+    of_teacher = tl.abs(teacher[0]) > tl.abs(student[0])
+    above = _exact_offset(teacher[0], student[0], numbers, T)
+    s, t = tl.where(of_teacher, 0.0, -above), tl.where(of_teacher, above, 0.0)
+    sums = divide(tl.log2(divide(student[1], teacher[1])), number(numbers.scale, T))
+    one = tl.full((), 1.0, T)
+    shift = ((teacher[0] - t) - (student[0] - s)) - sums
+    return s, student[0] - s, divide(one, student[1]), t, teacher[0] - t, divide(one, teacher[1]), shift
+
+
+@triton.jit
+def _read_norms(student, teacher, read, numbers, T: tl.constexpr):
     """The same, with numbers that make zeros of a row that was not read."""
     student = tl.where(read, student[0], 0.0), tl.where(read, student[1], 1.0)
     teacher = tl.where(read, teacher[0], 0.0), tl.where(read, teacher[1], 1.0)
-    return _norms(student, teacher, T)
+    return _norms(student, teacher, numbers, T)
 
 
 @triton.jit
@@ -107,13 +124,15 @@ def _divergence(s, t, norms, numbers, KIND: tl.constexpr, T: tl.constexpr):
     divergences Q - P, which sums to 0, makes every share non-negative and cancels what the rounding of the sums adds.
     """
     scale = number(numbers.scale, T)
-    # Of the logits as they are: those of close models subtract exactly. Equal ones may both be -inf.
-    raw = (tl.where(s == t, 0.0, t - s) - (norms[2] - norms[0])) + divide(norms[4], scale)
+    s_offset, s_largest, s_share, t_offset, t_largest, t_share, shift = norms
+    # Of logits that are not normalised: those of close models subtract exactly. Equal ones may both be -inf.
+    s, t = s - s_offset, t - t_offset
+    raw = tl.where(s == t, 0.0, t - s) - shift
     d = raw * scale
     above = d > 0.0  # the teacher's is the larger
     gap = -tl.abs(d)
     ratio, minus_one = exp2m1(gap)
-    larger = tl.exp2(tl.where(above, t - norms[2], s - norms[0]) * scale) * tl.where(above, norms[3], norms[1])
+    larger = tl.exp2(tl.where(above, t - t_largest, s - s_largest) * scale) * tl.where(above, t_share, s_share)
     smaller = larger * ratio
     q, p = tl.where(above, smaller, larger), tl.where(above, larger, smaller)
     if KIND == BETWEEN:
@@ -278,7 +297,7 @@ def _divergence_rows(
         EDGES,
         T,
     )
-    norms = _read_norms(student, teacher, read, T)
+    norms = _read_norms(student, teacher, read, numbers, T)
     GRAD: tl.constexpr = len(data) == 3
     WITH: tl.constexpr = GRAD and KIND == FORWARD  # that gradient needs no sum of this sweep
     factor = _factor(None, scale, row, numbers, KIND, T)
@@ -343,7 +362,7 @@ def _divergence_sums(
     element, mask = edge_elements(span, LANES, WIDTH)
     begin, end, edge = segment_of(segment, program % segments, span, _is_read(labels, row, ignore))
     student, teacher = _combined_pair(partials, row, segments, SEGMENTS, numbers, T)
-    norms = _norms(student, teacher, T)
+    norms = _norms(student, teacher, numbers, T)
     own = _sweep(
         data, starts, begin, end, element, both(mask, edge), True, norms, numbers, norms[1], norms[1], True, True,
         False, True, KIND, LANES, TILES, WIDTH, EDGES, T,
@@ -385,7 +404,7 @@ def _divergence_backward(
     begin, end, edge = segment_of(segment, index, span, tl.full((), 1, tl.int1))
     student = tl.load(stats + row), tl.load(stats + rows + row)
     teacher = tl.load(stats + 2 * rows + row), tl.load(stats + 3 * rows + row)
-    norms = _read_norms(student, teacher, read, T)
+    norms = _read_norms(student, teacher, read, numbers, T)
     center = tl.load(stats + 4 * rows + row)
     factor = _factor(grad, scale, row, numbers, KIND, T)
     _sweep(

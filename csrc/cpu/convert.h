@@ -102,7 +102,7 @@ FASTGEN_HD const T* load(const void* data, ScalarType dtype, int64_t offset, int
       convert<kAhead>(static_cast<const uint16_t*>(data) + offset, n, buffer, float16_to_float);
       break;
     case ScalarType::Bool:
-      convert<kAhead>(static_cast<const uint8_t*>(data) + offset, n, buffer, [](uint8_t v) { return v; });
+      convert<kAhead>(static_cast<const uint8_t*>(data) + offset, n, buffer, [](uint8_t v) { return v != 0; });
       break;
     default:  // float64 into float does not occur: one float64 input makes the arithmetic float64
       break;

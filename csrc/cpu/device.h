@@ -52,9 +52,9 @@ struct Device {
     T counts[2];
 
     explicit FlagCounts(const Tensor& flags) {
-      const bool* data = static_cast<const bool*>(flags.const_data_ptr());
+      const uint8_t* data = flag_bytes(flags);
       int64_t set = 0;
-      for (int64_t i = 0; i < flags.numel(); ++i) set += data[i];
+      for (int64_t i = 0; i < flags.numel(); ++i) set += data[i] != 0;
       counts[0] = static_cast<T>(set);
       counts[1] = static_cast<T>(flags.numel() - set);
     }

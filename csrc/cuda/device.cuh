@@ -17,10 +17,10 @@ __global__ void __launch_bounds__(kMaxThreads) sum_vector(const T* terms, int64_
 }
 
 template <class T>
-__global__ void __launch_bounds__(kMaxThreads) count_flags(const bool* flags, int64_t n, T* counts) {
+__global__ void __launch_bounds__(kMaxThreads) count_flags(const uint8_t* flags, int64_t n, T* counts) {
   __shared__ Exchange<int64_t, 1> exchange;
   int64_t set[1] = {0};
-  for (int64_t i = threadIdx.x; i < n; i += kMaxThreads) set[0] += flags[i];
+  for (int64_t i = threadIdx.x; i < n; i += kMaxThreads) set[0] += flags[i] != 0;
   block_sum(set, exchange);
   if (threadIdx.x == 0) {
     counts[0] = static_cast<T>(set[0]);
@@ -63,8 +63,8 @@ struct Device {
 
     explicit FlagCounts(const Tensor& flags)
         : counts(new_vector(flags, 2, sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float)) {
-      Launch{flags}(&count_flags<T>, 1, dim3(kMaxThreads), 0, 1, static_cast<const bool*>(flags.const_data_ptr()),
-                    flags.numel(), mutable_data<T>(counts));
+      Launch{flags}(&count_flags<T>, 1, dim3(kMaxThreads), 0, 1, flag_bytes(flags), flags.numel(),
+                    mutable_data<T>(counts));
     }
     const T* data() const { return static_cast<const T*>(counts.const_data_ptr()); }
   };

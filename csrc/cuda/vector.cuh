@@ -105,7 +105,7 @@ __device__ __forceinline__ void unpack(const Raw& raw, ScalarType dtype, T (&x)[
     for (int j = 0; j < kWidth<T>; ++j) x[j] = __uint_as_float(raw.word[j]);
   } else if (masks && dtype == ScalarType::Bool) {
 #pragma unroll
-    for (int j = 0; j < kWidth<T>; ++j) x[j] = static_cast<T>((raw.word[j / 4] >> (8 * (j % 4))) & 0xffu);
+    for (int j = 0; j < kWidth<T>; ++j) x[j] = raw.word[j / 4] & (0xffu << (8 * (j % 4))) ? T(1) : T(0);
   } else if (dtype == ScalarType::BFloat16) {
 #pragma unroll
     for (int j = 0; j < kWidth<T>; ++j)

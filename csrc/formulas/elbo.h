@@ -140,13 +140,13 @@ struct ElboDifferenceLoss {
 // Real images: softplus(-beta m) / n_real. Fakes: alpha softplus(beta m) / n_fake. m is the mean over an image's rows.
 template <class T>
 struct DdoLink {
-  const bool* is_real;
+  const uint8_t* is_real;  // any byte but 0
   const T* counts;  // {n_real, n_fake}; null: no division
   T alpha, beta, row_share;
 
   FASTGEN_HD T share(int64_t) const { return row_share; }
   FASTGEN_HD T term(int64_t group, T m, T* slope) const {
-    const bool real = is_real[group];
+    const bool real = is_real[group] != 0;
     const T weight = (real ? T(1) : alpha) / (counts ? counts[real ? 0 : 1] : T(1));  // a row present is counted: > 0
     const T signed_beta = real ? -beta : beta;
     *slope = weight * signed_beta * sigmoid(signed_beta * m);

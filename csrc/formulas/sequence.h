@@ -132,16 +132,28 @@ enum class Divergence {
 
 template <class T>
 struct JsdRow {
-  T student_max, student_share, teacher_max, teacher_share;  // share: 1 / sum
-  T shift, log_shift;  // teacher - student: of the maxima, and of the logarithms of the sums
+  T student_offset, teacher_offset;                          // one of them is 0
+  T student_max, student_share, teacher_max, teacher_share;  // without the offsets; share: 1 / sum
+  T shift;  // teacher - student: of the maxima without the offsets / temperature + the logarithms of the sums
   T coefficient, center;
 };
+
+// What `high` lies above `low`, rounded to a multiple of the last place of all logits of these maxima that matter (from
+// 16 temperatures below): it can be subtracted from the logits of larger magnitude without rounding them.
+template <class T>
+FASTGEN_HD T exact_offset(T high, T low, T inverse_temperature) {
+  const T largest = std::abs(high) > std::abs(low) ? std::abs(high) : std::abs(low);
+  const T reach = largest + T(16) / inverse_temperature;
+  const T grain = T(24) * (reach < T(1e29) ? reach : T(1e29));  // adding it rounds to its last place, 16 to 32 of reach's
+  return ((high - low) + grain) - grain;
+}
 
 // What both the loss and its backward do with a pair of logits.
 //
 // With x = log Q, y = log P everything follows from d = y - x, the larger of the two probabilities and the ratio
 // e^-|d| of the smaller to it: nothing overflows, log(M / larger) is a log1p, and where the student is close to the
-// teacher no digits cancel:
+// teacher no digits cancel. (Logits of close models subtract exactly, so d is formed of the logits themselves. What the
+// one row lies above the other, which means nothing, is first taken from the row of the larger logits, exactly too.)
 //
 //             gradient / coefficient       loss
 //   forward   Q - P                        Σ P d + (Q - P)
@@ -157,14 +169,19 @@ struct JsdElement {
   T inverse_temperature;
 
   FASTGEN_HD JsdRow<T> row(const Softmax<T>& student, const Softmax<T>& teacher, T coefficient, T center) const {
-    const T s = base_of(student.max), t = base_of(teacher.max);
-    return {s, T(1) / student.sum, t, T(1) / teacher.sum, t - s, std::log(teacher.sum / student.sum), coefficient, center};
+    T s = base_of(student.max), t = base_of(teacher.max);
+    const T above = exact_offset(t, s, inverse_temperature);
+    const bool of_teacher = std::abs(t) > std::abs(s);
+    const T student_offset = of_teacher ? T(0) : -above, teacher_offset = of_teacher ? above : T(0);
+    s -= student_offset, t -= teacher_offset;
+    const T shift = (t - s) * inverse_temperature + std::log(teacher.sum / student.sum);
+    return {student_offset, teacher_offset, s, T(1) / student.sum, t, T(1) / teacher.sum, shift, coefficient, center};
   }
 
   FASTGEN_HD void element(const JsdRow<T>& row, const T* v, T* parts, T* sums) const {
-    const T s = v[0], t = v[1];
+    const T s = v[0] - row.student_offset, t = v[1] - row.teacher_offset;
     // Equal logits may both be -inf.
-    const T d = ((s == t ? T(0) : t - s) - row.shift) * inverse_temperature - row.log_shift;
+    const T d = (s == t ? T(0) : t - s) * inverse_temperature - row.shift;
     const bool teacher_larger = d > T(0);
     // Finite, so that what has probability 0 adds 0 without a mask; the ends of beta can be infinite and need d itself.
     const T gap = -std::abs(d) < T(-1e30) ? T(-1e30) : -std::abs(d);

@@ -133,7 +133,7 @@ LossOutputs ddo_loss(const Tensor& pred, const Tensor& ref_pred, const Tensor& t
     std::optional<typename Device::template FlagCounts<T>> own_counts;
     if (mean && !counts) own_counts.emplace(real);
     const T* n = !mean ? nullptr : counts ? data_or_null<T>(counts) : own_counts->data();
-    const DdoLink<T> link{static_cast<const bool*>(real.const_data_ptr()), n, T(alpha), T(beta),
+    const DdoLink<T> link{flag_bytes(real), n, T(alpha), T(beta),
                           T(1.0 / static_cast<double>(mc_samples))};
     return elbo_difference_loss<Device, T>(rows, groups, weight, element_mean, option<Reduction>(reduction) != Reduction::none, with_grad, link);
   });

@@ -71,9 +71,10 @@ std::tuple<Tensor, Tensor, Tensor> sequence_ddo_loss(const Tensor& logprob, cons
   const Tensor loss = with_arithmetic(dtype, [&](auto zero) {
     using T = decltype(zero);
     std::optional<typename Device::template FlagCounts<T>> own_counts;
-    if (option<Reduction>(reduction) == Reduction::mean && !counts) own_counts.emplace(real);
-    const T* n = option<Reduction>(reduction) != Reduction::mean ? nullptr : counts ? data_or_null<T>(counts) : own_counts->data();
-    const SequenceDdoLoss<T> formula{{static_cast<const bool*>(real.const_data_ptr()), n, T(alpha), T(beta), T(1)},
+    const bool mean = option<Reduction>(reduction) == Reduction::mean;
+    if (mean && !counts) own_counts.emplace(real);
+    const T* n = !mean ? nullptr : counts ? data_or_null<T>(counts) : own_counts->data();
+    const SequenceDdoLoss<T> formula{{flag_bytes(real), n, T(alpha), T(beta), T(1)},
                                      T(scale),
                                      mutable_data<T>(term),
                                      mutable_data<T>(delta),

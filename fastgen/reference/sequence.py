@@ -19,7 +19,7 @@ def token_logprob(
     logits: Tensor, tokens: Tensor, *, temperature: float = 1.0, ignore_index: int = IGNORE_INDEX
 ) -> Tensor:
     """``log softmax(logits / temperature)`` at the tokens."""
-    logprobs = F.log_softmax(widened(logits) / temperature, -1)
+    logprobs = log_softmax(logits, temperature)
     inside = (tokens >= 0) & (tokens < logits.shape[-1])
     picked = logprobs.gather(-1, torch.where(inside, tokens, 0).unsqueeze(-1)).squeeze(-1)
     picked = torch.where(inside, picked, math.nan)
@@ -68,9 +68,7 @@ def generalized_jsd_loss(
 ) -> Tensor:
     """``beta KL(P‖M) + (1 - beta) KL(Q‖M)``, ``M = beta P + (1 - beta) Q``; KL(P‖Q) at beta = 0, KL(Q‖P) at 1."""
     vocabulary = min(student_logits.shape[-1], teacher_logits.shape[-1])
-    log_q, log_p = (
-        F.log_softmax(widened(t[..., :vocabulary]) / temperature, -1) for t in (student_logits, teacher_logits.detach())
-    )
+    log_q, log_p = (log_softmax(t[..., :vocabulary], temperature) for t in (student_logits, teacher_logits.detach()))
     if beta == 0:
         rows = kl_divergence(log_p, log_q)
     elif beta == 1:
@@ -149,6 +147,13 @@ def autocast_dtype(t: Tensor) -> torch.dtype:
     device = t.device.type
     on = torch.is_autocast_enabled(device) and t.dtype != torch.float64
     return torch.get_autocast_dtype(device) if on else t.dtype
+
+
+def log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    """``log softmax(logits / temperature)``, where the division rounds no constant that all logits share."""
+    logits = widened(logits)
+    largest = logits.detach().amax(-1, keepdim=True)
+    return F.log_softmax((logits - torch.where(largest.isfinite(), largest, 0.0)) / temperature, -1)
 
 
 def kl_divergence(log_a: Tensor, log_b: Tensor) -> Tensor:
