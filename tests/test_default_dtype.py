@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 import fastgen
-from fastgen import NoiseSchedule, _verify
+from fastgen import NoiseSchedule
+from fastgen.cases import CASES
 
 SCHEDULE = NoiseSchedule.linear(20)
 
@@ -109,26 +110,14 @@ CALLS: dict[str, Callable[[], Any]] = {
     "gradient_penalty": lambda: fastgen.gradient_penalty(critic, X, Y, generator=generator()),
     "r1_penalty": penalised,
     "approximate_r1_penalty": lambda: fastgen.approximate_r1_penalty(critic, X, critic(X), generator=generator()),
-    "feature_distance": lambda: fastgen.feature_distance([X, Y], [Y, Y], [0.5, 2.0]),
     "pix2pix_loss": lambda: fastgen.pix2pix_loss(X[:, :1], X, Y),
-    "elbo_error": lambda: fastgen.elbo_error(X, Y),
     "ddo_loss": lambda: fastgen.ddo_loss(X, Y, Y, T > 2, return_delta=True),
     "diffusion_dpo_loss": lambda: fastgen.diffusion_dpo_loss(X, Y, Y, return_delta=True),
     "sds_loss": lambda: fastgen.sds_loss(X, Y, X, return_stats=True),
     "vsd_loss": lambda: fastgen.vsd_loss(X, Y, X, return_stats=True),
     "dmd_loss": lambda: fastgen.dmd_loss(X, Y, X, Y, alpha_t=HALF, sigma_t=HALF, mask=X > 0, return_stats=True),
-    "token_logprob": lambda: fastgen.token_logprob(X, T % 3),
-    "sequence_ddo_loss": lambda: fastgen.sequence_ddo_loss(X[:, None], Y[:, None], T[:, None] % 3, T > 2),
-    "generalized_jsd_loss": lambda: fastgen.generalized_jsd_loss(X, Y),
-    "linear_token_logprob": lambda: fastgen.linear_token_logprob(X, numbers(7, 3), T % 7),
-    "linear_generalized_jsd_loss": lambda: fastgen.linear_generalized_jsd_loss(X, numbers(7, 3), Y, numbers(7, 3)),
     "DiffusionClassifier": classified,
-    **{
-        f"{name}_{i}": lambda f=f: f(fastgen, X, Y, X + Y)
-        for name, calls in _verify.CASES.items()
-        for i, f in enumerate(calls)
-        if name.startswith(("elbo", "score", "dmd", "decoupled", "mean", "row"))
-    },
+    **{name: lambda c=case, t=case.inputs((4, 3)): c(fastgen, **t) for name, case in CASES.items()},
 }  # fmt: skip
 
 
