@@ -1,5 +1,6 @@
 """Losses from hidden states and output weights: against the reference in float64, chunk by chunk, and in memory."""
 
+import os
 import subprocess
 import sys
 
@@ -256,12 +257,13 @@ print(status("VmHWM") - before - 4 * w.numel() - (w.nbytes if dtype != torch.flo
 def test_memory_beyond_the_weight_gradient(sizes, dtype):
     """The logits alone would be 131 and 524 MB, of each model; the weight gradient is summed in float32."""
     command = [sys.executable, "-c", PEAK, *map(str, sizes), dtype]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    # Large tensors straight from the system and back to it: what glibc keeps in its heap varies from run to run.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"}
+    run = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if run.returncode and "clear_refs" in run.stderr:
         pytest.skip("this kernel does not let a process reset its peak memory")
     assert run.returncode == 0, run.stderr
-    # What the allocator keeps between chunks varies from run to run, and shows in the small case.
-    assert float(run.stdout) < (200e6 if sizes[0] == 4096 else 260e6)
+    assert float(run.stdout) < 200e6
 
 
 H, W, B, Y = torch.zeros(2, 3, 4), torch.zeros(5, 4), torch.zeros(5), torch.zeros(2, 3, dtype=torch.int64)
