@@ -120,9 +120,7 @@ class AnalyticDPMScheduler(SchedulerMixin, ConfigMixin):
         if num_inference_steps == 1:
             nodes = torch.tensor([last])
         elif config.trajectory == "optimal":
-            steps = analytic_trajectory(self.schedule, ms_eps, num_inference_steps, data_range=data_range).steps
-            assert isinstance(steps, Tensor)
-            nodes = steps
+            nodes = analytic_trajectory(self.schedule, ms_eps, num_inference_steps, data_range=data_range).steps
         else:
             nodes = torch.linspace(1, last, num_inference_steps, dtype=torch.float64).round().long()
         k = plan_steps(
