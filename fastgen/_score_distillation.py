@@ -197,7 +197,7 @@ class Rows(NamedTuple):
 
     def finish(
         self, loss: Tensor, stats: Tensor, terms: int, count: Tensor | None, x: Tensor, return_stats: bool
-    ) -> Any:
+    ) -> Tensor | tuple[Tensor, DistillationStats]:
         """From groups to samples. Rows of `stats`: `terms` sums of |G|, `terms` normalisers, skips."""
         per_frame = self.frames is not None and self.group == 1
         if per_frame and loss.dim() == 1:

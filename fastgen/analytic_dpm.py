@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -214,6 +214,16 @@ def trajectory_cost(schedule: NoiseSchedule, ms_eps: Tensor) -> FactoredCost:
     return FactoredCost(v.to(ms_eps.device), h.to(ms_eps.device))
 
 
+@overload
+def analytic_trajectory(
+    schedule: NoiseSchedule, ms_eps: Tensor, num_steps: int, *,
+    convention: Literal["nodes", "edges"] = ..., data_range: DataRange = ...,
+) -> Trajectory[Tensor]: ...  # fmt: skip
+@overload
+def analytic_trajectory(
+    schedule: NoiseSchedule, ms_eps: Tensor, num_steps: Sequence[int] | Literal["all"], *,
+    convention: Literal["nodes", "edges"] = ..., data_range: DataRange = ...,
+) -> Trajectory[Mapping[int, Tensor]]: ...  # fmt: skip
 def analytic_trajectory(
     schedule: NoiseSchedule,
     ms_eps: Tensor,
@@ -221,7 +231,7 @@ def analytic_trajectory(
     *,
     convention: Literal["nodes", "edges"] = "nodes",
     data_range: DataRange = (-1.0, 1.0),
-) -> Trajectory:
+) -> Trajectory[Tensor] | Trajectory[Mapping[int, Tensor]]:
     """The K timesteps with the best likelihood bound: :func:`regularize_moments`, :func:`trajectory_cost` and
     :func:`fastgen.optimal_trajectory` in a row.
 

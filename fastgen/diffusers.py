@@ -173,7 +173,7 @@ class AnalyticDPMScheduler(SchedulerMixin, ConfigMixin):
         self.timesteps = (nodes - 1).flip(0).to(device)
 
     def _even_or_optimal(self, steps: int) -> Tensor:
-        _checks.positive_int("num_inference_steps", steps)
+        steps = _checks.positive_int("num_inference_steps", steps)
         last = self.config.num_train_timesteps
         if steps > last:
             raise ValueError(f"num_inference_steps must be at most {last}, got {steps}")
@@ -181,9 +181,7 @@ class AnalyticDPMScheduler(SchedulerMixin, ConfigMixin):
             return torch.tensor([last])
         if self.config.trajectory == "even":
             return torch.linspace(1, last, steps, dtype=torch.float64).round().long()
-        nodes = analytic_trajectory(self.schedule, self._moments(), steps, data_range=self._data_range()).steps
-        assert isinstance(nodes, Tensor)
-        return nodes
+        return analytic_trajectory(self.schedule, self._moments(), steps, data_range=self._data_range()).steps
 
     def _data_range(self) -> tuple[float, float] | None:
         size = self.config.clip_sample_range

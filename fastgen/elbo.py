@@ -145,6 +145,22 @@ def ddo_loss(
     return_delta: Literal[True],
     group: Any = ...,
 ) -> tuple[Tensor, Tensor]: ...
+@overload
+def ddo_loss(
+    pred: Tensor,
+    ref_pred: Tensor,
+    target: Tensor,
+    is_real: Tensor,
+    *,
+    weight: Tensor | None = ...,
+    alpha: float = ...,
+    beta: float = ...,
+    mc_samples: int = ...,
+    element_reduction: Literal["mean", "sum"] = ...,
+    reduction: Literal["mean", "sum", "none"] = ...,
+    return_delta: bool,
+    group: Any = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def ddo_loss(
     pred: Tensor,
     ref_pred: Tensor,
@@ -265,6 +281,19 @@ def diffusion_dpo_loss(
     reduction: Literal["mean", "sum", "none"] = ...,
     return_delta: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
+@overload
+def diffusion_dpo_loss(
+    pred: Tensor,
+    ref_pred: Tensor,
+    target: Tensor,
+    *,
+    weight: Tensor | None = ...,
+    beta: float = ...,
+    kind: Literal["sigmoid", "ipo", "hinge"] = ...,
+    element_reduction: Literal["mean", "sum"] = ...,
+    reduction: Literal["mean", "sum", "none"] = ...,
+    return_delta: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def diffusion_dpo_loss(
     pred: Tensor,
     ref_pred: Tensor,

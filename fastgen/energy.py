@@ -81,6 +81,16 @@ def joint_energy_loss(
     ignore_index: int = ...,
     return_energies: Literal[True],
 ) -> tuple[Tensor, Tensor, Tensor]: ...
+@overload
+def joint_energy_loss(
+    logits_real: Tensor,
+    labels: Tensor,
+    logits_fake: Tensor,
+    *,
+    energy_weight: float = ...,
+    ignore_index: int = ...,
+    return_energies: bool,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]: ...
 def joint_energy_loss(
     logits_real: Tensor,
     labels: Tensor,

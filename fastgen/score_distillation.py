@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 from torch import Tensor
 
@@ -25,6 +25,24 @@ SDS_REDUCTIONS = ("sum_per_batch", "mean", "sum", "none")
 DMD_REDUCTIONS = ("mean", "sum", "none")
 
 
+@overload
+def sds_loss(
+    x: Tensor, pred_cond: Tensor, noise: Tensor, *, pred_uncond: Tensor | None = ..., guidance_scale: float = ...,
+    weight: Tensor | None = ..., reduction: Literal["sum_per_batch", "mean", "sum", "none"] = ...,
+    grad_clip: float | None = ..., return_stats: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def sds_loss(
+    x: Tensor, pred_cond: Tensor, noise: Tensor, *, pred_uncond: Tensor | None = ..., guidance_scale: float = ...,
+    weight: Tensor | None = ..., reduction: Literal["sum_per_batch", "mean", "sum", "none"] = ...,
+    grad_clip: float | None = ..., return_stats: Literal[True],
+) -> tuple[Tensor, DistillationStats]: ...  # fmt: skip
+@overload
+def sds_loss(
+    x: Tensor, pred_cond: Tensor, noise: Tensor, *, pred_uncond: Tensor | None = ..., guidance_scale: float = ...,
+    weight: Tensor | None = ..., reduction: Literal["sum_per_batch", "mean", "sum", "none"] = ...,
+    grad_clip: float | None = ..., return_stats: bool,
+) -> Tensor | tuple[Tensor, DistillationStats]: ...  # fmt: skip
 def sds_loss(
     x: Tensor,
     pred_cond: Tensor,
@@ -36,7 +54,7 @@ def sds_loss(
     reduction: Literal["sum_per_batch", "mean", "sum", "none"] = "sum_per_batch",
     grad_clip: float | None = None,
     return_stats: bool = False,
-) -> Any:
+) -> Tensor | tuple[Tensor, DistillationStats]:
     """Score Distillation Sampling (DreamFusion, arXiv 2209.14988).
 
     .. math:: G = w (ê_{cfg} - ε), \\qquad ê_{cfg} = ê_{uncond} + s (ê_{cond} - ê_{uncond})
@@ -79,6 +97,24 @@ def sds_loss(
     )  # fmt: skip
 
 
+@overload
+def vsd_loss(
+    x: Tensor, real_cond: Tensor, fake: Tensor, *, real_uncond: Tensor | None = ..., guidance_scale: float = ...,
+    weight: Tensor | None = ..., reduction: Literal["sum_per_batch", "mean", "sum", "none"] = ...,
+    grad_clip: float | None = ..., return_stats: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def vsd_loss(
+    x: Tensor, real_cond: Tensor, fake: Tensor, *, real_uncond: Tensor | None = ..., guidance_scale: float = ...,
+    weight: Tensor | None = ..., reduction: Literal["sum_per_batch", "mean", "sum", "none"] = ...,
+    grad_clip: float | None = ..., return_stats: Literal[True],
+) -> tuple[Tensor, DistillationStats]: ...  # fmt: skip
+@overload
+def vsd_loss(
+    x: Tensor, real_cond: Tensor, fake: Tensor, *, real_uncond: Tensor | None = ..., guidance_scale: float = ...,
+    weight: Tensor | None = ..., reduction: Literal["sum_per_batch", "mean", "sum", "none"] = ...,
+    grad_clip: float | None = ..., return_stats: bool,
+) -> Tensor | tuple[Tensor, DistillationStats]: ...  # fmt: skip
 def vsd_loss(
     x: Tensor,
     real_cond: Tensor,
@@ -90,7 +126,7 @@ def vsd_loss(
     reduction: Literal["sum_per_batch", "mean", "sum", "none"] = "sum_per_batch",
     grad_clip: float | None = None,
     return_stats: bool = False,
-) -> Any:
+) -> Tensor | tuple[Tensor, DistillationStats]:
     """Variational Score Distillation (ProlificDreamer, arXiv 2305.16213).
 
     .. math:: G = w (ê_{real,cfg} - ê_{fake})
@@ -121,6 +157,33 @@ def vsd_loss(
     )  # fmt: skip
 
 
+@overload
+def dmd_loss(
+    x: Tensor, x_t: Tensor, real_cond: Tensor, fake: Tensor, *, alpha_t: Tensor, sigma_t: Tensor,
+    prediction_type: str = ..., fake_prediction_type: str | None = ...,
+    real_uncond: Tensor | None = ..., guidance_scale: float = ...,
+    normalizer: Literal["x0_l1"] | None = ..., normalizer_eps: float = ..., normalizer_min: float = ...,
+    normalizer_dims: Literal["sample", "frame"] = ..., weight: Tensor | None = ..., mask: Tensor | None = ...,
+    reduction: Literal["mean", "sum", "none"] = ..., return_stats: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def dmd_loss(
+    x: Tensor, x_t: Tensor, real_cond: Tensor, fake: Tensor, *, alpha_t: Tensor, sigma_t: Tensor,
+    prediction_type: str = ..., fake_prediction_type: str | None = ...,
+    real_uncond: Tensor | None = ..., guidance_scale: float = ...,
+    normalizer: Literal["x0_l1"] | None = ..., normalizer_eps: float = ..., normalizer_min: float = ...,
+    normalizer_dims: Literal["sample", "frame"] = ..., weight: Tensor | None = ..., mask: Tensor | None = ...,
+    reduction: Literal["mean", "sum", "none"] = ..., return_stats: Literal[True],
+) -> tuple[Tensor, DistillationStats]: ...  # fmt: skip
+@overload
+def dmd_loss(
+    x: Tensor, x_t: Tensor, real_cond: Tensor, fake: Tensor, *, alpha_t: Tensor, sigma_t: Tensor,
+    prediction_type: str = ..., fake_prediction_type: str | None = ...,
+    real_uncond: Tensor | None = ..., guidance_scale: float = ...,
+    normalizer: Literal["x0_l1"] | None = ..., normalizer_eps: float = ..., normalizer_min: float = ...,
+    normalizer_dims: Literal["sample", "frame"] = ..., weight: Tensor | None = ..., mask: Tensor | None = ...,
+    reduction: Literal["mean", "sum", "none"] = ..., return_stats: bool,
+) -> Tensor | tuple[Tensor, DistillationStats]: ...  # fmt: skip
 def dmd_loss(
     x: Tensor,
     x_t: Tensor,
@@ -141,7 +204,7 @@ def dmd_loss(
     mask: Tensor | None = None,
     reduction: Literal["mean", "sum", "none"] = "mean",
     return_stats: bool = False,
-) -> Any:
+) -> Tensor | tuple[Tensor, DistillationStats]:
     """Distribution Matching Distillation (DMD, arXiv 2311.18828; DMD2, arXiv 2405.14867).
 
     .. math:: G = w \\frac{f - r_{cfg}}{n}, \\qquad n = mean_{sample} |x - r_{cfg}|
@@ -235,6 +298,30 @@ def dmd_loss(
     return rows.finish(loss, stats, 1, count, x, return_stats)
 
 
+@overload
+def decoupled_dmd_loss(
+    x: Tensor, dm: ScorePair, ca: ScorePair, *, guidance_scale: float,
+    prediction_type: str = ..., fake_prediction_type: str | None = ...,
+    normalizer: Literal["x0_l1"] | None = ..., normalizer_eps: float = ..., normalizer_min: float = ...,
+    normalizer_dims: Literal["sample", "frame"] = ..., weight: Tensor | None = ..., mask: Tensor | None = ...,
+    reduction: Literal["mean", "sum", "none"] = ..., return_stats: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def decoupled_dmd_loss(
+    x: Tensor, dm: ScorePair, ca: ScorePair, *, guidance_scale: float,
+    prediction_type: str = ..., fake_prediction_type: str | None = ...,
+    normalizer: Literal["x0_l1"] | None = ..., normalizer_eps: float = ..., normalizer_min: float = ...,
+    normalizer_dims: Literal["sample", "frame"] = ..., weight: Tensor | None = ..., mask: Tensor | None = ...,
+    reduction: Literal["mean", "sum", "none"] = ..., return_stats: Literal[True],
+) -> tuple[Tensor, DistillationStats]: ...  # fmt: skip
+@overload
+def decoupled_dmd_loss(
+    x: Tensor, dm: ScorePair, ca: ScorePair, *, guidance_scale: float,
+    prediction_type: str = ..., fake_prediction_type: str | None = ...,
+    normalizer: Literal["x0_l1"] | None = ..., normalizer_eps: float = ..., normalizer_min: float = ...,
+    normalizer_dims: Literal["sample", "frame"] = ..., weight: Tensor | None = ..., mask: Tensor | None = ...,
+    reduction: Literal["mean", "sum", "none"] = ..., return_stats: bool,
+) -> Tensor | tuple[Tensor, DistillationStats]: ...  # fmt: skip
 def decoupled_dmd_loss(
     x: Tensor,
     dm: ScorePair,
@@ -251,7 +338,7 @@ def decoupled_dmd_loss(
     mask: Tensor | None = None,
     reduction: Literal["mean", "sum", "none"] = "mean",
     return_stats: bool = False,
-) -> Any:
+) -> Tensor | tuple[Tensor, DistillationStats]:
     """Decoupled DMD (arXiv 2511.22677): DMD's gradient taken apart into distribution matching (DM) and guidance (CA).
 
     .. math::
@@ -404,7 +491,7 @@ def _score_loss(
     reduction: str,
     grad_clip: float | None,
     return_stats: bool,
-) -> Any:
+) -> Tensor | tuple[Tensor, DistillationStats]:
     """SDS and VSD: `names` are the public names of the streams, in the order pred, target, uncond."""
     uncond_name = list(names)[2]
     _checks.streams(x=x, **dict(zip(names, (pred, target), strict=False)), **_checks.given(**{uncond_name: uncond}))

@@ -97,6 +97,21 @@ def sequence_ddo_loss(
     return_delta: Literal[True],
     group: Any = ...,
 ) -> tuple[Tensor, Tensor]: ...
+@overload
+def sequence_ddo_loss(
+    logits: Tensor,
+    ref_logits: Tensor,
+    tokens: Tensor,
+    is_real: Tensor,
+    *,
+    mask: Tensor | None = ...,
+    alpha: float = ...,
+    beta: float = ...,
+    normalize: bool = ...,
+    reduction: Literal["mean", "sum", "none"] = ...,
+    return_delta: bool,
+    group: Any = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def sequence_ddo_loss(
     logits: Tensor,
     ref_logits: Tensor,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Generic, Literal, NamedTuple, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ from .reference import trajectory as _reference
 
 CONVENTIONS = ("edges", "nodes")
 METHODS = ("auto", "exact", "monge")
+
+Steps = TypeVar("Steps", Tensor, Mapping[int, Tensor])
 
 
 class TableOutputs(NamedTuple):
@@ -148,8 +150,8 @@ class Paths(Mapping[int, Tensor]):
 
 
 @dataclass(frozen=True)
-class Trajectory:
-    """What :func:`optimal_trajectory` returns.
+class Trajectory(Generic[Steps]):
+    """What :func:`optimal_trajectory` returns; a type checker knows which of the two `steps` are.
 
     Attributes:
         steps: the path's nodes, int64 [..., K+1] from 0 to N (``"edges"``) or [..., K] from 1 to N (``"nodes"``). For
@@ -168,18 +170,28 @@ class Trajectory:
         (tensor([5., 3.]), tensor([0, 1, 2]))
     """
 
-    steps: Tensor | Mapping[int, Tensor]
+    steps: Steps
     total_cost: Tensor
     method: str
 
 
+@overload
+def optimal_trajectory(
+    cost: Tensor | FactoredCost, num_steps: int, *,
+    convention: Literal["edges", "nodes"] = ..., method: Literal["auto", "exact", "monge"] = ...,
+) -> Trajectory[Tensor]: ...  # fmt: skip
+@overload
+def optimal_trajectory(
+    cost: Tensor | FactoredCost, num_steps: Sequence[int] | Literal["all"], *,
+    convention: Literal["edges", "nodes"] = ..., method: Literal["auto", "exact", "monge"] = ...,
+) -> Trajectory[Mapping[int, Tensor]]: ...  # fmt: skip
 def optimal_trajectory(
     cost: Tensor | FactoredCost,
     num_steps: int | Sequence[int] | Literal["all"],
     *,
     convention: Literal["edges", "nodes"] = "edges",
     method: Literal["auto", "exact", "monge"] = "auto",
-) -> Trajectory:
+) -> Trajectory[Tensor] | Trajectory[Mapping[int, Tensor]]:
     """The cheapest increasing path through timesteps 0 … N, for each wanted number of steps.
 
     .. math:: \\min_{s_0 < s_1 < … < s_K} \\sum_i F[s_{i-1}, s_i]

@@ -27,8 +27,9 @@ struct Device {
 
   // Of the shape of `like`; large ones from the pool.
   static Tensor pooled(const Tensor& like, const std::vector<int64_t>& strides, ScalarType dtype) {
-    const auto bytes = static_cast<std::size_t>(like.numel()) * element_bytes(dtype);
-    if (bytes < kPooledBytes) return empty_strided(like, like.sizes(), strides, dtype);
+    const auto elements = static_cast<std::size_t>(like.numel()), bytes = elements * element_bytes(dtype);
+    // An expanded tensor can have so many elements that their bytes overflow: torch then raises.
+    if (bytes < kPooledBytes || bytes < elements) return empty_strided(like, like.sizes(), strides, dtype);
     return torch::stable::from_blob(take_block(bytes), like.sizes(), strides, like.device(), dtype, &give_block);
   }
 
