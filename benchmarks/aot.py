@@ -12,6 +12,7 @@ nvcc (``aot_cuda``). All of both takes a quarter of an hour on four cores; the o
 from __future__ import annotations
 
 import argparse
+import importlib
 import itertools
 import json
 import re
@@ -27,7 +28,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 from tqdm import tqdm
+
+import fastgen
+from fastgen import _backend
+from fastgen.cases import FAMILIES, Case
 
 from . import aot_cuda
 
@@ -174,160 +181,80 @@ def _compiling(arch: int, compiled: list[Launch]) -> Iterator[None]:
         rowwise.launch = launch
 
 
-# -- The calls whose kernels are compiled: name -> call, for one dtype
+# -- The calls whose kernels are compiled: those of fastgen.cases, on tensors that are nowhere
 
 
-def _images(dtype: torch.dtype, *shape: int) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
+class _OnMeta(TorchDispatchMode):
+    """Runs the launchers of Triton's operators, where meta tensors would get the fake implementations."""
 
-
-def _vector(n: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.empty(n, dtype=dtype, device="meta")
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace != "fastgen_triton":
+            return func(*args, **(kwargs or {}))
+        operator = _backend.operators[func._schema.name.partition("::")[2]]
+        launcher = getattr(importlib.import_module(f"fastgen.triton_kernels.{operator.family}"), operator.name)
+        if operator.family != "trajectory":
+            return launcher(*args)
+        # The solver reads its results: a cost that is in order, and totals that are finite.
+        results = launcher(*(t.to("meta") if isinstance(t, torch.Tensor) else t for t in args))
+        stand_in = lambda t: torch.full(t.shape, float(t.is_floating_point()), dtype=t.dtype)  # noqa: E731
+        return tree_map(stand_in, results)
 
 
 # Groups and rows that stay in registers, rows of many programs each, and programs that loop over their rows.
-SHAPES = {"small": (64, 3, 32, 32), "held": (64, 4, 64, 64), "split": (8, 3, 256, 256), "looped": (4096, 3, 256, 256)}
+IMAGES = {"small": (64, 3, 32, 32), "held": (64, 4, 64, 64), "split": (8, 3, 256, 256), "looped": (4096, 3, 256, 256)}
+# Vocabularies of image tokens and of language models, odd ones, few rows.
+LOGITS = {"var": (4096, 4096), "llm": (2048, 128256), "odd": (2048, 50257), "few": (3, 32000)}
+NARROW = {"narrow": (4, 6, 999)}  # rows that start at other places than the gradient's
 
 
-def _loss_calls(dtype: torch.dtype, plan: str, shape: tuple[int, ...]) -> Iterator[tuple[str, Callable[[], Any]]]:
-    from fastgen.triton_kernels import elbo
-
-    x, weight = _images(dtype, *shape), _vector(shape[0])
-
-    def ddo(with_grad: bool, samples: int = 1) -> Any:
-        flags = _vector(shape[0] // samples, torch.bool)
-        return elbo.ddo_loss(x, x, x, weight, False, "mean", with_grad, flags, None, 1.0, 0.05, samples)
-
-    def dpo(with_grad: bool, kind: str) -> Any:
-        return elbo.diffusion_dpo_loss(x, x, x, weight, True, "mean", with_grad, 5000.0, kind)
-
-    for with_grad, suffix in ((False, ""), (True, " grad")):
-        yield f"ddo {plan}{suffix}", partial(ddo, with_grad)
-        for kind in ("sigmoid", "ipo", "hinge"):
-            yield f"dpo {kind} {plan}{suffix}", partial(dpo, with_grad, kind)
-    yield f"ddo 4 samples {plan} grad", partial(ddo, True, 4)
+def _apart(t: torch.Tensor) -> torch.Tensor:
+    """With something between the rows, so that they cannot be cut into others."""
+    return torch.stack([t, t], 1)[:, 0]
 
 
-def _distillation_calls(
-    dtype: torch.dtype, plan: str, shape: tuple[int, ...]
-) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """With every optional stream and without; the mask once, as it costs the most where it is one stream more."""
-    from fastgen.triton_kernels import score_distillation as family
+def _sliced(t: torch.Tensor) -> torch.Tensor:
+    return torch.cat([t, t[:, :1]], 1)[:, :-1]
 
-    x, w = _images(dtype, *shape), _vector(shape[0])
-    mask = torch.empty(shape, dtype=torch.bool, device="meta")
-    one_pass = (None, True, 0.0, 0.0, 1, "mean", True)
-    masked = (w[0], *one_pass[1:])
 
-    def types(mixed: bool) -> tuple[Any, ...]:
-        return "epsilon", "v_prediction" if mixed else "epsilon", 3.0, dtype
-
-    yield f"sds {plan}", partial(family.score_difference, x, x, None, w, None, 7.5, 1.0, dtype, "mean", True)
-    yield f"vsd masked {plan}", partial(family.score_difference, x, x, x, w, mask, 7.5, 1.0, dtype, "mean", True)
-    plain, full = (x, x, None, None, None, w, w), (x, x, x, w, mask, w, w)
-    yield f"dmd {plan}", partial(family.dmd, x, x, *plain, *types(False), *one_pass)
-    yield f"dmd guided {plan}", partial(family.dmd, x, x, x, x, x, None, None, w, w, *types(False), *one_pass)
-    yield f"dmd masked mixed {plan}", partial(family.dmd, x, x, *full, *types(True), *masked)
-    two: tuple[Any, ...] = (x, x, x, x, None, None, w, w, w, w)
-    yield f"decoupled {plan}", partial(family.decoupled_dmd, x, x, x, *two, *types(False), *one_pass)
-    two = (x, x, x, x, w, mask, w, w, w, w)
-    yield f"decoupled masked mixed {plan}", partial(family.decoupled_dmd, x, x, x, *two, *types(True), *masked)
-    if plan == "held":  # the backward passes know no other plan
-        kept = (x, x, x, w, mask, 7.5, 1.0, dtype)
-        yield "vsd backward", partial(family.score_difference_backward, w, *kept)
-        for mixed in (False, True):
-            yield f"dmd backward{' mixed' * mixed}", partial(family.dmd_backward, w, x, *full, *types(mixed))
-            grads = w.expand(2, -1)
-            call = partial(family.decoupled_dmd_backward, grads, x, *two, *types(mixed))
-            yield f"decoupled backward{' mixed' * mixed}", call
+def _run(case: Case, tensors: dict[str, torch.Tensor], with_grad: bool) -> None:
+    with fastgen.use_backend("triton"), _OnMeta():
+        if not with_grad:
+            with torch.no_grad():
+                case(fastgen, **tensors)
+        else:
+            case(fastgen, **case.leaves(tensors)).sum().backward()
 
 
 def _calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
-    from fastgen.triton_kernels import analytic_dpm, elbo, gradient, schedule
-
-    for plan, shape in SHAPES.items():
-        x, weight = _images(dtype, *shape), _vector(shape[0])
-        for loss in ("l2", "l1", "huber"):
-            yield f"error {loss} {plan}", partial(elbo.elbo_error, x, x, weight, loss, True)
-        yield f"distance {plan}", partial(elbo.l1_distance, x, x, 0.5, False)
-        yield f"distance {plan} grad", partial(elbo.l1_distance, x, x, 0.5, True)
-        yield f"mean square {plan}", partial(analytic_dpm.mean_square, x)
-        yield f"difference {plan}", partial(elbo.elbo_difference, x, x, x, weight, False)
-        yield from _loss_calls(dtype, plan, shape)
-        yield from _distillation_calls(dtype, plan, shape)
-    x, weight = _images(dtype, *SHAPES["held"]), _vector(SHAPES["held"][0])
-    for loss in ("l2", "l1", "huber"):
-        yield f"error backward {loss}", partial(elbo.elbo_error_backward, weight, x, x, weight, loss, True)
-    yield "combination", partial(schedule.row_combination, x, weight, x, weight)
-    yield "combination of one", partial(schedule.row_combination, x, weight)
-    yield "scale in place", partial(gradient.scale_gradient_, x, weight[0])
-    yield from _sampling_calls(dtype)
-    yield from _sequence_calls(dtype)
-    if dtype == torch.float32:
-        yield from _trajectory_calls()
+    """Every case, with gradients and without, at every plan of its family: name -> call, for one dtype."""
+    other = torch.bfloat16 if dtype == torch.float32 else torch.float32
+    for family, cases in FAMILIES.items():
+        if family == "trajectory" and dtype != torch.float32:
+            continue
+        for case in cases:
+            if case.function.startswith("linear_"):  # asks for autocast's state, which meta tensors have none of
+                continue
+            for plan, shape, dtypes, layout in _variants(family, case, dtype, other):
+                tensors = case.inputs(shape, *dtypes, device="meta", layout=layout)
+                yield f"{case.name} {plan}", partial(_run, case, tensors, False)
+                if case.differentiable:
+                    yield f"{case.name} {plan} grad", partial(_run, case, tensors, True)
 
 
-def _sampling_calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """With every optional stream and none; "mix" is a posterior's or Langevin's, of three numbers."""
-    from fastgen.triton_kernels import sampling
-
-    x, w = _images(dtype, *SHAPES["held"]), _vector(SHAPES["held"][0])
-    one, free = w[:1], (-float("inf"), float("inf"))
-    for kind in ("epsilon", "sample", "v_prediction", "flow_prediction"):
-        yield f"step {kind} plain", partial(sampling.reverse_step, x, x, None, None, *(6 * [one]), None, kind, *free)
-        full = (x, x, x, x, *(7 * [w]), kind, -1.0, 1.0)
-        yield f"step {kind} full", partial(sampling.reverse_step, *full)
-        yield f"step {kind} in place", partial(sampling.reverse_step_, *full)
-    yield "mix", partial(sampling.reverse_step, x, x, None, x, w, w, w, w, None, w, None, "sample", *free)
-    yield "guidance", partial(sampling.guidance, x, x, w)
-
-
-def _sequence_calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Vocabularies of image tokens and of language models, odd ones, few rows, and the teacher in another dtype."""
-    from fastgen.triton_kernels import sequence
-
-    shapes = {
-        "var": (4096, 4096),
-        "llm": (2048, 128256),
-        "odd": (2048, 50257),
-        "few": (3, 32000),
-        "narrow": (4, 7, 999),
-    }
-    for name, shape in shapes.items():
-        x = _images(dtype, *shape)
-        if name == "narrow":  # rows that start at other places than the gradient's
-            x = x[:, :-1]
-        count = x.shape[:-1].numel()
-        tokens = _vector(count, torch.int64).view(x.shape[:-1])
-        grad, stats = _vector(count), torch.empty(5, count, device="meta")
-        yield f"token {name}", partial(sequence.token_logprob, x, tokens, 1.0, -100)
-        yield f"token backward {name}", partial(sequence.token_logprob_backward, grad, x, tokens, stats, 1.0, -100)
-        for kind, beta in (("forward", 0.0), ("mixed", 0.5), ("reverse", 1.0)):
-            for with_grad in (False, True):
-                what = f"jsd {kind} {name}{' grad' * with_grad}"
-                yield what, partial(
-                    sequence.generalized_jsd, x, x, tokens, grad[0], beta, 1.0, -100, True, with_grad
-                )  # fmt: skip
-            yield f"jsd backward {kind} {name}", partial(
-                sequence.generalized_jsd_backward, grad, x, x, tokens, stats, beta, 1.0, -100
-            )  # fmt: skip
-    x = _images(dtype, *shapes["llm"])
-    teacher = x.to(torch.bfloat16 if dtype == torch.float32 else torch.float32)
-    yield "jsd two dtypes grad", partial(sequence.generalized_jsd, x, teacher, None, None, 0.5, 1.0, -100, True, True)
-
-
-def _trajectory_calls() -> Iterator[tuple[str, Callable[[], Any]]]:
-    from fastgen.triton_kernels import trajectory
-
-    factors = _images(torch.float64, 2, 101)
-    problems = {f"{d}": (_images(d, 2, 101, 101), None) for d in (torch.float64, torch.float32)}
-    for name, (cost, h) in (problems | {"factored": (factors, factors)}).items():
-        table = cost.new_empty(2 * 4 * 101)
-        what = f"trajectory {name.removeprefix('torch.')}"
-        yield f"{what} table", partial(trajectory.trajectory_table, cost, h, 0, 3, False)
-        yield f"{what} path", partial(trajectory.trajectory_path, cost, h, table, 0, 3, False)
-        if h is None:
-            yield f"{what} inspect", partial(trajectory.trajectory_inspect, cost, h, 0, True)
+def _variants(family: str, case: Case, dtype: torch.dtype, other: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    if family == "sequence":
+        plans = {"llm": LOGITS["llm"]} if case.name.endswith("-none") else LOGITS
+        yield from ((plan, shape, (dtype,), None) for plan, shape in plans.items())
+        yield from ((plan, shape, (dtype,), _sliced) for plan, shape in NARROW.items())
+        yield "llm two dtypes", LOGITS["llm"], (dtype, other), None
+    elif family == "trajectory":
+        yield from (("nodes", IMAGES["held"], (d,), None) for d in (torch.float64, torch.float32))
+    else:
+        # Without sums over rows there is one plan, as for what a backward pass makes again.
+        shared = ["held"] if family in ("sampling", "schedule") or case.name.endswith("-none") else IMAGES
+        yield from ((plan, IMAGES[plan], (dtype,), None) for plan in shared)
+        if case.function == "feature_distance":
+            yield from ((f"{plan} apart", IMAGES[plan], (dtype,), _apart) for plan in shared)
 
 
 def triton_report(
@@ -400,13 +327,13 @@ def _columns(accesses: dict[int, int]) -> str:
 
 def table(reports: list[Report]) -> str:
     """The reports as text."""
-    title = f"{'kernel':23} {'variant':36} sm_ warps regs spill shared  instr  bytes/floor"
+    title = f"{'kernel':23} {'variant':44} sm_ warps regs spill shared  instr  bytes/floor"
     lines = [f"{title}  {'loads (count x bytes)':24}  stores"]
     for r in reports:
         moved = f"{r.moved_bytes}/{r.floor_bytes}" if r.floor_bytes else "-"
         narrow = "  NARROW" if r.narrow_reads or r.narrow_writes else ""
         lines.append(
-            f"{r.kernel:23} {r.variant:36} {r.arch:3} {r.num_warps:5} {r.registers:4} {r.spill_bytes:5} "
+            f"{r.kernel:23} {r.variant:44} {r.arch:3} {r.num_warps:5} {r.registers:4} {r.spill_bytes:5} "
             f"{r.shared_bytes:6} {r.instructions:6} {moved:>12}  {_columns(r.loads):24}  {_columns(r.stores)}{narrow}"
         )
     return "\n".join(lines)

@@ -6,15 +6,21 @@ written once) over its time, divided by what copying one tensor onto another of 
 
 from __future__ import annotations
 
+import itertools
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+
+import fastgen
+from fastgen import _backend, reference
+from fastgen.cases import Case
 
 POOL_BYTES = {"cpu": 1 << 30, "cuda": 1 << 30}  # beyond the last-level caches of servers, beyond any GPU's L2
 BLOCK_SECONDS = 2e-3  # a timed block lasts at least this long, so that clocks and wake-ups do not show
@@ -171,3 +177,46 @@ def compare(
     )
     turn = iter(range(1 << 62))
     benchmark.pedantic(lambda: variants[subject](pool[next(turn) % len(pool)]), rounds=5, iterations=1)
+
+
+def compare_case(
+    benchmark: Any,
+    case: Case,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: str,
+    streams: int,
+    others: Mapping[str, Callable[..., Tensor]] | None = None,
+) -> None:
+    """A training step, forward and backward, by eager PyTorch, torch.compile, every backend and `others`.
+
+    `streams` is how many tensors of `shape` have to move: every input that is read once, the gradient once.
+    """
+    seeds = itertools.count()
+    names = list(case.roles)
+
+    def make() -> list[Tensor]:
+        tensors = case.inputs(shape, dtype, device=device, seed=next(seeds)).values()
+        return [t.clamp(min=0) if t.dtype == torch.int64 else t for t in tensors]  # no row is ignored
+
+    def step(loss: Callable[..., Tensor], backend: str, inputs: Sequence[Tensor]) -> None:
+        with fastgen.use_backend(backend):
+            # Fresh leaves stand for the network's output.
+            loss(**case.leaves(dict(zip(names, inputs, strict=True)))).sum().backward()
+
+    torch._dynamo.reset()
+    ours, theirs = partial(case, fastgen), partial(case, reference)
+    losses: dict[str, Callable[..., Tensor]] = {"eager": theirs, **compiled(theirs), **(others or {})}
+    variants: dict[str, Variant] = {name: partial(step, loss, "auto") for name, loss in losses.items()}
+    for backend in ("native", "triton"):
+        if _backend.missing("elbo_error", backend, device) is None:
+            variants[backend] = partial(step, ours, backend)
+    variants["fastgen"] = partial(step, ours, "auto")
+    compare(
+        benchmark,
+        variants,
+        make,
+        streams * torch.Size(shape).numel() * dtype.itemsize,
+        "fastgen",
+        device,
+    )

@@ -99,46 +99,32 @@ def emulated(tmp_path_factory):
 # A GPU as "multiprocessors, shared bytes of a block, blocks of a cluster", and what runs on it: cuda_emulator/check.py.
 CASES = {
     # Parts of warps, blocks and clusters; whole vectors and odd sizes; dtypes alike and mixed.
-    "132,232448,16": ["6,1,fff,1", "6,3,hbf,3", "0,8,fff,1", "4,33,dfb,2", "2,300,hhd,1", "2,9001,bbb,2"],
-    "108,166912,1": ["2,4096,fff,2", "2,6000,dfh,1"],  # no clusters, as before sm_90
-    "8,4096,2": ["4,777,fbf,2", "2,20000,bbb,1", "2,2048,ddd,2"],  # groups that fit nowhere: two passes
+    ("images", "132,232448,16"): ["6,1,fff", "6,3,hbf", "0,8,fff", "4,33,dfb", "2,300,hhd", "2,9001,bbb"],
+    ("images", "108,166912,1"): ["2,4096,fff", "2,6000,dfh"],  # no clusters, as before sm_90
+    ("images", "8,4096,2"): ["4,777,fbf", "2,20000,bbb", "2,2048,ddd"],  # groups that fit nowhere: two passes
+    # Rows of logits on a block or a cluster, read once; odd sizes, mixed dtypes; on one block; too long for the chip.
+    ("logits", "132,232448,16"): ["3,1271,bb", "2,9000,ff", "3,7,ff", "0,40,ff", "2,33,dd", "3,264,hf", "9,4101,fb"],
+    ("logits", "108,166912,1"): ["2,8192,bf"],
+    ("logits", "8,4096,2"): ["2,6000,fb", "5,2048,bb", "3,2051,bb"],
 }
 
 
-@needs_compiler
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the emulator needs ucontext")
-@pytest.mark.parametrize("gpu", CASES)
-def test_emulated_kernels_agree_with_the_reference(emulated, gpu):
-    command = [sys.executable, str(EMULATOR / "check.py"), str(emulated), *CASES[gpu]]
-    environment = {**os.environ, "EMULATED_GPU": gpu, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+def run_emulated(script: str, *arguments: str, **environment: str) -> None:
+    command = [sys.executable, str(EMULATOR / script), *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
     environment.pop("FASTGEN_BACKEND", None)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-# Rows of logits on a block or a cluster, read once; odd sizes and mixed dtypes; on one block; too long for the chip.
-LOGITS = {
-    "132,232448,16": ["3,1271,bb", "2,9000,ff", "3,7,ff", "0,40,ff", "2,33,dd", "3,264,hf", "9,4101,fb"],
-    "108,166912,1": ["2,8192,bf"],
-    "8,4096,2": ["2,6000,fb", "5,2048,bb", "3,2051,bb"],
-}
-
-
 @needs_compiler
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the emulator needs ucontext")
-@pytest.mark.parametrize("gpu", LOGITS)
-def test_emulated_losses_over_logits_agree_with_the_reference(emulated, gpu):
-    command = [sys.executable, str(EMULATOR / "check_sequence.py"), str(emulated), *LOGITS[gpu]]
-    environment = {**os.environ, "EMULATED_GPU": gpu, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    environment.pop("FASTGEN_BACKEND", None)
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+@pytest.mark.parametrize(("kind", "gpu"), CASES)
+def test_emulated_kernels_agree_with_the_reference(emulated, kind, gpu):
+    run_emulated("check.py", str(emulated), kind, *CASES[kind, gpu], EMULATED_GPU=gpu)
 
 
 @needs_compiler
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the emulator needs ucontext")
 def test_emulated_trajectories_are_the_references_to_the_bit(emulated):
-    command = [sys.executable, str(EMULATOR / "check_trajectory.py"), str(emulated)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_emulated("check_trajectory.py", str(emulated))

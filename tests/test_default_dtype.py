@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import is_dataclass
 from typing import Any
@@ -117,7 +118,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "vsd_loss": lambda: fastgen.vsd_loss(X, Y, X, return_stats=True),
     "dmd_loss": lambda: fastgen.dmd_loss(X, Y, X, Y, alpha_t=HALF, sigma_t=HALF, mask=X > 0, return_stats=True),
     "DiffusionClassifier": classified,
-    **{name: lambda c=case, t=case.inputs((4, 3)): c(fastgen, **t) for name, case in CASES.items()},
+    **{name: functools.partial(case, fastgen, **case.inputs((4, 3))) for name, case in CASES.items()},
 }  # fmt: skip
 
 

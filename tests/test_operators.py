@@ -15,22 +15,19 @@ import fastgen
 from fastgen import _backend, reference
 from fastgen.cases import CASES, FAMILIES, FUNCTIONS
 
-IMAGES, LOGITS = (6, 3, 5, 7), (2, 3, 71)
+SHAPES = {"sequence": (2, 3, 71), "trajectory": (6, 4, 5)}  # of others (6, 3, 5, 7)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Of calls alike but for an option, one stands for all where an operator's own numbers are not the matter.
 ONE_OF_EACH = [cases[0].name for cases in FUNCTIONS.values() if cases[0].differentiable]
 ONE_OF_EACH += [name for name, case in CASES.items() if name.endswith("-none") and case.function + "-none" == name]
 
 
-def shape_of(case):
-    return LOGITS if case in FAMILIES["sequence"] else IMAGES
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_matches_float64(name, dtype, backend, device):
     case = CASES[name]
-    check_case(case, case.inputs(shape_of(case), dtype, device=device))
+    family = next(family for family, cases in FAMILIES.items() if case in cases)
+    check_case(case, case.inputs(SHAPES.get(family, (6, 3, 5, 7)), dtype, device=device))
 
 
 def test_every_operator_has_a_case(kernel_backend, device):

@@ -75,7 +75,7 @@ CASES = (
         case(f"generalized_jsd_loss-{beta}", LABELLED, "student_logits", beta=beta, temperature=temperature)
         for beta, temperature in ((0, 0.5), (0.1, 1.0), (0.5, 2.0), (0.9, 4.0), (1, 1.5))
     ),
-    case("generalized_jsd_loss-unlabelled", MODELS, "student_logits", beta=0.3),
+    case("generalized_jsd_loss-unlabelled", MODELS, "student_logits", beta=0.3, reduction="sum"),
     case("generalized_jsd_loss-none", LABELLED, "student_logits", beta=0.7, reduction="none"),
     case("generalized_jsd_loss-forward-none", LABELLED, "student_logits", beta=0.0, reduction="none"),
     case("generalized_jsd_loss-reverse-none", LABELLED, "student_logits", beta=1.0, reduction="none"),
