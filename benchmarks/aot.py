@@ -33,8 +33,8 @@ from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 import fastgen
-from fastgen import _backend
 from fastgen.cases import FAMILIES, Case
+from fastgen.core import dispatch
 
 from . import aot_cuda
 
@@ -190,7 +190,7 @@ class _OnMeta(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace != "fastgen_triton":
             return func(*args, **(kwargs or {}))
-        operator = _backend.operators[func._schema.name.partition("::")[2]]
+        operator = dispatch.operators[func._schema.name.partition("::")[2]]
         launcher = getattr(importlib.import_module(f"fastgen.triton_kernels.{operator.family}"), operator.name)
         if operator.family != "trajectory":
             return launcher(*args)

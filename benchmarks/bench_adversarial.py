@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 import fastgen
-from fastgen import _backend, reference
+from fastgen import reference
+from fastgen.core import dispatch
 
 from .harness import Variant, compare, compiled
 
@@ -48,7 +49,7 @@ def test_feature_distance(name: str, dtype: torch.dtype, benchmark: Any, device:
         **{k: partial(step, f) for k, f in compiled(reference.feature_distance).items()},
     }
     for backend in ("native", "triton"):
-        if _backend.missing("elbo_error", backend, device) is None:
+        if dispatch.missing("elbo_error", backend, device) is None:
             variants[backend] = partial(backend_step, backend)
     variants["fastgen"] = partial(step, fastgen.feature_distance)
     elements = sum(torch.Size(s).numel() for s in shapes)

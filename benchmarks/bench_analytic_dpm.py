@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgen import ScoreMoments, _backend, reference, use_backend
+from fastgen import ScoreMoments, reference, use_backend
+from fastgen.core import dispatch
 
 from .harness import Variant, compare, compiled
 
@@ -49,7 +50,7 @@ def test_score_moments(shape: tuple[int, ...], dtype: torch.dtype, benchmark: An
         **{k: moments_of(f) for k, f in compiled(reference.mean_square).items()},
     }
     for backend in ("native", "triton"):
-        if _backend.missing("mean_square", backend, device) is None:
+        if dispatch.missing("mean_square", backend, device) is None:
             variants[backend] = ours(backend)
     variants["fastgen"] = ours("auto")
     size = torch.Size(shape).numel() * dtype.itemsize

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 import fastgen
-from fastgen import NoiseSchedule, StepCoefficients, _backend, reference
+from fastgen import NoiseSchedule, StepCoefficients, reference
+from fastgen.core import dispatch
 
 from .harness import Variant, compare, compiled
 
@@ -38,7 +39,7 @@ def test_reverse_step(shape: tuple[int, ...], dtype: torch.dtype, benchmark: Any
         **{name: partial(step, f, k) for name, f in compiled(reference.reverse_step).items()},
     }
     for backend in ("native", "triton"):
-        if _backend.missing("reverse_step_", backend, device) is None:
+        if dispatch.missing("reverse_step_", backend, device) is None:
             variants[backend] = partial(backend_step, backend, k)
     variants["out of place"] = partial(step, fastgen.reverse_step, k)
     variants["fastgen"] = partial(step, fastgen.reverse_step_, k)

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 import fastgen
-from fastgen import _backend, reference
+from fastgen import reference
 from fastgen.cases import Case
+from fastgen.core import dispatch
 
 POOL_BYTES = {"cpu": 1 << 30, "cuda": 1 << 30}  # beyond the last-level caches of servers, beyond any GPU's L2
 BLOCK_SECONDS = 2e-3  # a timed block lasts at least this long, so that clocks and wake-ups do not show
@@ -209,7 +210,7 @@ def compare_case(
     losses: dict[str, Callable[..., Tensor]] = {"eager": theirs, **compiled(theirs), **(others or {})}
     variants: dict[str, Variant] = {name: partial(step, loss, "auto") for name, loss in losses.items()}
     for backend in ("native", "triton"):
-        if _backend.missing("elbo_error", backend, device) is None:
+        if dispatch.missing("elbo_error", backend, device) is None:
             variants[backend] = partial(step, ours, backend)
     variants["fastgen"] = partial(step, ours, "auto")
     compare(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 import fastgen
-from fastgen import _verify
 from fastgen.cases import CASES
+from fastgen.core import verify
 
 # A row on one block, a row on a cluster, a row in two passes; odd sizes end in the scalar tails.
 SHAPES = ((4, 3, 5, 7), (2, 20_000), (2, 600_001))
@@ -17,7 +17,7 @@ def main() -> None:
         for backend in ("native", "triton"):
             with fastgen.use_backend(backend):
                 for shape in SHAPES:
-                    _verify.results(case, fastgen, case.inputs(shape, device="cuda"))
+                    verify.results(case, fastgen, case.inputs(shape, device="cuda"))
     torch.cuda.synchronize()
     print("done")
 

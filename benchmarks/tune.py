@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import fastgen
-from fastgen import _backend
+from fastgen.core import dispatch
 
 from .harness import input_pool, measure
 
@@ -151,7 +151,7 @@ def main(argv: list[str] | None = None) -> int:
     for dtype in (torch.bfloat16, torch.float32):
         for what, tune in (("Triton", tune_triton), ("CUDA", tune_cuda)):
             deadline = start + next(shares) * options.seconds
-            if what == "CUDA" and _backend.missing("ddo_loss", "native", "cuda"):
+            if what == "CUDA" and dispatch.missing("ddo_loss", "native", "cuda"):
                 continue
             name = f"{what}, {str(dtype).removeprefix('torch.')}"
             found[name] = tune(dtype, deadline)

@@ -3,7 +3,6 @@
 >>> from fastgen import ddo_loss, NoiseSchedule
 """
 
-from ._backend import build_info, use_backend
 from .adversarial import (
     approximate_r1_penalty,
     clip_weights_,
@@ -24,11 +23,10 @@ from .analytic_dpm import (
     trajectory_cost,
     variational_bound,
 )
+from .core.dispatch import build_info, use_backend
 from .diffusion_classifier import ClassifierStatistics, DiffusionClassifier
-from .distillation_training import backward_simulation, fake_score_loss, renoise_times
 from .elbo import ddo_loss, diffusion_dpo_loss, elbo_difference, elbo_error
 from .energy import ReplayBuffer, classifier_guidance, joint_energy_loss, langevin_sample
-from .sampler import sample
 from .sampling import (
     StepCoefficients,
     guidance,
@@ -39,8 +37,10 @@ from .sampling import (
     reverse_step_,
     step_coefficients,
 )
+from .sampling.sampler import sample
 from .schedule import NoiseSchedule, add_noise, diffuse_pair, prediction_to_x0
 from .score_distillation import DistillationStats, ScorePair, decoupled_dmd_loss, dmd_loss, sds_loss, vsd_loss
+from .score_distillation.training import backward_simulation, fake_score_loss, renoise_times
 from .sequence import (
     generalized_jsd_loss,
     linear_generalized_jsd_loss,

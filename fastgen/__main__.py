@@ -10,7 +10,8 @@ import sys
 
 import torch
 
-from . import __version__, _backend, _verify
+from . import __version__
+from .core import dispatch, verify
 
 VARIABLES = ("FASTGEN_BACKEND", "FASTGEN_CPU_CAPABILITY", "FASTGEN_CPU_CACHE_MB", "TRITON_INTERPRET")
 
@@ -25,19 +26,19 @@ def _version(package: str) -> str:
 def _print_backends(device_type: str) -> None:
     """Which backend serves each operator; then why the ones preferred to it do not, each reason once."""
     passed_over: dict[str, list[str]] = {}
-    for name in sorted(_backend.operators):
+    for name in sorted(dispatch.operators):
         try:
-            chosen = _backend.backend_for(name, device_type)
+            chosen = dispatch.backend_for(name, device_type)
         except RuntimeError:  # FASTGEN_BACKEND asks for what is not there
             chosen = "none"
         print(f"  {name:26} {chosen}")
-        for backend in _backend.preference(name, device_type):
+        for backend in dispatch.preference(name, device_type):
             if backend == chosen:
                 break
-            if reason := _backend.missing(name, backend, device_type):
+            if reason := dispatch.missing(name, backend, device_type):
                 passed_over.setdefault(f"{backend}: {reason}", []).append(name)
     for reason, names in passed_over.items():
-        where = "" if len(names) == len(_backend.operators) else f" ({', '.join(names)})"
+        where = "" if len(names) == len(dispatch.operators) else f" ({', '.join(names)})"
         print(f"not {reason}{where}")
 
 
@@ -52,8 +53,8 @@ def info() -> int:
             print(f"GPU {i}: {torch.cuda.get_device_name(i)}, compute capability {major}.{minor}")
     else:
         print(f"GPU: none that torch can use (built for CUDA {torch.version.cuda})")
-    for extension, facts in _backend.build_info().items():
-        if isinstance(facts, _backend.NotBuilt):
+    for extension, facts in dispatch.build_info().items():
+        if isinstance(facts, dispatch.NotBuilt):
             print(f"fastgen.{extension}: not built: {facts}")
         elif isinstance(facts, ImportError):
             print(f"fastgen.{extension}: built, but does not load: {facts}")
@@ -72,12 +73,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fastgen", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="versions, devices, build facts, which backend serves each operator and why")
-    verify = commands.add_parser("verify", help="check every operator, backend and dtype against float64")
+    checking = commands.add_parser("verify", help="check every operator, backend and dtype against float64")
     default = "cuda" if torch.cuda.is_available() else "cpu"
-    verify.add_argument("--device", default=default, help=f"a torch device (default here: {default})")
-    verify.add_argument("--backend", choices=_backend.BACKENDS[1:], help="only this one")
+    checking.add_argument("--device", default=default, help=f"a torch device (default here: {default})")
+    checking.add_argument("--backend", choices=dispatch.BACKENDS[1:], help="only this one")
     arguments = parser.parse_args(argv)
-    return info() if arguments.command == "info" else _verify.main(arguments)
+    return info() if arguments.command == "info" else verify.main(arguments)
 
 
 if __name__ == "__main__":

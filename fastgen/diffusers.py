@@ -16,10 +16,10 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from . import _checks
 from .analytic_dpm import analytic_trajectory
-from .sampler import plan_steps
+from .core import checks
 from .sampling import StepCoefficients, reverse_step
+from .sampling.sampler import plan_steps
 from .schedule import NoiseSchedule, add_noise
 
 __all__ = ["AnalyticDPMScheduler"]
@@ -96,16 +96,16 @@ class AnalyticDPMScheduler(SchedulerMixin, ConfigMixin):
         thresholding: bool = False,
         rescale_betas_zero_snr: bool = False,
     ) -> None:
-        _checks.choice("method", method, ("ddpm", "ddim"))
-        _checks.choice("trajectory", trajectory, ("optimal", "even"))
-        _checks.choice("prediction_type", prediction_type, ("epsilon", "sample", "v_prediction"))
+        checks.choice("method", method, ("ddpm", "ddim"))
+        checks.choice("trajectory", trajectory, ("optimal", "even"))
+        checks.choice("prediction_type", prediction_type, ("epsilon", "sample", "v_prediction"))
         if max_last_std is not None:
-            _checks.number("max_last_std", max_last_std, low=0)
+            checks.number("max_last_std", max_last_std, low=0)
         for name, value in (("thresholding", thresholding), ("rescale_betas_zero_snr", rescale_betas_zero_snr)):
             if value:
                 raise ValueError(f"{name} is not supported by Analytic-DPM")
-        _checks.share("eta", eta)
-        _checks.number("clip_sample_range", clip_sample_range, low=0, open_low=True)
+        checks.share("eta", eta)
+        checks.number("clip_sample_range", clip_sample_range, low=0, open_low=True)
         if not isinstance(ms_eps, (list, tuple, type(None))):
             raise TypeError(f"ms_eps must be a list, as moments.ms_eps.tolist(); got {type(ms_eps).__name__}")
         if ms_eps is not None and len(ms_eps) != num_train_timesteps + 1:
@@ -173,7 +173,7 @@ class AnalyticDPMScheduler(SchedulerMixin, ConfigMixin):
         self.timesteps = (nodes - 1).flip(0).to(device)
 
     def _even_or_optimal(self, steps: int) -> Tensor:
-        steps = _checks.positive_int("num_inference_steps", steps)
+        steps = checks.positive_int("num_inference_steps", steps)
         last = self.config.num_train_timesteps
         if steps > last:
             raise ValueError(f"num_inference_steps must be at most {last}, got {steps}")
@@ -263,7 +263,7 @@ class AnalyticDPMScheduler(SchedulerMixin, ConfigMixin):
         if variance_noise is not None and generator is not None:
             raise ValueError("variance_noise and generator must not both be given")
         ddim = self.config.method == "ddim"
-        eta = _checks.share("eta", self.config.eta if eta is None or not ddim else eta)
+        eta = checks.share("eta", self.config.eta if eta is None or not ddim else eta)
         k = self._plan(eta, ddim and bool(use_clipped_model_output), sample.device)[t]
         noise = variance_noise
         if t == int(self._nodes[0]) - 1:

@@ -13,13 +13,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from fastgen import _backend
+from fastgen.core import dispatch
 
 # Workers that share the cores would spend their time in each other's OpenMP barriers.
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
-if DEVICE == "cpu" and _backend.missing("elbo_error", "triton", DEVICE) is None:
+if DEVICE == "cpu" and dispatch.missing("elbo_error", "triton", DEVICE) is None:
     from interpreter import round_as_gpus_do
 
     round_as_gpus_do()
@@ -32,7 +32,7 @@ settings.load_profile("fastgen")
 
 
 def backends() -> list[str]:
-    return [b for b in ("native", "triton", "reference") if _backend.missing("elbo_error", b, DEVICE) is None]
+    return [b for b in ("native", "triton", "reference") if dispatch.missing("elbo_error", b, DEVICE) is None]
 
 
 @pytest.fixture
@@ -43,14 +43,14 @@ def device() -> str:
 @pytest.fixture(params=backends())
 def backend(request):
     """Every backend that this machine has, in turn."""
-    with _backend.use_backend(request.param):
+    with dispatch.use_backend(request.param):
         yield request.param
 
 
 @pytest.fixture(params=[b for b in backends() if b != "reference"])
 def kernel_backend(request):
     """Every backend of our own kernels."""
-    with _backend.use_backend(request.param):
+    with dispatch.use_backend(request.param):
         yield request.param
 
 

@@ -10,15 +10,16 @@ from conftest import DEVICE
 from oracle import assert_accurate
 from torch import Tensor
 
-from fastgen import ScorePair, _backend
+from fastgen import ScorePair
+from fastgen.core import dispatch
 
-BACKENDS = [b for b in ("native", "triton") if _backend.missing("dmd", b, DEVICE) is None] or ["reference"]
+BACKENDS = [b for b in ("native", "triton") if dispatch.missing("dmd", b, DEVICE) is None] or ["reference"]
 
 
 @pytest.fixture(autouse=True, params=BACKENDS)
 def each_backend(request):
     """Every backend of our own kernels; where there is none, the reference."""
-    with _backend.use_backend(request.param):
+    with dispatch.use_backend(request.param):
         yield request.param
 
 

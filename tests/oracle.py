@@ -7,9 +7,9 @@ from torch import Tensor
 
 import fastgen
 from fastgen import reference
-from fastgen._accuracy import bounds, errors
-from fastgen._verify import results, widened
 from fastgen.cases import Case
+from fastgen.core.accuracy import bounds, errors
+from fastgen.core.verify import results, widened
 
 
 def assert_accurate(actual: Tensor, eager: Tensor, exact: Tensor, what: str = "result") -> None:
@@ -21,7 +21,7 @@ def assert_accurate(actual: Tensor, eager: Tensor, exact: Tensor, what: str = "r
 
 
 def check_case(case: Case, tensors: Mapping[str, Tensor], what: object = "") -> dict[str, Tensor]:
-    """Values and gradients of a case, against float64 and the reference's own error; what ``_verify.results`` gives."""
+    """Values and gradients of a case, against float64 and the reference's own error; what ``verify.results`` gives."""
     exact, eager = results(case, reference, widened(tensors)), results(case, reference, tensors)
     actual = results(case, fastgen, tensors)
     for part, mine in actual.items():

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastgen
-from fastgen import _backend, _verify
 from fastgen.cases import CASES, FAMILIES, Case
+from fastgen.core import dispatch, verify
 
 Calls = dict[str, list[tuple[Any, ...]]]
 DTYPES = ((torch.float32,), (torch.bfloat16, torch.float32, torch.float64))  # alike and mixed
@@ -58,7 +58,7 @@ def record(cases: Iterable[Case], backend: str, device: str) -> Calls:
         for case in cases:
             for dtypes in DTYPES:
                 layout = turned if len(dtypes) > 1 else None
-                _verify.results(case, fastgen, case.inputs((2, 2, 6), *dtypes, device=device, layout=layout))
+                verify.results(case, fastgen, case.inputs((2, 2, 6), *dtypes, device=device, layout=layout))
     return recorder.calls
 
 
@@ -66,6 +66,6 @@ def record(cases: Iterable[Case], backend: str, device: str) -> Calls:
 def recorded(backend: str, device: str) -> Calls:
     """What the cases call each operator with, with gradients and without."""
     # The arguments are alike on all backends, but for the solver's table; interpreting Triton's kernels is slow.
-    native = _backend.missing("elbo_error", "native", device) is None
+    native = dispatch.missing("elbo_error", "native", device) is None
     calls = record(CASES.values(), "native" if native else backend, device)
     return calls | record(FAMILIES["trajectory"], backend, device)

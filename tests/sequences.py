@@ -6,11 +6,11 @@ from conftest import DEVICE
 from oracle import check_case
 
 import fastgen
-from fastgen import _backend
 from fastgen.cases import FAMILIES
+from fastgen.core import dispatch
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-BACKENDS = [b for b in ("native", "triton", "reference") if _backend.missing("token_logprob", b, DEVICE) is None]
+BACKENDS = [b for b in ("native", "triton", "reference") if dispatch.missing("token_logprob", b, DEVICE) is None]
 native = pytest.mark.skipif("native" not in BACKENDS or DEVICE != "cpu", reason="about the compiled CPU kernels")
 
 

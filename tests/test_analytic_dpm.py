@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastgen
-from fastgen import NoiseSchedule, ScoreMoments, _analytic_dpm
+from fastgen import NoiseSchedule, ScoreMoments
+from fastgen.analytic_dpm import operators
 
 SCHEDULES = {
     "linear": NoiseSchedule.linear(1000),
@@ -158,14 +159,14 @@ def test_pixel_variances():
 def test_isotonic_regression_is_the_best_monotone_fit():
     generator = np.random.default_rng(0)
     y, w = generator.normal(size=200).cumsum() / 5 + generator.normal(size=200), generator.uniform(0.1, 3, 200)
-    fit = _analytic_dpm.isotonic(y, w)
+    fit = operators.isotonic(y, w)
     assert (np.diff(fit) >= 0).all()
     # Karush-Kuhn-Tucker: partial sums of the residuals are >= 0, and 0 where the fit steps up.
     partial = np.cumsum(w * (y - fit))
     steps = np.append(np.diff(fit) > 0, True)
     assert partial.min() > -1e-9
     np.testing.assert_allclose(partial[steps], 0, atol=1e-9)
-    np.testing.assert_array_equal(_analytic_dpm.isotonic(np.sort(y), w), np.sort(y))
+    np.testing.assert_array_equal(operators.isotonic(np.sort(y), w), np.sort(y))
     sklearn = pytest.importorskip("sklearn.isotonic")
     np.testing.assert_allclose(fit, sklearn.isotonic_regression(y, sample_weight=w), rtol=1e-9, atol=1e-9)
 
@@ -420,6 +421,6 @@ def test_errors_name_the_argument(message):
 
 
 def test_a_dtensor_is_refused_with_advice(monkeypatch):
-    monkeypatch.setattr(fastgen._distributed, "is_dtensor", lambda t: True)
+    monkeypatch.setattr(fastgen.core.distributed, "is_dtensor", lambda t: True)
     with pytest.raises(TypeError, match=r"pass pred.full_tensor\(\)"):
         ScoreMoments(3).update(T, P)

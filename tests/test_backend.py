@@ -11,8 +11,8 @@ import torch
 from recorder import Recorder
 
 import fastgen
-from fastgen import _backend, _verify
 from fastgen.__main__ import main
+from fastgen.core import dispatch, verify
 
 X = torch.ones(2, 3)
 
@@ -43,20 +43,20 @@ with fastgen.use_backend("triton"):
 
 
 def test_the_environment_variable_sets_the_process():
-    code = "import fastgen._backend as b; print(b.backend_for('ddo_loss', 'cpu'))"
+    code = "import fastgen.dispatch as b; print(b.backend_for('ddo_loss', 'cpu'))"
     assert python(code, FASTGEN_BACKEND="reference").stdout.strip() == "reference"
 
 
 def test_backends_nest_and_restore():
-    before = _backend.backend_for("ddo_loss", "cpu")
+    before = dispatch.backend_for("ddo_loss", "cpu")
     with fastgen.use_backend("reference"):
         with fastgen.use_backend("auto"):
-            assert _backend.backend_for("ddo_loss", "cpu") == before
-        assert _backend.backend_for("ddo_loss", "cpu") == "reference"
+            assert dispatch.backend_for("ddo_loss", "cpu") == before
+        assert dispatch.backend_for("ddo_loss", "cpu") == "reference"
         with pytest.raises(KeyError), fastgen.use_backend("auto"):
             raise KeyError
-        assert _backend.backend_for("ddo_loss", "cpu") == "reference"
-    assert _backend.backend_for("ddo_loss", "cpu") == before
+        assert dispatch.backend_for("ddo_loss", "cpu") == "reference"
+    assert dispatch.backend_for("ddo_loss", "cpu") == before
 
 
 def test_without_the_extension_the_reference_serves():
@@ -66,7 +66,7 @@ sys.modules["fastgen._C"] = None  # as if it were not built
 import torch, fastgen
 p = torch.randn(4, 3, requires_grad=True)
 fastgen.ddo_loss(p, torch.randn(4, 3), torch.randn(4, 3), torch.tensor([True, False] * 2)).backward()
-print(p.grad.shape, fastgen._backend.backend_for("ddo_loss", "cpu"), type(fastgen.build_info()["_C"]).__name__)
+print(p.grad.shape, fastgen.dispatch.backend_for("ddo_loss", "cpu"), type(fastgen.build_info()["_C"]).__name__)
 try:
     with fastgen.use_backend("native"):
         fastgen.elbo_error(p, p)
@@ -88,7 +88,7 @@ def test_info_names_every_operator(capsys):
     out = capsys.readouterr().out
     assert fastgen.__version__ in out
     assert torch.__version__ in out
-    for name in _backend.operators:
+    for name in dispatch.operators:
         assert f"  {name} " in out
 
 
@@ -96,16 +96,16 @@ def test_info_gives_no_reasons_where_a_backend_is_asked_for(capsys):
     with fastgen.use_backend("reference"):
         assert main(["info"]) == 0
     table = capsys.readouterr().out.partition("\non cpu:\n")[2].splitlines()
-    assert [line.split()[1] for line in table] == ["reference"] * len(_backend.operators)
+    assert [line.split()[1] for line in table] == ["reference"] * len(dispatch.operators)
 
 
 def test_verify_covers_every_operator_and_fails_on_a_wrong_one(monkeypatch, capsys, kernel_backend):
-    monkeypatch.setattr(_verify, "SHAPES", ((2, 2, 6),))
+    monkeypatch.setattr(verify, "SHAPES", ((2, 2, 6),))
     if kernel_backend == "native":  # all functions; interpreted ones take a minute, and other tests run them
         with Recorder() as recorder:
             assert main(["verify", "--device", "cpu", "--backend", "native"]) == 0
-        assert set(recorder.calls) == set(_backend.operators)
-    monkeypatch.setattr(_verify, "FUNCTIONS", {"elbo_error": _verify.FUNCTIONS["elbo_error"]})
+        assert set(recorder.calls) == set(dispatch.operators)
+    monkeypatch.setattr(verify, "FUNCTIONS", {"elbo_error": verify.FUNCTIONS["elbo_error"]})
     assert main(["verify", "--device", "cpu", "--backend", kernel_backend]) == 0
     assert "FAIL" not in capsys.readouterr().out
     right = fastgen.elbo_error
@@ -120,14 +120,14 @@ def test_verify_passes_without_kernels(options):
 import sys
 if not {options}:
     sys.modules["fastgen._C"] = None  # as if it were not built
-from fastgen import _verify
+from fastgen import verify
 from fastgen.__main__ import main
-_verify.SHAPES = ((2, 2, 6),)
+verify.SHAPES = ((2, 2, 6),)
 sys.exit(main(["verify", "--device", "cpu", *{options}]))
 """
     run = python(code, TRITON_INTERPRET="0", FASTGEN_BACKEND="auto")
     assert run.returncode == 0, run.stderr
-    for function in _verify.FUNCTIONS:
+    for function in verify.FUNCTIONS:
         assert re.search(rf"^{re.escape(function)} +reference +float64 .* pass$", run.stdout, re.MULTILINE), function
 
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgen import _backend
+from fastgen.core import dispatch
 from fastgen.core import operator as declarations
 from fastgen.core.operator import Gradient, Loss, PerRow, Reduction, Role, Stream, Whole, operators
 
 needs_native = pytest.mark.skipif(
-    _backend.missing("elbo_error", "native", "cpu") is not None, reason="needs the kernels"
+    dispatch.missing("elbo_error", "native", "cpu") is not None, reason="needs the kernels"
 )
 
 

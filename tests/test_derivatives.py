@@ -7,8 +7,9 @@ from torch import Tensor
 from torch.autograd import forward_ad, functional
 
 import fastgen
-from fastgen import _backend, reference
+from fastgen import reference
 from fastgen.cases import CASES
+from fastgen.core import dispatch
 
 SHAPE = (4, 3, 5)
 LOSSES = [name for name, case in CASES.items() if case.differentiable]
@@ -130,7 +131,7 @@ def test_batched_gradients_name_the_way_out(kernel_backend):
     case = CASES["token_logprob"]
     leaves = case.leaves(case.inputs(SHAPE, device=DEVICE))
     value = case(fastgen, **leaves)
-    if _backend.backend_for("token_logprob", DEVICE) == "reference":
+    if dispatch.backend_for("token_logprob", DEVICE) == "reference":
         pytest.skip("needs kernels")
     with pytest.raises(RuntimeError, match=MESSAGE):
         torch.autograd.grad(value, leaves["logits"], torch.stack([value, value]).detach(), is_grads_batched=True)

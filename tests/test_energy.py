@@ -9,7 +9,8 @@ from oracle import assert_accurate, double, value_and_grad
 from syncs import Syncs
 
 import fastgen
-from fastgen import ReplayBuffer, _backend, reference
+from fastgen import ReplayBuffer, reference
+from fastgen.core import dispatch
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 IGNORED = -100
@@ -17,7 +18,7 @@ IGNORED = -100
 
 @pytest.fixture
 def loss_backend(backend, device):
-    if reason := _backend.missing("token_logprob", backend, device):
+    if reason := dispatch.missing("token_logprob", backend, device):
         pytest.skip(reason)
 
 
@@ -130,7 +131,7 @@ def test_compiles_and_does_not_sync(loss_backend, device):
     torch.testing.assert_close(
         value_and_grad(torch.compile(f, fullgraph=True, backend="aot_eager"), real), value_and_grad(f, real)
     )
-    if _backend.backend_for("token_logprob", device) != "triton":  # the interpreter reads values
+    if dispatch.backend_for("token_logprob", device) != "triton":  # the interpreter reads values
         with Syncs() as syncs:
             value_and_grad(f, real)
         assert syncs.count == 0
@@ -148,7 +149,7 @@ def test_torch_func(loss_backend, device):
 
 
 def test_second_derivatives_are_refused_not_wrong(loss_backend, device):
-    if _backend.backend_for("token_logprob", device) == "reference":
+    if dispatch.backend_for("token_logprob", device) == "reference":
         pytest.skip("the reference has them")
     real, labels, fake = batch(device=device)
     real.requires_grad_()

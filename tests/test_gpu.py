@@ -13,8 +13,10 @@ from conftest import DEVICE, backends
 from torch import Tensor
 
 import fastgen
-from fastgen import NoiseSchedule, ScorePair, _analytic_dpm, _verify
+from fastgen import NoiseSchedule, ScorePair
+from fastgen.analytic_dpm import operators
 from fastgen.cases import FUNCTIONS
+from fastgen.core import verify
 
 pytestmark = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU, and FASTGEN_TEST_DEVICE=cuda")
 
@@ -40,7 +42,7 @@ def steps(device: str) -> dict[str, Step]:
         "ddo_loss": lambda p, q, y: fastgen.ddo_loss(p, q, y, real, weight=w, alpha=2.0),
         "diffusion_dpo_loss": lambda p, q, y: fastgen.diffusion_dpo_loss(p, q, y, beta=3.0),
         "add_noise": lambda p, q, y: fastgen.add_noise(p, y, w, 1 - w),
-        "mean_square": lambda p, q, y: _analytic_dpm.row_mean_square(p.detach()),
+        "mean_square": lambda p, q, y: operators.row_mean_square(p.detach()),
         "sds_loss": lambda p, q, y: fastgen.sds_loss(p, q, y, weight=w),
         "vsd_loss": lambda p, q, y: fastgen.vsd_loss(p, q, y, reduction="none"),
         "dmd_loss": lambda p, q, y: fastgen.dmd_loss(p, y, q, y - q, real_uncond=y, **dmd),
@@ -84,11 +86,11 @@ def assert_same_bits(actual: list[Tensor], expected: list[Tensor]) -> None:
         assert a.isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", _verify.DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("dtype", verify.DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("backend", KERNELS)
 def test_functions_against_float64(backend, function, dtype):
-    row = _verify._check(function, backend, dtype, DEVICE)
+    row = verify._check(function, backend, dtype, DEVICE)
     assert row.passed, row
 
 

@@ -7,7 +7,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastgen
 from benchmarks.logits_rounding import NOISES, study
-from fastgen import _linear_sequence, reference
+from fastgen import reference
+from fastgen.sequence import linear
 
 backend, kernel_backend = sequences.backend, sequences.kernel_backend
 
@@ -97,7 +98,7 @@ def test_a_row_that_is_not_finite_leaves_the_others_alone(dtype, kernel_backend,
 @pytest.mark.parametrize("largest", [1e-38, 1e-30, 1e-9, 1.0, 3e4, 1e30, 0.0], ids=str)
 def test_a_float16_operand_is_scaled_to_the_range_that_float16_has(largest):
     grad = largest * torch.tensor([[1.0, -0.5], [0.25, 1e-3]])
-    half, factor = _linear_sequence.narrowed(grad.clone(), torch.float16)
+    half, factor = linear.narrowed(grad.clone(), torch.float16)
     assert half.dtype == torch.float16
     assert half.isfinite().all()
     assert factor.isfinite()
@@ -163,7 +164,7 @@ class Products(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("mixed", [True, False], ids=["as-on-a-gpu", "by-copies"])
 def test_products_sum_in_float32_and_copy_a_part_of_the_weight_at_a_time(mixed, dtype, monkeypatch):
-    monkeypatch.setattr(_linear_sequence, "has_mixed_products", lambda device: mixed)
+    monkeypatch.setattr(linear, "has_mixed_products", lambda device: mixed)
     rows, width, vocabulary, budget = 48, 64, 3000, 1 << 18
     tensors = [torch.randn(n, width) / 8 for n in (rows, vocabulary, rows, vocabulary)]
     bias, tokens = torch.randn(vocabulary), torch.randint(vocabulary, (rows,))
@@ -192,9 +193,9 @@ def test_products_sum_in_float32_and_copy_a_part_of_the_weight_at_a_time(mixed, 
 
 @pytest.mark.parametrize("mixed", [True, False], ids=["as-on-a-gpu", "by-copies"])
 def test_the_weight_gradient_is_made_in_parts(mixed, monkeypatch):
-    monkeypatch.setattr(_linear_sequence, "has_mixed_products", lambda device: mixed)
+    monkeypatch.setattr(linear, "has_mixed_products", lambda device: mixed)
     h, w, grad = torch.randn(16, 64).bfloat16(), torch.randn(3000, 64).bfloat16(), torch.randn(16, 3000)
-    gradients = _linear_sequence.HeadGradients((h, w, None), (True, True, False), 1 << 16)
+    gradients = linear.HeadGradients((h, w, None), (True, True, False), 1 << 16)
     expected = grad.bfloat16().float().t() @ h.float()
     with Products() as seen:
         gradients.add(slice(0, 16), grad)

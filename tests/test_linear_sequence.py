@@ -11,7 +11,8 @@ from oracle import assert_accurate, double
 from sequences import native
 
 import fastgen
-from fastgen import _linear_sequence, reference
+from fastgen import reference
+from fastgen.sequence.linear import chunks
 
 backend, kernel_backend = sequences.backend, sequences.kernel_backend
 
@@ -81,7 +82,7 @@ def test_options(options, vocabularies, backend, device):
 @pytest.mark.parametrize("budget", [1, 100, 350, 6400, 1 << 30])
 def test_chunks_cover_the_rows_within_the_budget(rows, budget):
     covered = []
-    for chunk in _linear_sequence.chunks(rows, 100, budget):
+    for chunk in chunks(rows, 100, budget):
         size = len(range(*chunk.indices(rows)))
         assert size * 100 <= max(budget, 100)
         covered += range(*chunk.indices(rows))

@@ -12,8 +12,9 @@ from recorder import recorded
 from torch import library as torch_library
 
 import fastgen
-from fastgen import _backend, reference
+from fastgen import reference
 from fastgen.cases import CASES, FAMILIES, FUNCTIONS
+from fastgen.core import dispatch
 
 SHAPES = {"sequence": (2, 3, 71), "trajectory": (6, 4, 5)}  # of others (6, 3, 5, 7)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -31,7 +32,7 @@ def test_matches_float64(name, dtype, backend, device):
 
 
 def test_every_operator_has_a_case(kernel_backend, device):
-    assert set(recorded(kernel_backend, device)) == set(_backend.operators)
+    assert set(recorded(kernel_backend, device)) == set(dispatch.operators)
 
 
 def test_every_public_function_with_a_kernel_has_a_case():
@@ -42,14 +43,14 @@ def test_every_public_function_with_a_kernel_has_a_case():
     assert set(FUNCTIONS) <= set(fastgen.__all__)
 
 
-@pytest.mark.parametrize("name", _backend.operators)
+@pytest.mark.parametrize("name", dispatch.operators)
 def test_opcheck(name, kernel_backend, device):
     # The autograd registration test is for operators with a derivative formula; ours are wrapped in Functions.
     utilities = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    if reason := _backend.missing(name, kernel_backend, torch.device(device).type):
+    if reason := dispatch.missing(name, kernel_backend, torch.device(device).type):
         pytest.skip(reason)
     for args in recorded(kernel_backend, device)[name]:
-        torch_library.opcheck(_backend.operators[name].on(kernel_backend), args, test_utils=utilities)
+        torch_library.opcheck(dispatch.operators[name].on(kernel_backend), args, test_utils=utilities)
 
 
 def of_leaves(case, device):
@@ -154,16 +155,16 @@ def test_each_thread_has_its_own_backend():
 
     def other():
         inside.wait()
-        seen["other"] = _backend.backend_for("ddo_loss", "cpu")
+        seen["other"] = dispatch.backend_for("ddo_loss", "cpu")
         done.set()
 
     thread = threading.Thread(target=other)
     thread.start()
-    before = _backend.backend_for("ddo_loss", "cpu")
+    before = dispatch.backend_for("ddo_loss", "cpu")
     with fastgen.use_backend("reference"):
         inside.set()
         done.wait()
-        seen["this"] = _backend.backend_for("ddo_loss", "cpu")
+        seen["this"] = dispatch.backend_for("ddo_loss", "cpu")
     thread.join()
     assert seen == {"this": "reference", "other": before}
 
@@ -185,7 +186,7 @@ print((status("VmHWM") - before) / p.nbytes)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.skipif(_backend.missing("ddo_loss", "native", "cpu") is not None, reason="needs the compiled kernels")
+@pytest.mark.skipif(dispatch.missing("ddo_loss", "native", "cpu") is not None, reason="needs the compiled kernels")
 def test_peak_memory_is_the_gradient():
     run = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=False)
     if run.returncode and "clear_refs" in run.stderr:
@@ -206,7 +207,7 @@ print(fastgen.build_info()["_C"]["isa_used"], loss.item(), *p.grad.flatten().tol
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="about CPU instruction sets")
-@pytest.mark.skipif(_backend.missing("ddo_loss", "native", "cpu") is not None, reason="needs the compiled kernels")
+@pytest.mark.skipif(dispatch.missing("ddo_loss", "native", "cpu") is not None, reason="needs the compiled kernels")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
 def test_every_instruction_set_agrees(dtype):
     import os

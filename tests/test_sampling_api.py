@@ -14,7 +14,8 @@ from syncs import Syncs
 from torch import Tensor
 
 import fastgen
-from fastgen import NoiseSchedule, StepCoefficients, _backend, reference
+from fastgen import NoiseSchedule, StepCoefficients, reference
+from fastgen.core import dispatch
 
 # ---------------------------------------------------------------- in place
 
@@ -76,7 +77,7 @@ print((status("VmHWM") - before) / streams[0].nbytes)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.skipif(_backend.missing("reverse_step", "native", "cpu") is not None, reason="needs the compiled kernels")
+@pytest.mark.skipif(dispatch.missing("reverse_step", "native", "cpu") is not None, reason="needs the compiled kernels")
 @pytest.mark.parametrize(
     ("dtype", "name", "most"),
     [("float32", "reverse_step", 1.1), ("bfloat16", "reverse_step_", 0.1), ("float32", "langevin_step_", 0.1)],

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import fastgen
 from fastgen import decoupled_dmd_loss, dmd_loss, reference, sds_loss, vsd_loss
-from fastgen._accuracy import errors
+from fastgen.core.accuracy import errors
 
 # ---------------------------------------------------------------- the papers' formulas
 

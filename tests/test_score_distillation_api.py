@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastgen
-from fastgen import ScorePair, _backend, decoupled_dmd_loss, dmd_loss, reference, sds_loss, vsd_loss
+from fastgen import ScorePair, decoupled_dmd_loss, dmd_loss, reference, sds_loss, vsd_loss
+from fastgen.core import dispatch
 
 
 def dmd_by_hand(p: Problem, eps: float = 0.0, minimum: float = 0.0) -> Tensor:
@@ -330,7 +331,7 @@ print((status("VmHWM") - before) / streams[0].nbytes)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.skipif(_backend.missing("dmd", "native", "cpu") is not None, reason="needs the compiled kernels")
+@pytest.mark.skipif(dispatch.missing("dmd", "native", "cpu") is not None, reason="needs the compiled kernels")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_peak_memory_is_the_gradient(dtype: str) -> None:
     run = subprocess.run([sys.executable, "-c", PEAK, dtype], capture_output=True, text=True, check=False)

@@ -14,7 +14,8 @@ from oracle import value_and_grad
 from sequences import CASES, DTYPES, assert_same, check, layouts, native, streams
 
 import fastgen
-from fastgen import _sequence, reference
+from fastgen import reference
+from fastgen.sequence import operators
 
 backend, kernel_backend = sequences.backend, sequences.kernel_backend
 
@@ -195,7 +196,7 @@ def test_non_finite_rows_stay_alone(bad, backend, device):
 def test_counts_of_a_process_group_divide(kernel_backend, device):
     logprob, ref = torch.randn(2, 4, 3, device=device)
     real = torch.tensor([True, False, False, True], device=device)
-    run = _sequence.sequence_ddo_loss.on(kernel_backend)
+    run = operators.sequence_ddo_loss.on(kernel_backend)
     terms, _, slopes = run(logprob, ref, real, None, 2.0, 0.1, 1.0, "none")
     counts = torch.tensor([2.0, 5.0], device=device)
     loss, _, slope = run(logprob, ref, real, counts, 2.0, 0.1, 1.0, "mean")

@@ -20,8 +20,8 @@ from torch import Tensor
 
 import fastgen
 from fastgen import FactoredCost, optimal_trajectory, reference
-from fastgen._backend import missing, operators
-from fastgen.reference import trajectory as sweep
+from fastgen.core.dispatch import missing, operators
+from fastgen.trajectory import reference as sweep
 
 INF = float("inf")
 

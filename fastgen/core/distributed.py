@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..reference.elbo import group_counts
 from .operator import Operator, Role, operators
 
 
@@ -53,6 +52,19 @@ def _whole(t: Tensor) -> Tensor:
     mesh = t.device_mesh  # type: ignore[attr-defined]
     full = t.full_tensor(grad_placements=[Partial()] * mesh.ndim)  # type: ignore[attr-defined]
     return _MeanGradient.apply(full, mesh.size())  # a sum, then divided: gloo has no mean
+
+
+def group_counts(is_real: Tensor, group: Any = None) -> Tensor:
+    """The numbers of real and fake images; over a process group, the mean of a rank's.
+
+    Data parallelism averages gradients over ranks, so a rank divides by the mean count to make that average global.
+    """
+    n_real = is_real.sum()
+    counts = torch.stack([n_real, len(is_real) - n_real]).to(torch.float32)
+    if group is not None:
+        torch.distributed.all_reduce(counts, group=group)
+        counts = counts / torch.distributed.get_world_size(group)
+    return counts
 
 
 def loss_counts(is_real: Tensor, group: Any) -> Tensor | None:

@@ -140,7 +140,7 @@ def operator(declaration: Callable[..., Any] | None = None, *, paired: bool = Fa
     if declaration is None:
         return functools.partial(operator, paired=paired)
     name = declaration.__name__
-    family = declaration.__module__.removesuffix(".operators").rpartition(".")[2].lstrip("_")
+    family = declaration.__module__.removesuffix(".operators").rpartition(".")[2]
     hints = typing.get_type_hints(declaration, include_extras=True)
     returned = hints.pop("return")
     outputs = returned if hasattr(returned, "_fields") else None

@@ -4,7 +4,7 @@ They read like the papers' formulas, take any device and dtype, and are differen
 the oracle of the tests; on a machine without compiled kernels they serve as the CPU implementation.
 """
 
-from .adversarial import (
+from ..adversarial.reference import (
     approximate_r1_penalty,
     clip_weights_,
     discriminator_loss,
@@ -15,14 +15,20 @@ from .adversarial import (
     pix2pix_loss,
     r1_penalty,
 )
-from .analytic_dpm import mean_square
-from .diffusion_classifier import classify
-from .distillation_training import fake_score_loss
-from .elbo import ddo_loss, diffusion_dpo_loss, elbo_difference, elbo_error
-from .energy import joint_energy_loss
-from .sampling import StepCoefficients, guidance, langevin_step, posterior_sample, reverse_step, step_coefficients
-from .schedule import add_noise, diffuse_pair, noise_pair, prediction_to_x0
-from .score_distillation import (
+from ..analytic_dpm.reference import mean_square
+from ..diffusion_classifier.reference import classify
+from ..elbo.reference import ddo_loss, diffusion_dpo_loss, elbo_difference, elbo_error
+from ..energy.reference import joint_energy_loss
+from ..sampling.reference import (
+    StepCoefficients,
+    guidance,
+    langevin_step,
+    posterior_sample,
+    reverse_step,
+    step_coefficients,
+)
+from ..schedule.reference import add_noise, diffuse_pair, noise_pair, prediction_to_x0
+from ..score_distillation.reference import (
     DistillationStats,
     ScorePair,
     decoupled_dmd_loss,
@@ -30,14 +36,15 @@ from .score_distillation import (
     sds_loss,
     vsd_loss,
 )
-from .sequence import (
+from ..score_distillation.training_reference import fake_score_loss
+from ..sequence.reference import (
     generalized_jsd_loss,
     linear_generalized_jsd_loss,
     linear_token_logprob,
     sequence_ddo_loss,
     token_logprob,
 )
-from .trajectory import optimal_trajectory
+from ..trajectory.reference import optimal_trajectory
 
 __all__ = [
     "DistillationStats",

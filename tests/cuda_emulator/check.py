@@ -15,9 +15,9 @@ from torch import Tensor
 sys.modules["fastgen._C"] = None  # type: ignore[assignment]  # its kernels would hold the CPU's place
 import fastgen  # noqa: E402
 from fastgen import reference  # noqa: E402
-from fastgen._accuracy import accurate  # noqa: E402
-from fastgen._verify import results, widened  # noqa: E402
 from fastgen.cases import CASES, FAMILIES, Case  # noqa: E402
+from fastgen.core.accuracy import accurate  # noqa: E402
+from fastgen.core.verify import results, widened  # noqa: E402
 
 DTYPES = {"h": torch.float16, "b": torch.bfloat16, "f": torch.float32, "d": torch.float64}
 # Relative to the largest element, where that is more than eager PyTorch's error.

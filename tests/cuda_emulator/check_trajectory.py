@@ -8,12 +8,12 @@ import torch
 
 sys.modules["fastgen._C"] = None  # type: ignore[assignment]  # its kernels would hold the CPU's place
 import fastgen  # noqa: E402
-from fastgen import _backend  # noqa: E402
-from fastgen.reference import trajectory as reference  # noqa: E402
+from fastgen.core import dispatch  # noqa: E402
+from fastgen.trajectory import reference as reference  # noqa: E402
 
 
 def operator(name: str):
-    return _backend.operators[name].native
+    return dispatch.operators[name].native
 
 
 def check(cost: torch.Tensor, h: torch.Tensor | None, first: int, edges: int) -> None:

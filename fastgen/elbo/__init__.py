@@ -1,0 +1,367 @@
+"""ELBO errors and losses over their differences: DDO and Diffusion-DPO. Their operators are in ``operators.py``."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, overload
+
+from torch import Tensor
+
+from ..core import checks, dispatch, distributed
+from ..core.autograd import FusedLoss
+from . import operators, reference
+
+REDUCTIONS = ("mean", "sum", "none")
+ELEMENT_REDUCTIONS = ("mean", "sum")
+
+
+def _backend_of(op: FusedLoss, pred: Tensor) -> str:
+    if distributed.is_dtensor(pred):
+        distributed.register_sharding_rules()
+    return dispatch.backend_for(op.name, pred.device.type)
+
+
+def elbo_error(
+    pred: Tensor,
+    target: Tensor,
+    *,
+    weight: Tensor | None = None,
+    loss: Literal["l2", "l1", "huber"] = "l2",
+    element_reduction: Literal["mean", "sum"] = "mean",
+) -> Tensor:
+    """The weighted error of each row: ``error_i = w_i · red_D penalty(pred - target)``.
+
+    This is the denoising loss before its mean over the batch, and the quantity that a Diffusion Classifier compares.
+
+    Args:
+        pred: predictions [B, …] in float32, bfloat16, float16 or float64. Gradients flow to it, and to it alone.
+        target: like `pred`; its dtype may differ.
+        weight: float32 or float64 [B]; 1 if None.
+        loss: ``"l2"``: d²; ``"l1"``: abs(d); ``"huber"``: d²/2 where abs(d) < 1, else abs(d) - 1/2.
+        element_reduction: how a row's D elements are reduced.
+
+    Returns:
+        [B], float32 (float64 if an input is), summed in that precision whatever the dtype of the images. A non-finite
+        element makes its own row non-finite and touches no other.
+
+    Raises:
+        TypeError, ValueError: naming the argument that does not fit.
+
+    Example::
+
+        >>> import torch, fastgen
+        >>> fastgen.elbo_error(torch.tensor([[1.0, 3.0]]), torch.tensor([[0.0, 1.0]]), element_reduction="sum")
+        tensor([5.])
+    """
+    checks.streams(pred=pred, target=target)
+    checks.per_row("weight", weight, pred)
+    checks.choice("loss", loss, ("l2", "l1", "huber"))
+    checks.choice("element_reduction", element_reduction, ELEMENT_REDUCTIONS)
+    backend = _backend_of(operators.elbo_error, pred)
+    if backend == "reference":
+        return reference.elbo_error(pred, target, weight=weight, loss=loss, element_reduction=element_reduction)
+    return operators.elbo_error(
+        backend, pred=pred, target=target, weight=weight, loss=loss, element_mean=element_reduction == "mean"
+    )
+
+
+def elbo_difference(
+    pred: Tensor,
+    ref_pred: Tensor,
+    target: Tensor,
+    *,
+    weight: Tensor | None = None,
+    element_reduction: Literal["mean", "sum"] = "sum",
+) -> Tensor:
+    """How much better than a reference a model predicts each row: a one-sample estimate of a log-likelihood ratio.
+
+    .. math:: Δ_i = -w_i (red_D (p - y)^2 - red_D (q - y)^2) = w_i · red_D (q - p)(q + p - 2y)
+
+    computed in the factored form on the right: the difference of the two sums cancels when p is near q, as it is early
+    in training.
+
+    Args:
+        pred: the model's predictions p [B, …] in float32, bfloat16, float16 or float64. Gradients flow to it alone:
+            ``∂Δ_i/∂p = -2 w_i (p - y)``, divided by D for the mean.
+        ref_pred: the frozen reference's predictions q at the same noisy inputs; same shape, any of those dtypes.
+        target: what both predict, y.
+        weight: w, float32 or float64 [B]; 1 if None. For a likelihood ratio use the ELBO's weight of such errors, e.g.
+            :meth:`fastgen.NoiseSchedule.edm_weight` on x0-predictions.
+        element_reduction: ``"sum"`` (a log-likelihood ratio) or ``"mean"``.
+
+    Returns:
+        Δ [B], float32 (float64 if an input is). Positive where the model is better than the reference. Non-finite
+        elements make their own row non-finite and touch no other.
+
+    Raises:
+        TypeError, ValueError: naming the argument that does not fit.
+
+    Example::
+
+        >>> import torch, fastgen
+        >>> y = torch.zeros(1, 4)
+        >>> fastgen.elbo_difference(torch.full((1, 4), 0.5), torch.ones(1, 4), y)
+        tensor([3.])
+    """
+    checks.streams(pred=pred, ref_pred=ref_pred, target=target)
+    checks.per_row("weight", weight, pred)
+    checks.choice("element_reduction", element_reduction, ELEMENT_REDUCTIONS)
+    backend = _backend_of(operators.elbo_difference, pred)
+    if backend == "reference":
+        return reference.elbo_difference(pred, ref_pred, target, weight=weight, element_reduction=element_reduction)
+    return operators.elbo_difference(
+        backend, pred=pred, ref_pred=ref_pred, target=target, weight=weight, element_mean=element_reduction == "mean"
+    )
+
+
+@overload
+def ddo_loss(
+    pred: Tensor,
+    ref_pred: Tensor,
+    target: Tensor,
+    is_real: Tensor,
+    *,
+    weight: Tensor | None = ...,
+    alpha: float = ...,
+    beta: float = ...,
+    mc_samples: int = ...,
+    element_reduction: Literal["mean", "sum"] = ...,
+    reduction: Literal["mean", "sum", "none"] = ...,
+    return_delta: Literal[False] = ...,
+    group: Any = ...,
+) -> Tensor: ...
+@overload
+def ddo_loss(
+    pred: Tensor,
+    ref_pred: Tensor,
+    target: Tensor,
+    is_real: Tensor,
+    *,
+    weight: Tensor | None = ...,
+    alpha: float = ...,
+    beta: float = ...,
+    mc_samples: int = ...,
+    element_reduction: Literal["mean", "sum"] = ...,
+    reduction: Literal["mean", "sum", "none"] = ...,
+    return_delta: Literal[True],
+    group: Any = ...,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def ddo_loss(
+    pred: Tensor,
+    ref_pred: Tensor,
+    target: Tensor,
+    is_real: Tensor,
+    *,
+    weight: Tensor | None = ...,
+    alpha: float = ...,
+    beta: float = ...,
+    mc_samples: int = ...,
+    element_reduction: Literal["mean", "sum"] = ...,
+    reduction: Literal["mean", "sum", "none"] = ...,
+    return_delta: bool,
+    group: Any = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+def ddo_loss(
+    pred: Tensor,
+    ref_pred: Tensor,
+    target: Tensor,
+    is_real: Tensor,
+    *,
+    weight: Tensor | None = None,
+    alpha: float = 1.0,
+    beta: float = 0.05,
+    mc_samples: int = 1,
+    element_reduction: Literal["mean", "sum"] = "sum",
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    return_delta: bool = False,
+    group: Any = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Direct Discriminative Optimization (arXiv 2503.01103): fine-tunes a likelihood-based model as its own GAN.
+
+    .. math:: L = mean_{real} softplus(-βΔ) + α · mean_{fake} softplus(βΔ)
+
+    with Δ of :func:`elbo_difference`: the model against its frozen reference is the discriminator's logit, real images
+    are data, fake ones samples of the reference. The optimum is ``p ∝ p_ref^(1-1/β) p_data^(1/β)``; at
+    ``pred == ref_pred`` the loss is ``(1 + α) ln 2``.
+
+    Args:
+        pred, ref_pred, target: as in :func:`elbo_difference`, [B·mc_samples, …]: the model's and the reference's
+            predictions at the same noisy inputs, and what they predict. Share t and noise between the two models, and
+            between the real and the fake half. Fakes must be the reference's samples as they come, unclamped.
+        is_real: bool [B], True for data, False for samples of the reference.
+        weight: w, float32 or float64 [B·mc_samples]; for EDM's x0-errors
+            :meth:`fastgen.NoiseSchedule.edm_weight`.
+        alpha: weight of the fakes, ≥ 0; the paper uses 0.5 to 50.
+        beta: inverse temperature, > 0; the paper uses 0.01 to 0.1 with sums over an image.
+        mc_samples: M, draws of (t, noise) per image, in consecutive rows. Δ is averaged over them inside the sigmoid;
+            by Jensen's inequality the bound is tighter than at M = 1, the paper's.
+        element_reduction: ``"sum"`` over an image's elements (the paper) or ``"mean"``.
+        reduction: ``"mean"``: each group's own mean, an absent group contributing 0; ``"sum"``; or ``"none"``: the
+            terms [B], with α applied to the fakes.
+        return_delta: also return Δ [B] (after the mean over M), detached, for logging.
+        group: a ``torch.distributed`` process group over which the two means are taken. Averaging over its ranks, as
+            DDP and FSDP do to gradients, then gives the loss and the gradients of the whole batch in one process, also
+            where a rank has no fakes. Batch-sharded DTensors need no group: their loss is global as it is.
+
+    Returns:
+        The loss, float32 (float64 if an input is), or ``(loss, delta)``. Gradients flow to `pred` alone, once
+        differentiable. B = 0 gives 0. A non-finite element makes its own row's term and gradient non-finite, and no
+        other row's gradient.
+
+    Raises:
+        TypeError, ValueError: naming the argument that does not fit.
+
+    Example::
+
+        >>> import torch, fastgen
+        >>> pred = torch.zeros(4, 3, 8, 8, requires_grad=True)
+        >>> is_real = torch.tensor([True, True, False, False])
+        >>> loss = fastgen.ddo_loss(pred, torch.zeros(4, 3, 8, 8), torch.randn(4, 3, 8, 8), is_real, alpha=2.0)
+        >>> loss.backward()
+        >>> print(f"{loss:.4f}")
+        2.0794
+    """
+    checks.streams(pred=pred, ref_pred=ref_pred, target=target)
+    mc_samples = checks.positive_int("mc_samples", mc_samples)
+    if pred.shape[0] % mc_samples:
+        raise ValueError(f"mc_samples = {mc_samples} does not divide the {pred.shape[0]} rows of pred")
+    checks.flags("is_real", is_real, pred.shape[0] // mc_samples, pred)
+    checks.per_row("weight", weight, pred)
+    alpha = checks.number("alpha", alpha, low=0)
+    beta = checks.number("beta", beta, low=0, open_low=True)
+    checks.choice("element_reduction", element_reduction, ELEMENT_REDUCTIONS)
+    checks.choice("reduction", reduction, REDUCTIONS)
+    backend = _backend_of(operators.ddo_loss, pred)
+    if backend == "reference":
+        return reference.ddo_loss(
+            pred, ref_pred, target, is_real, weight=weight, alpha=alpha, beta=beta, mc_samples=mc_samples,
+            element_reduction=element_reduction, reduction=reduction, return_delta=return_delta, group=group,
+        )  # fmt: skip
+    counts = distributed.loss_counts(is_real, group) if reduction == "mean" else None
+    loss, delta = operators.ddo_loss(
+        backend,
+        pred=pred,
+        ref_pred=ref_pred,
+        target=target,
+        weight=weight,
+        element_mean=element_reduction == "mean",
+        reduction=reduction,
+        is_real=is_real,
+        counts=counts,
+        alpha=alpha,
+        beta=beta,
+        mc_samples=mc_samples,
+    )
+    return (loss, delta) if return_delta else loss
+
+
+@overload
+def diffusion_dpo_loss(
+    pred: Tensor,
+    ref_pred: Tensor,
+    target: Tensor,
+    *,
+    weight: Tensor | None = ...,
+    beta: float = ...,
+    kind: Literal["sigmoid", "ipo", "hinge"] = ...,
+    element_reduction: Literal["mean", "sum"] = ...,
+    reduction: Literal["mean", "sum", "none"] = ...,
+    return_delta: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def diffusion_dpo_loss(
+    pred: Tensor,
+    ref_pred: Tensor,
+    target: Tensor,
+    *,
+    weight: Tensor | None = ...,
+    beta: float = ...,
+    kind: Literal["sigmoid", "ipo", "hinge"] = ...,
+    element_reduction: Literal["mean", "sum"] = ...,
+    reduction: Literal["mean", "sum", "none"] = ...,
+    return_delta: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def diffusion_dpo_loss(
+    pred: Tensor,
+    ref_pred: Tensor,
+    target: Tensor,
+    *,
+    weight: Tensor | None = ...,
+    beta: float = ...,
+    kind: Literal["sigmoid", "ipo", "hinge"] = ...,
+    element_reduction: Literal["mean", "sum"] = ...,
+    reduction: Literal["mean", "sum", "none"] = ...,
+    return_delta: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+def diffusion_dpo_loss(
+    pred: Tensor,
+    ref_pred: Tensor,
+    target: Tensor,
+    *,
+    weight: Tensor | None = None,
+    beta: float = 5000.0,
+    kind: Literal["sigmoid", "ipo", "hinge"] = "sigmoid",
+    element_reduction: Literal["mean", "sum"] = "mean",
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    return_delta: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Diffusion-DPO (arXiv 2311.12908) and two relatives: preference losses over pairs of images.
+
+    With Δ of :func:`elbo_difference` and the margin ``m_i = Δ_winner,i - Δ_loser,i``::
+
+        "sigmoid"   -log sigmoid(beta m / 2)         the ½ is the published code's
+        "ipo"       (m - 1/(2 beta))²                arXiv 2310.12036
+        "hinge"     relu(1 - beta m)                 arXiv 2305.10425
+
+    Args:
+        pred, ref_pred, target: as in :func:`elbo_difference`, [B, …] with B even: the first half are winners, the
+            second half the losers, in the same order. A pair shares t and noise.
+        weight: float32 or float64 [B].
+        beta: inverse temperature, > 0. 5000 is the published code's, with the mean over elements.
+        kind: one of the three.
+        element_reduction: ``"mean"`` over an image's elements (published code) or ``"sum"``.
+        reduction: over the B/2 pairs; ``"none"`` returns [B/2].
+        return_delta: also return the margins m [B/2], detached.
+
+    Returns:
+        The loss, float32 (float64 if an input is), or ``(loss, margin)``. Gradients flow to `pred` alone, once
+        differentiable. B = 0 gives 0. Non-finite elements make their own pair's term and gradients non-finite.
+
+    Raises:
+        TypeError, ValueError: naming the argument that does not fit.
+
+    Example::
+
+        >>> import torch, fastgen
+        >>> pred = torch.zeros(4, 16, requires_grad=True)
+        >>> loss = fastgen.diffusion_dpo_loss(pred, torch.zeros(4, 16), torch.randn(4, 16))
+        >>> print(f"{loss:.4f}")
+        0.6931
+    """
+    checks.streams(pred=pred, ref_pred=ref_pred, target=target)
+    if pred.shape[0] % 2:
+        raise ValueError(f"pred must hold winners and then as many losers, got {pred.shape[0]} rows")
+    checks.per_row("weight", weight, pred)
+    beta = checks.number("beta", beta, low=0, open_low=True)
+    checks.choice("kind", kind, ("sigmoid", "ipo", "hinge"))
+    checks.choice("element_reduction", element_reduction, ELEMENT_REDUCTIONS)
+    checks.choice("reduction", reduction, REDUCTIONS)
+    backend = _backend_of(operators.diffusion_dpo_loss, pred)
+    if backend == "reference":
+        return reference.diffusion_dpo_loss(
+            pred, ref_pred, target, weight=weight, beta=beta, kind=kind, element_reduction=element_reduction,
+            reduction=reduction, return_delta=return_delta,
+        )  # fmt: skip
+    loss, margin = operators.diffusion_dpo_loss(
+        backend,
+        pred=pred,
+        ref_pred=ref_pred,
+        target=target,
+        weight=weight,
+        element_mean=element_reduction == "mean",
+        reduction=reduction,
+        beta=beta,
+        kind=kind,
+    )
+    return (loss, margin) if return_delta else loss

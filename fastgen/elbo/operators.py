@@ -1,0 +1,98 @@
+"""Operators of ``elbo``, and how its losses are differentiated.
+
+Every loss here reduces a row to one number and hands the numbers of a group of rows to a scalar function, so all of
+them share one shape: the loss, the group's ELBO difference, d loss / d error of each row, and the gradient, from one
+pass. The kernels are in ``csrc/formulas/elbo.h`` and ``triton_kernels/elbo.py``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+from ..core.autograd import differentiable
+from ..core.operator import Gradient, Loss, PerGroup, PerRow, Reduction, Stream, Whole, operator
+
+Penalty = Literal["l2", "l1", "huber"]
+
+
+class DifferenceOutputs(NamedTuple):
+    """Of a loss over ELBO differences."""
+
+    loss: Loss
+    delta: PerGroup
+    error_slope: PerRow
+    grad_pred: Gradient
+
+
+class DistanceOutputs(NamedTuple):
+    """Of a distance between two tensors."""
+
+    distance: Loss
+    grad_pred: Gradient
+
+
+_OF_DIFFERENCE: dict[str, Any] = {"slope": "error_slope", "returns": ("loss", "delta"), "loss": "l2"}
+
+
+@operator
+def elbo_error_backward(
+    grad: PerRow, pred: Stream, target: Stream, weight: PerRow | None, loss: Penalty, element_mean: bool
+) -> Gradient:
+    """``grad_i ∂error_i/∂pred``"""
+
+
+@differentiable(elbo_error_backward, "pred")
+@operator
+def elbo_error(pred: Stream, target: Stream, weight: PerRow | None, loss: Penalty, element_mean: bool) -> PerRow:
+    """``w_i red_D penalty(pred - target)``"""
+
+
+@differentiable(
+    elbo_error_backward, "pred", slope="scale", returns=("distance",), loss="l1", weight=None, element_mean=False
+)
+@operator
+def l1_distance(pred: Stream, target: Stream, scale: float, with_grad: bool) -> DistanceOutputs:
+    """``scale Σ abs(pred - target)`` over all elements, and its gradient from the same pass."""
+
+
+@differentiable(elbo_error_backward, "pred", slope=-1.0, loss="l2")
+@operator
+def elbo_difference(
+    pred: Stream, ref_pred: Stream, target: Stream, weight: PerRow | None, element_mean: bool
+) -> PerRow:
+    """``w_i red_D (ref_pred - pred)(ref_pred + pred - 2 target)``"""
+
+
+@differentiable(elbo_error_backward, "pred", group_rows="mc_samples", **_OF_DIFFERENCE)
+@operator
+def ddo_loss(
+    pred: Stream,
+    ref_pred: Stream,
+    target: Stream,
+    weight: PerRow | None,
+    element_mean: bool,
+    reduction: Reduction,
+    with_grad: bool,
+    is_real: PerGroup,
+    counts: Whole | None,
+    alpha: float,
+    beta: float,
+    mc_samples: int,
+) -> DifferenceOutputs:
+    """DDO over the mean difference of `mc_samples` rows; `counts` = {real, fake} to divide by where not these."""
+
+
+@differentiable(elbo_error_backward, "pred", **_OF_DIFFERENCE)
+@operator(paired=True)
+def diffusion_dpo_loss(
+    pred: Stream,
+    ref_pred: Stream,
+    target: Stream,
+    weight: PerRow | None,
+    element_mean: bool,
+    reduction: Reduction,
+    with_grad: bool,
+    beta: float,
+    kind: Literal["sigmoid", "ipo", "hinge"],
+) -> DifferenceOutputs:
+    """A preference loss of the difference of row i less that of row i + B/2."""

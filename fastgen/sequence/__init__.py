@@ -1,0 +1,536 @@
+"""Losses over the logits of token sequences: log-probabilities, DDO, and divergences for distillation."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from ..core import checks, dispatch, distributed
+from . import linear, operators, reference
+from .linear import MAX_CHUNK_BYTES
+from .operators import IGNORE_INDEX
+
+REDUCTIONS = ("mean", "sum", "none")
+TOKEN_REDUCTIONS = ("batchmean", "sum", "mean", "none")
+
+Reduction = Literal["batchmean", "sum", "mean", "none"]
+
+
+def token_logprob(
+    logits: Tensor, tokens: Tensor, *, temperature: float = 1.0, ignore_index: int = IGNORE_INDEX
+) -> Tensor:
+    """The log-probability of each token: ``logit_token / τ - log Σ exp(logits / τ)``.
+
+    What supervised fine-tuning, sequence-level distillation, policy gradients, DPO on tokens, CCA and DDO are made of.
+    Each row is read once for the value and once for the gradient, and nothing of the size of `logits` exists besides
+    that gradient; neither does a float32 copy of bfloat16 logits. What a layer of bfloat16 has rounded off its logits
+    is lost, though: up to 0.016 nats where they spread with a standard deviation of 3, and more where they are larger.
+    :func:`linear_token_logprob` takes the layer instead, and keeps float32 logits.
+
+    Args:
+        logits: [..., V] in float32, bfloat16, float16 or float64, before any softmax. -inf masks an entry of the
+            vocabulary. The leading dimensions may have any strides: ``logits[:, :-1]`` is not copied. Gradients flow to
+            it alone: ``grad (onehot - softmax) / τ``, contiguous.
+        tokens: int64 [...], the index of each row's token.
+        temperature: τ > 0, which divides the logits: the one that the tokens were sampled with.
+        ignore_index: rows with this token are not read; their log-probability and gradient are 0.
+
+    Returns:
+        [...], float32 (float64 for float64), computed in that precision, with the maximum split off: logits of ±10⁴
+        lose nothing. -inf where the token's logit is; NaN, with gradient 0, where a token is neither in [0, V) nor
+        `ignore_index`; NaN with a NaN gradient in a row with NaN or +inf, or of -inf alone. Once differentiable.
+
+    Raises:
+        TypeError, ValueError: naming the argument that does not fit.
+
+    Example::
+
+        >>> import torch, fastgen
+        >>> logits = torch.zeros(1, 3, 4, requires_grad=True)  # [B, T, V], uniform over 4 tokens
+        >>> logprob = fastgen.token_logprob(logits, torch.tensor([[2, 0, -100]]))
+        >>> print(logprob.exp()[0, :2].tolist(), logprob[0, 2].item())
+        [0.25, 0.25] 0.0
+        >>> loss = -logprob.sum() / 2  # the usual cross-entropy over two tokens
+        >>> loss.backward()
+    """
+    checks.logits(logits=logits)
+    checks.row_indices("tokens", tokens, logits)
+    temperature = checks.number("temperature", temperature, low=0, open_low=True)
+    ignore_index = checks.integer("ignore_index", ignore_index)
+    backend = dispatch.backend_for("token_logprob", logits.device.type)
+    if backend == "reference":
+        return reference.token_logprob(logits, tokens, temperature=temperature, ignore_index=ignore_index)
+    return operators.token_logprob(
+        backend, logits=logits, tokens=tokens, temperature=temperature, ignore_index=ignore_index
+    )
+
+
+@overload
+def sequence_ddo_loss(
+    logits: Tensor,
+    ref_logits: Tensor,
+    tokens: Tensor,
+    is_real: Tensor,
+    *,
+    mask: Tensor | None = ...,
+    alpha: float = ...,
+    beta: float = ...,
+    normalize: bool = ...,
+    reduction: Literal["mean", "sum", "none"] = ...,
+    return_delta: Literal[False] = ...,
+    group: Any = ...,
+) -> Tensor: ...
+@overload
+def sequence_ddo_loss(
+    logits: Tensor,
+    ref_logits: Tensor,
+    tokens: Tensor,
+    is_real: Tensor,
+    *,
+    mask: Tensor | None = ...,
+    alpha: float = ...,
+    beta: float = ...,
+    normalize: bool = ...,
+    reduction: Literal["mean", "sum", "none"] = ...,
+    return_delta: Literal[True],
+    group: Any = ...,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def sequence_ddo_loss(
+    logits: Tensor,
+    ref_logits: Tensor,
+    tokens: Tensor,
+    is_real: Tensor,
+    *,
+    mask: Tensor | None = ...,
+    alpha: float = ...,
+    beta: float = ...,
+    normalize: bool = ...,
+    reduction: Literal["mean", "sum", "none"] = ...,
+    return_delta: bool,
+    group: Any = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+def sequence_ddo_loss(
+    logits: Tensor,
+    ref_logits: Tensor,
+    tokens: Tensor,
+    is_real: Tensor,
+    *,
+    mask: Tensor | None = None,
+    alpha: float = 1.0,
+    beta: float = 0.05,
+    normalize: bool = False,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    return_delta: bool = False,
+    group: Any = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Direct Discriminative Optimization (arXiv 2503.01103) of an autoregressive model, such as VAR.
+
+    .. math:: L = mean_{real} softplus(-βΔ) + α · mean_{fake} softplus(βΔ), Δ_i = Σ_t log p(y_{it}) / p_{ref}(y_{it})
+
+    over the tokens y. The likelihood is exact, where :func:`fastgen.ddo_loss` bounds it. The same loss is CCA (arXiv
+    2410.09347) where "real" are images with their own label, "fake" the same images with another one, and rows whose
+    label was dropped, or is the right one by chance, count as real.
+
+    Logits that a layer of bfloat16 has rounded are off by up to 0.016 nats a token where they spread with a standard
+    deviation of 3, and Δ adds that up; take them from a float32 layer, or Δ from :func:`linear_token_logprob`.
+
+    Args:
+        logits: [B, T, V], the model's, in float32, bfloat16, float16 or float64; the leading dimensions may have any
+            strides (``logits[:, :-1]`` is not copied). Gradients flow to it alone.
+        ref_logits: [B, T, V], the frozen reference's, of any of those dtypes.
+        tokens: int64 [B, T]: data, or samples of the reference. Tokens of -100 do not count.
+        is_real: bool [B], True for data, False for samples of the reference.
+        mask: bool [B, T]: the tokens that count; all, if None. Rows of the others are not read.
+        alpha: weight of the fakes, ≥ 0.
+        beta: inverse temperature, > 0. Δ sums over tokens: the longer the sequences, the smaller.
+        normalize: divide the loss by max(α, 1), as the authors' code does for VAR.
+        reduction: ``"mean"``: each group's own mean, an absent group contributing 0; ``"sum"``; or ``"none"``: the
+            terms [B], with α applied to the fakes.
+        return_delta: also return Δ [B], detached, for logging.
+        group: a ``torch.distributed`` process group over which the two means are taken, as in
+            :func:`fastgen.ddo_loss`.
+
+    Returns:
+        The loss, float32 (float64 if an input is), or ``(loss, delta)``; ``(1 + α) ln 2`` where both models agree. Once
+        differentiable. B = 0 gives 0. A token outside the vocabulary makes its sequence's term NaN.
+
+    Raises:
+        TypeError, ValueError: naming the argument that does not fit.
+
+    Example::
+
+        >>> import torch, fastgen
+        >>> logits, tokens = torch.randn(4, 10, 32), torch.randint(32, (4, 10))
+        >>> is_real = torch.tensor([True, True, False, False])
+        >>> loss = fastgen.sequence_ddo_loss(logits.clone().requires_grad_(), logits, tokens, is_real, alpha=2.0)
+        >>> loss.backward()
+        >>> print(f"{loss:.4f}")
+        2.0794
+    """
+    checks.logits(logits=logits, ref_logits=ref_logits)
+    if logits.dim() != 3:
+        raise ValueError(f"logits must have shape [B, T, V], got {list(logits.shape)}")
+    if ref_logits.shape[-1] != logits.shape[-1]:
+        raise ValueError(f"ref_logits has {ref_logits.shape[-1]} columns, but logits has {logits.shape[-1]}")
+    checks.row_indices("tokens", tokens, logits)
+    checks.flags("is_real", is_real, logits.shape[0], logits)
+    if mask is not None:
+        checks.mask("mask", mask, tokens)
+    alpha = checks.number("alpha", alpha, low=0)
+    beta = checks.number("beta", beta, low=0, open_low=True)
+    checks.choice("reduction", reduction, REDUCTIONS)
+    backend = dispatch.backend_for("sequence_ddo_loss", logits.device.type)
+    if backend == "reference":
+        return reference.sequence_ddo_loss(
+            logits, ref_logits, tokens, is_real, mask=mask, alpha=alpha, beta=beta, normalize=normalize,
+            reduction=reduction, return_delta=return_delta, group=group,
+        )  # fmt: skip
+    if mask is not None:
+        tokens = torch.where(mask, tokens, IGNORE_INDEX)
+    counts = distributed.loss_counts(is_real, group) if reduction == "mean" else None
+    scale = 1 / max(alpha, 1.0) if normalize else 1.0
+    options: dict[str, Any] = {"tokens": tokens, "temperature": 1.0, "ignore_index": IGNORE_INDEX}
+    loss, delta = operators.sequence_ddo_loss(
+        backend,
+        logprob=operators.token_logprob(backend, logits=logits, **options),
+        ref_logprob=operators.token_logprob(backend, logits=ref_logits.detach(), **options),
+        is_real=is_real,
+        counts=counts,
+        alpha=alpha,
+        beta=beta,
+        scale=scale,
+        reduction=reduction,
+    )
+    return (loss, delta) if return_delta else loss
+
+
+def generalized_jsd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = None,
+    *,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    reduction: Reduction = "batchmean",
+    num_items: int | Tensor | None = None,
+    ignore_index: int = IGNORE_INDEX,
+) -> Tensor:
+    """The divergences of knowledge distillation and GKD (arXiv 2306.13649) between a teacher P and a student Q.
+
+    With P and Q the softmax of ``logits / τ`` and M = β P + (1 - β) Q, for each token::
+
+        0 < beta < 1   beta KL(P‖M) + (1 - beta) KL(Q‖M)     generalized Jensen-Shannon
+        beta = 0       KL(P‖Q)      forward KL: supervised distillation; covers the teacher's modes
+        beta = 1       KL(Q‖P)      reverse KL; seeks them
+
+    The convention is TRL's (``GKDTrainer``) and Liger-Kernel's: beta weighs the teacher, and the two ends are KL
+    divergences themselves. They are *not* the limits: between them the loss tends to 0, like β KL(P‖Q) as β → 0, so
+    that beta = 0.01 is a hundredth of beta = 0, about. Nothing is multiplied by τ².
+
+    Both rows are read from memory once, for value and gradient together. Besides the inputs there is no tensor of their
+    size but the gradient; neither do float32 copies of bfloat16 logits, log-probabilities or the mixture exist. Terms
+    are computed from log P - log Q directly, so that a student close to its teacher gets an accurate gradient, as far
+    as the logits are accurate: where bfloat16 layers have rounded them, it is off by 2 % far from the teacher, by 30 %
+    where the two models differ by 2 %, and by 66 % at 1 %. :func:`linear_generalized_jsd_loss` takes the layers
+    instead, and keeps float32 logits.
+
+    Args:
+        student_logits: [..., V] (such as [B, T, V]) in float32, bfloat16, float16 or float64, before any softmax. The
+            leading dimensions may have any strides: ``logits[:, :-1]`` is not copied. Gradients flow to it alone.
+        teacher_logits: [..., V'], of any of those dtypes. Where V' ≠ V (output layers padded to different sizes), the
+            columns that only one of the two has are masked: they have probability 0 and gradient 0.
+        labels: int64 [...], of which only ``labels == ignore_index`` matters: those rows are not read, and count for
+            nothing. None: all rows count. Logits at position t belong to the label at t: shift them as for a
+            cross-entropy.
+        beta: in [0, 1].
+        temperature: τ > 0.
+        reduction: ``"batchmean"``: the sum over the valid tokens, divided by their number (at least 1); ``"sum"``;
+            ``"mean"``: ``"batchmean"`` divided by the size of the vocabulary, as in ``torch.nn.functional.kl_div``; or
+            ``"none"``: the loss of each token [...]. (Without labels, releases of TRL divide ``"batchmean"`` by B·T or
+            by B.)
+        num_items: divides instead of the number of valid tokens: an int, or a 0-dimensional tensor, such as
+            Transformers' ``num_items_in_batch``. With the number of valid tokens of all micro-batches of an optimizer
+            step, accumulated gradients equal those of one large batch. For ``"batchmean"`` and ``"mean"``.
+        ignore_index: see `labels`.
+
+    Returns:
+        The loss, float32 (float64 if an input is). Once differentiable. No rows, or none valid, give 0 and gradients 0.
+        Masked entries (-inf) count as probability 0, and 0 log 0 = 0; where the student has probability and the teacher
+        none, reverse KL is inf and its gradient not finite, as is forward KL's value the other way round: mask both, or
+        take beta between.
+
+    Raises:
+        TypeError, ValueError: naming the argument that does not fit.
+
+    Example::
+
+        >>> import torch, fastgen
+        >>> student = torch.zeros(1, 2, 4, requires_grad=True)
+        >>> teacher = torch.tensor([[[2.0, 0.0, 0.0, 0.0], [9.0, 9.0, 9.0, 9.0]]])
+        >>> loss = fastgen.generalized_jsd_loss(student, teacher, torch.tensor([[3, -100]]), beta=0.0)
+        >>> loss.backward()
+        >>> print(f"{loss:.4f}")
+        0.4680
+        >>> torch.allclose(student.grad[0], torch.stack([0.25 - teacher[0, 0].softmax(0), torch.zeros(4)]))
+        True
+    """
+    vocabulary = _check_divergence(
+        student_logits, teacher_logits, labels, beta, temperature, reduction, num_items, ignore_index
+    )
+    beta, temperature = float(beta), float(temperature)
+    backend = dispatch.backend_for("generalized_jsd", student_logits.device.type)
+    if backend == "reference":
+        return reference.generalized_jsd_loss(
+            student_logits, teacher_logits, labels, beta=beta, temperature=temperature, reduction=reduction,
+            num_items=num_items, ignore_index=ignore_index,
+        )  # fmt: skip
+    scale = _scale(student_logits, teacher_logits, labels, reduction, num_items, ignore_index, vocabulary)
+    return operators.generalized_jsd(
+        backend,
+        student=student_logits,
+        teacher=teacher_logits,
+        labels=labels,
+        scale=scale,
+        beta=beta,
+        temperature=temperature,
+        ignore_index=ignore_index,
+        reduction="none" if reduction == "none" else "sum",
+    )
+
+
+def linear_token_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = IGNORE_INDEX,
+    round_logits: bool = False,
+    max_chunk_bytes: int = MAX_CHUNK_BYTES,
+) -> Tensor:
+    """:func:`token_logprob` of ``logits = hidden weightᵀ + bias``, without ever holding the logits.
+
+    Tokens are taken in chunks; the backward pass computes each chunk's logits once more. Logits of bfloat16 and float16
+    operands are computed and kept in float32, and so are the sums of all gradients.
+
+    Args:
+        hidden: [..., H], the output layer's input, in float32, bfloat16, float16 or float64.
+        weight: [V, H], the output layer's weight, of the same dtype. It may be a DTensor, such as a parameter under
+            FSDP2, beside plain hidden states of each rank: it is gathered here, and its gradient is the mean over the
+            ranks, as that of FSDP2's other parameters is. (For their sum pass
+            ``weight.full_tensor(grad_placements=[Partial()])``.)
+        tokens: int64 [...].
+        bias: [V], of the same dtype, or None; a DTensor as `weight` may be.
+        temperature, ignore_index: as in :func:`token_logprob`.
+        round_logits: keep the logits in the dtype of `hidden`, as a layer returns them, instead of float32. In bfloat16
+            that halves their memory and costs accuracy, as :func:`token_logprob` says. float16 is refused: the gradient
+            of its logits would underflow.
+        max_chunk_bytes: memory for the logits of a chunk and, in the backward pass, their gradient; and a quarter more
+            for parts of the weight, or of its gradient, in float32.
+
+    Returns:
+        [...], float32 (float64 for float64). Gradients flow to `hidden`, `weight` and `bias`, once differentiable.
+        Under autocast the three are cast to its dtype; the logits are float32 there too.
+
+    Raises:
+        TypeError, ValueError: naming the argument that does not fit.
+
+    Example::
+
+        >>> import torch, fastgen
+        >>> head = torch.nn.Linear(16, 1000)
+        >>> hidden, tokens = torch.randn(2, 5, 16), torch.randint(1000, (2, 5))
+        >>> logprob = fastgen.linear_token_logprob(hidden, head.weight, tokens, bias=head.bias)
+        >>> torch.allclose(logprob, fastgen.token_logprob(head(hidden), tokens), atol=1e-5)
+        True
+        >>> (-logprob.mean()).backward()
+    """
+    checks.head("", hidden, weight, bias)
+    checks.row_indices("tokens", tokens, hidden)
+    temperature = checks.number("temperature", temperature, low=0, open_low=True)
+    ignore_index = checks.integer("ignore_index", ignore_index)
+    _check_rounding(round_logits, "hidden", hidden)
+    max_chunk_bytes = checks.positive_int("max_chunk_bytes", max_chunk_bytes)
+    weight, bias = distributed.whole_parameters(weight, bias)
+    backend = dispatch.backend_for("token_logprob", hidden.device.type)
+    if backend == "reference":
+        return reference.linear_token_logprob(
+            hidden, weight, tokens, bias=bias, temperature=temperature, ignore_index=ignore_index,
+            round_logits=round_logits,
+        )  # fmt: skip
+    head = linear.flat_head(hidden, weight, bias)
+    logprob = linear.run(
+        linear.token_logprob,
+        backend,
+        head,
+        tokens=tokens.flatten(),
+        temperature=temperature,
+        ignore_index=ignore_index,
+        round_logits=round_logits,
+        max_chunk_bytes=max_chunk_bytes,
+    )
+    return logprob.view(tokens.shape)
+
+
+def linear_generalized_jsd_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    labels: Tensor | None = None,
+    *,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    reduction: Literal["batchmean", "sum", "mean"] = "batchmean",
+    num_items: int | Tensor | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    round_logits: bool = False,
+    max_chunk_bytes: int = MAX_CHUNK_BYTES,
+) -> Tensor:
+    """:func:`generalized_jsd_loss` of ``logits = hidden weightᵀ + bias``, without ever holding the logits.
+
+    Tokens are taken in chunks. Where a gradient is needed the forward pass computes it, while a chunk's logits are
+    there: the backward pass only scales. At 4 096 tokens and a vocabulary of 128 000 the logits of a student and a
+    teacher and their gradient are 6 GB in float32; here they are `max_chunk_bytes`.
+
+    Logits of bfloat16 and float16 operands are computed and kept in float32, and so are the sums of all gradients: the
+    gradient of a bfloat16 head is off by 0.2 %, of which most is its own rounding, however close the student is to the
+    teacher. Rounded logits would make it 66 % where the two differ by 1 %.
+
+    Args:
+        student_hidden: [..., H], the input of the student's output layer, in float32, bfloat16, float16 or float64.
+        student_weight: [V, H], that layer's weight, of the same dtype. A frozen one (``requires_grad=False``) costs no
+            gradient. It may be a DTensor, such as a parameter under FSDP2, beside plain hidden states of each rank: it
+            is gathered here, and its gradient is the mean over the ranks, as that of FSDP2's other parameters is. (For
+            their sum pass ``student_weight.full_tensor(grad_placements=[Partial()])``.)
+        teacher_hidden: [..., H'], the teacher's; H' and the dtype may differ from the student's.
+        teacher_weight: [V', H'], of the dtype of `teacher_hidden`, or a DTensor. V' may differ from V, as in
+            :func:`generalized_jsd_loss`.
+        labels: int64 [...] or None, as there.
+        student_bias, teacher_bias: [V], [V'] or None; DTensors as the weights may be.
+        beta, temperature, num_items, ignore_index: as in :func:`generalized_jsd_loss`.
+        reduction: as there, but for ``"none"``.
+        round_logits: keep the logits in the dtype of the hidden states, as a layer returns them, instead of float32. In
+            bfloat16 that halves their memory and costs accuracy, as :func:`generalized_jsd_loss` says. A float16
+            student is refused: the gradient of its logits would underflow.
+        max_chunk_bytes: memory for a chunk's logits, the teacher's, and the gradient of the student's; and a quarter
+            more for parts of a weight, or of its gradient, in float32. On a GPU a larger budget makes for larger matrix
+            products.
+
+    Returns:
+        The loss, float32 (float64 if an input is). Gradients flow to the student's hidden states, weight and bias, once
+        differentiable. Under autocast all are cast to its dtype; the logits are float32 there too.
+
+    Raises:
+        TypeError, ValueError: naming the argument that does not fit.
+
+    Example::
+
+        >>> import torch, fastgen
+        >>> student, teacher = torch.nn.Linear(16, 1000, bias=False), torch.nn.Linear(32, 1000, bias=False)
+        >>> s, t = torch.randn(2, 5, 16), torch.randn(2, 5, 32)
+        >>> loss = fastgen.linear_generalized_jsd_loss(s, student.weight, t, teacher.weight, beta=0.5)
+        >>> loss.backward()
+        >>> torch.allclose(loss, fastgen.generalized_jsd_loss(student(s), teacher(t), beta=0.5))
+        True
+    """
+    checks.head("student_", student_hidden, student_weight, student_bias)
+    checks.head("teacher_", teacher_hidden, teacher_weight, teacher_bias)
+    if teacher_hidden.shape[:-1] != student_hidden.shape[:-1]:
+        raise ValueError(
+            f"teacher_hidden has rows {list(teacher_hidden.shape[:-1])}, but student_hidden has"
+            f" {list(student_hidden.shape[:-1])}"
+        )
+    checks.choice("reduction", reduction, TOKEN_REDUCTIONS[:3])
+    _check_options(student_hidden, labels, beta, temperature, reduction, num_items, ignore_index)
+    _check_rounding(round_logits, "student_hidden", student_hidden)
+    max_chunk_bytes = checks.positive_int("max_chunk_bytes", max_chunk_bytes)
+    beta, temperature = float(beta), float(temperature)
+    student_weight, student_bias = distributed.whole_parameters(student_weight, student_bias)
+    teacher_weight, teacher_bias = distributed.whole_parameters(teacher_weight, teacher_bias)
+    backend = dispatch.backend_for("generalized_jsd", student_hidden.device.type)
+    if backend == "reference":
+        return reference.linear_generalized_jsd_loss(
+            student_hidden, student_weight, teacher_hidden, teacher_weight, labels, student_bias=student_bias,
+            teacher_bias=teacher_bias, beta=beta, temperature=temperature, reduction=reduction, num_items=num_items,
+            ignore_index=ignore_index, round_logits=round_logits,
+        )  # fmt: skip
+    vocabulary = min(student_weight.shape[0], teacher_weight.shape[0])
+    scale = _scale(student_hidden, teacher_hidden, labels, reduction, num_items, ignore_index, vocabulary)
+    student = linear.flat_head(student_hidden, student_weight, student_bias)
+    teacher = linear.flat_head(teacher_hidden, teacher_weight, teacher_bias)
+    return linear.run(
+        linear.generalized_jsd,
+        backend,
+        student,
+        **{f"teacher_{name}": value for name, value in teacher._asdict().items()},
+        labels=None if labels is None else labels.flatten(),
+        scale=scale,
+        beta=beta,
+        temperature=temperature,
+        ignore_index=ignore_index,
+        round_logits=round_logits,
+        max_chunk_bytes=max_chunk_bytes,
+    )
+
+
+def _check_divergence(
+    student: Tensor, teacher: Tensor, labels: Tensor | None, beta: float, temperature: float, reduction: str,
+    num_items: int | Tensor | None, ignore_index: int,
+) -> int:  # fmt: skip
+    """The size of the vocabulary that both have."""
+    checks.logits(student_logits=student, teacher_logits=teacher)
+    checks.choice("reduction", reduction, TOKEN_REDUCTIONS)
+    _check_options(student, labels, beta, temperature, reduction, num_items, ignore_index)
+    return min(student.shape[-1], teacher.shape[-1])
+
+
+def _check_options(
+    rows: Tensor, labels: Tensor | None, beta: float, temperature: float, reduction: str,
+    num_items: int | Tensor | None, ignore_index: int,
+) -> None:  # fmt: skip
+    if labels is not None:
+        checks.row_indices("labels", labels, rows)
+    if checks.number("beta", beta, low=0) > 1:
+        raise ValueError(f"beta must be in [0, 1], got {beta}")
+    checks.number("temperature", temperature, low=0, open_low=True)
+    checks.integer("ignore_index", ignore_index)
+    if num_items is None:
+        return
+    if reduction not in ("batchmean", "mean"):
+        raise ValueError(f"num_items is what 'batchmean' and 'mean' divide by; reduction is {reduction!r}")
+    if not isinstance(num_items, Tensor):
+        checks.positive_int("num_items", num_items)
+    elif num_items.dim() != 0:
+        raise ValueError(f"num_items must be an int or a 0-dimensional tensor, got shape {list(num_items.shape)}")
+    else:
+        checks.real("num_items", num_items)
+
+
+def _check_rounding(round_logits: bool, name: str, hidden: Tensor) -> None:
+    if not isinstance(round_logits, bool):
+        raise TypeError(f"round_logits must be a bool, got {type(round_logits).__name__}")
+    if round_logits and reference.autocast_dtype(hidden) == torch.float16:
+        raise ValueError(f"round_logits must be False where {name} is float16: the gradient of its logits underflows")
+
+
+def _scale(
+    student: Tensor, teacher: Tensor, labels: Tensor | None, reduction: str, num_items: int | Tensor | None,
+    ignore_index: int, vocabulary: int,
+) -> Tensor | None:  # fmt: skip
+    """What the sum over rows is multiplied by, 0-dimensional: no value on the device is read."""
+    if reduction in ("sum", "none"):
+        return None
+    dtype = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
+    factor = 1 / vocabulary if reduction == "mean" else 1.0
+    rows = student[..., 0]
+    items = reference.item_count(rows, labels, num_items, ignore_index)
+    if isinstance(items, Tensor):
+        return factor / items.to(device=student.device, dtype=dtype)
+    return student.new_full((), factor / items, dtype=dtype)

@@ -1,0 +1,99 @@
+"""Cases of ``fastgen.sequence``, and of the joint energy loss, which sweeps logits like theirs."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.case import Draw, Role, case, flags, near, stream
+
+WIDTH = 8  # of hidden states
+
+
+def tokens(draw: Draw) -> Tensor:
+    """One a row of logits, of which one in five is ignored."""
+    shape = draw.shape[:-1]
+    ids = torch.arange(torch.Size(shape).numel(), device=draw.device).reshape(shape) * 7
+    return (ids % draw.shape[-1]).masked_fill(ids % 5 == 1, -100)
+
+
+def counted(draw: Draw) -> Tensor:
+    return tokens(draw) % 3 != 0
+
+
+def items(draw: Draw) -> Tensor:
+    return torch.full((), 11.0, device=draw.device)
+
+
+def hidden(model: int) -> Role:
+    """Input of a model's output layer, in the dtype of the first or the second stream."""
+    return lambda draw: draw.normal(*draw.shape[:-1], WIDTH).to(draw.dtypes[model % len(draw.dtypes)])
+
+
+def head(model: int, *width: int) -> Role:
+    return lambda draw: draw.normal(draw.shape[-1], *width).to(draw.dtypes[model % len(draw.dtypes)])
+
+
+def _sequence_ddo(
+    m: ModuleType, logits: Tensor, ref_logits: Tensor, tokens: Tensor, is_real: Tensor, *, mask: Tensor | None = None,
+    **options: Any,
+) -> Tensor:  # fmt: skip
+    # [B, T, V], whatever lies between the first dimension and the vocabulary.
+    logits, ref_logits = (t.reshape(len(t), -1, t.shape[-1]) for t in (logits, ref_logits))
+    tokens, mask = tokens.reshape(len(logits), -1), None if mask is None else mask.reshape(len(logits), -1)
+    loss: Tensor = m.sequence_ddo_loss(logits, ref_logits, tokens, is_real, mask=mask, **options)
+    return loss
+
+
+def _joint_energy(m: ModuleType, logits_real: Tensor, labels: Tensor, logits_fake: Tensor) -> Tensor:
+    real, fake = logits_real.flatten(0, -2), logits_fake.flatten(0, -2)
+    loss: Tensor = m.joint_energy_loss(real, labels.flatten(), fake, energy_weight=0.5)
+    return loss
+
+
+TOKENS = {"logits": stream, "tokens": tokens}
+DDO = {"logits": stream, "ref_logits": near, "tokens": tokens, "is_real": flags}
+MODELS = {"student_logits": stream, "teacher_logits": stream}
+LABELLED = MODELS | {"labels": tokens}
+STUDENT = {"student_hidden": hidden(0), "student_weight": head(0, WIDTH), "student_bias": head(0)}
+TEACHER = {"teacher_hidden": hidden(1), "teacher_weight": head(1, WIDTH), "teacher_bias": head(1)}
+
+CASES = (
+    case("token_logprob", TOKENS, "logits"),
+    case("token_logprob-hot", TOKENS, "logits", temperature=4.0),
+    case("token_logprob-cold", TOKENS, "logits", temperature=0.5),
+    case("sequence_ddo_loss", DDO, "logits", _sequence_ddo, alpha=2.0, beta=0.05),
+    case(
+        "sequence_ddo_loss-masked", DDO | {"mask": counted}, "logits", _sequence_ddo, alpha=3.0, normalize=True,
+        reduction="sum",
+    ),
+    case("sequence_ddo_loss-none", DDO, "logits", _sequence_ddo, beta=0.01, reduction="none"),
+    *(
+        case(f"generalized_jsd_loss-{beta}", LABELLED, "student_logits", beta=beta, temperature=temperature)
+        for beta, temperature in ((0, 0.5), (0.1, 1.0), (0.5, 2.0), (0.9, 4.0), (1, 1.5))
+    ),
+    case("generalized_jsd_loss-unlabelled", MODELS, "student_logits", beta=0.3, reduction="sum"),
+    case("generalized_jsd_loss-none", LABELLED, "student_logits", beta=0.7, reduction="none"),
+    case("generalized_jsd_loss-forward-none", LABELLED, "student_logits", beta=0.0, reduction="none"),
+    case("generalized_jsd_loss-reverse-none", LABELLED, "student_logits", beta=1.0, reduction="none"),
+    case("generalized_jsd_loss-reverse-sum", LABELLED, "student_logits", beta=1.0, reduction="sum"),
+    case(
+        "generalized_jsd_loss-mean", LABELLED | {"num_items": items}, "student_logits", temperature=0.7,
+        reduction="mean",
+    ),
+    case(
+        "linear_token_logprob", {"hidden": hidden(0), "weight": head(0, WIDTH), "bias": head(0), "tokens": tokens},
+        "hidden weight bias", temperature=2.0,
+    ),
+    case(
+        "linear_generalized_jsd_loss", STUDENT | TEACHER | {"labels": tokens},
+        "student_hidden student_weight student_bias", beta=0.5,
+    ),
+    case(
+        "joint_energy_loss", {"logits_real": stream, "labels": tokens, "logits_fake": stream},
+        "logits_real logits_fake", _joint_energy,
+    ),
+)  # fmt: skip

@@ -1,0 +1,114 @@
+"""Operators of ``sequence``, and how its losses are differentiated.
+
+Logits are [..., V]; what there is one of per row (tokens, labels, log-probabilities) has the shape before V. The last
+dimension is dense or copied once; leading dimensions may have any strides, and a gradient is always contiguous. Scalars
+of rows are float32 (float64 where logits are). The kernels are in ``csrc/formulas/sequence.h`` and
+``triton_kernels/sequence.py``. With m the maximum of a row's logits, its ``stats`` are m and
+``sum = Σ exp((logit - m) / temperature)``: m plus the logarithm of the sum would round what logits of 10 000 leave
+after the comma. Rows that are ignored are not read; their results, stats and gradients are 0.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, NamedTuple
+
+from torch import Tensor
+
+from ..core.autograd import differentiable
+from ..core.operator import Gradient, Logits, Loss, PerGroup, PerRow, Reduction, Role, Stream, Whole, operator
+
+IGNORE_INDEX = -100
+
+TokenStats = Annotated[Tensor, Role.STACKED, 2]
+DivergenceStats = Annotated[Tensor, Role.STACKED, 5]
+
+
+class TokenOutputs(NamedTuple):
+    """Of :func:`token_logprob`."""
+
+    logprob: PerRow
+    stats: TokenStats
+
+
+class SequenceOutputs(NamedTuple):
+    """Of :func:`sequence_ddo_loss`."""
+
+    loss: Loss
+    delta: PerRow
+    slope: PerRow
+
+
+class DivergenceOutputs(NamedTuple):
+    """Of :func:`generalized_jsd`."""
+
+    loss: Loss
+    stats: DivergenceStats
+    grad_student: Gradient
+
+
+@operator
+def token_logprob_backward(
+    grad: PerRow, logits: Logits, tokens: PerRow, stats: TokenStats, temperature: float, ignore_index: int
+) -> Gradient:
+    """``grad (onehot - softmax) / temperature`` per row; 0 for a token outside the vocabulary."""
+
+
+@differentiable(token_logprob_backward, "logits", returns=("logprob",))
+@operator
+def token_logprob(logits: Logits, tokens: PerRow, temperature: float, ignore_index: int) -> TokenOutputs:
+    """``logprob = (logit_token - m) / temperature - log sum``; NaN outside the vocabulary."""
+
+
+def _spread(grad: Tensor, logprob: Tensor) -> Tensor:
+    """A sequence's gradient for each of its tokens."""
+    return grad.unsqueeze(1).expand(logprob.shape)
+
+
+@differentiable(_spread, "logprob", slope="slope", returns=("loss", "delta"))
+@operator
+def sequence_ddo_loss(
+    logprob: Stream,
+    ref_logprob: Stream,
+    is_real: PerGroup,
+    counts: Whole | None,
+    alpha: float,
+    beta: float,
+    scale: float,
+    reduction: Reduction,
+) -> SequenceOutputs:
+    """DDO's terms over ``delta_i = Σ_t logprob_it - ref_logprob_it``, times `scale`; slope is d term_i / d delta_i."""
+
+
+@operator
+def generalized_jsd_backward(
+    grad: PerRow,
+    student: Logits,
+    teacher: Logits,
+    labels: PerRow | None,
+    stats: DivergenceStats,
+    beta: float,
+    temperature: float,
+    ignore_index: int,
+) -> Gradient:
+    """The student's gradient from one number per row, which may be expanded; 0 in ignored rows."""
+
+
+@differentiable(generalized_jsd_backward, "student", slope="scale")
+@operator
+def generalized_jsd(
+    student: Logits,
+    teacher: Logits,
+    labels: PerRow | None,
+    scale: Whole | None,
+    beta: float,
+    temperature: float,
+    ignore_index: int,
+    reduction: Reduction,
+    with_grad: bool,
+) -> DivergenceOutputs:
+    """The divergence of each row, or their sum, and the gradients, all times the 0-dimensional `scale`.
+
+    The vocabularies may differ: columns that one of the two lacks are left out, and have gradient 0. stats [5, ...]:
+    the student's m and sum, the teacher's, and the row's center: 0, KL(Q‖P) or KL(Q‖M) for
+    beta = 0, 1 and between.
+    """
