@@ -3,6 +3,7 @@
 import pytest
 import sequences
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastgen
@@ -18,12 +19,16 @@ SMALL = {"rows": 16, "width": 96, "vocabulary": 300}
 
 
 def within_bar(mine, exact):
-    """At most twice the error of exact logits in float32, and of one number two roundings of float32."""
+    """At most twice the error of exact logits in float32.
+
+    Of one number these may have more digits by luck: some roundings are allowed, of logits and of what they differ by.
+    """
+    eps = torch.finfo(torch.float32).eps
     return (
-        mine.value <= 2 * exact.value + 2.4e-7
+        mine.value <= 2 * exact.value + 4 * eps / mine.noise
         and mine.hidden <= 2 * exact.hidden
         and mine.weight <= 2 * exact.weight
-        and mine.logprob <= 2 * exact.logprob
+        and mine.logprob <= 2 * exact.logprob + 8 * eps
     )
 
 
@@ -189,6 +194,19 @@ def test_products_sum_in_float32_and_copy_a_part_of_the_weight_at_a_time(mixed, 
         value = loss(reference, *wide)
         for mine, exact in zip(actual, (value, *torch.autograd.grad(value, wide)), strict=True):
             assert (mine.double() - exact).norm() / exact.norm() < torch.finfo(dtype).eps / 2
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_torch_has_a_mixed_product_for_gpus(dtype):
+    """Of shapes alone, where there is no GPU."""
+    with FakeTensorMode():
+        a, b = (torch.empty(shape, device="cuda", dtype=dtype) for shape in ((3, 4), (4, 5)))
+        assert _linear_sequence.has_mixed_products(a.device)
+        assert not _linear_sequence.has_mixed_products(torch.device("cpu"))
+        with Products() as seen:
+            out = _linear_sequence.product(a, b, torch.float32)
+    assert (out.shape, out.dtype) == ((3, 5), torch.float32)
+    assert seen.products == {("aten.mm.dtype", dtype, dtype, torch.float32)}
 
 
 @pytest.mark.parametrize("mixed", [True, False], ids=["as-on-a-gpu", "by-copies"])
