@@ -269,7 +269,7 @@ def row_indices(name: str, value: Tensor, like: Tensor) -> None:
 def head(prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """An output layer and its input: hidden [..., H], weight [V, H], bias [V]; one dtype, except under autocast.
 
-    The layer's parameters may be DTensors (``_distributed.whole_parameters`` gathers them).
+    The layer's parameters may be DTensors (``core.distributed.whole_parameters`` gathers them).
     """
     floating(f"{prefix}hidden", hidden)
     local(f"{prefix}hidden", hidden)
