@@ -114,9 +114,9 @@ def _gradients(ctx: Any, grad: Tensor) -> Gradients:
     gradients, ctx.gradients = ctx.gradients, None
     count, names = len(ctx.dtypes), ctx.loss.tensors
     if ctx.compiled:
-        *_, scale = saved = ctx.saved_tensors[: count + len(names) + 1]
+        scale, *kept = ctx.saved_tensors[count + len(names) :]
         factor = grad if scale is None else grad * scale
-        gradients = [None if g is None else g * factor for g in ctx.saved_tensors[len(saved) :]]
+        gradients = [None if g is None else g * factor for g in kept]
     elif gradients is not None and any(g is not None for g in gradients):
         scale = ctx.saved_tensors[count + len(names)] if ctx.scaled else None
         factor = grad if scale is None else grad * scale
@@ -124,9 +124,10 @@ def _gradients(ctx: Any, grad: Tensor) -> Gradients:
             if g is not None:
                 scale_gradient_(ctx.backend, grad=g, scale=factor)
     else:
-        saved = dict(zip(names, ctx.saved_tensors[count:], strict=False)) | ctx.options
+        tensors = ctx.saved_tensors  # unpacked once: hooks may have moved them elsewhere
+        saved = dict(zip(names, tensors[count:], strict=False)) | ctx.options
         gradients = ctx.loss.backward(ctx.backend, ctx.needs_input_grad[4:], saved, grad)
-        gradients = tuple(map(_like, gradients, ctx.saved_tensors))
+        gradients = tuple(map(_like, gradients, tensors))
     return tuple(
         [g if g is None or g.dtype is dtype else g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)]
     )
