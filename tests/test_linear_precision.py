@@ -203,10 +203,8 @@ def test_torch_has_a_mixed_product_for_gpus(dtype):
         a, b = (torch.empty(shape, device="cuda", dtype=dtype) for shape in ((3, 4), (4, 5)))
         assert _linear_sequence.has_mixed_products(a.device)
         assert not _linear_sequence.has_mixed_products(torch.device("cpu"))
-        with Products() as seen:
-            out = _linear_sequence.product(a, b, torch.float32)
+        out = _linear_sequence.product(a, b, torch.float32)
     assert (out.shape, out.dtype) == ((3, 5), torch.float32)
-    assert seen.products == {("aten.mm.dtype", dtype, dtype, torch.float32)}
 
 
 @pytest.mark.parametrize("mixed", [True, False], ids=["as-on-a-gpu", "by-copies"])
