@@ -88,7 +88,10 @@ class Posterior(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         scales = zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[1:4], strict=True)
         grads = (
-            _RowCombination.apply(ctx.backend, grad, k, None, None).to(dtype) if needed else None
+            # Not rounded to the dtype of x_t first.
+            _RowCombination.apply(ctx.backend, grad.to(torch.promote_types(grad.dtype, dtype)), k, None, None).to(dtype)
+            if needed
+            else None
             for k, dtype, needed in scales
         )
         return None, *grads, None, None, None
