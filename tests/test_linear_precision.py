@@ -201,9 +201,9 @@ def test_torch_has_a_mixed_product_for_gpus(dtype):
     """Of shapes alone, where there is no GPU."""
     with FakeTensorMode():
         a, b = (torch.empty(shape, device="cuda", dtype=dtype) for shape in ((3, 4), (4, 5)))
-        assert _linear_sequence.has_mixed_products(a.device)
-        assert not _linear_sequence.has_mixed_products(torch.device("cpu"))
-        out = _linear_sequence.product(a, b, torch.float32)
+        assert linear.has_mixed_products(a.device)
+        assert not linear.has_mixed_products(torch.device("cpu"))
+        out = linear.product(a, b, torch.float32)
     assert (out.shape, out.dtype) == ((3, 5), torch.float32)
 
 
@@ -211,7 +211,7 @@ def test_torch_has_a_mixed_product_for_gpus(dtype):
 def test_the_weight_gradient_is_made_in_parts(mixed, monkeypatch):
     monkeypatch.setattr(linear, "has_mixed_products", lambda device: mixed)
     h, w, grad = torch.randn(16, 64).bfloat16(), torch.randn(3000, 64).bfloat16(), torch.randn(16, 3000)
-    gradients = linear.HeadGradients((h, w, None), (True, True, False), 1 << 16)
+    gradients = linear.HeadGradients(linear.Head(h, w, None), (True, True, False), 1 << 16)
     expected = grad.bfloat16().float().t() @ h.float()
     with Products() as seen:
         gradients.add(slice(0, 16), grad)

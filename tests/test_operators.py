@@ -23,12 +23,21 @@ ONE_OF_EACH = [cases[0].name for cases in FUNCTIONS.values() if cases[0].differe
 ONE_OF_EACH += [name for name, case in CASES.items() if name.endswith("-none") and case.function + "-none" == name]
 
 
+def check_at(name, dtypes, device):
+    case = CASES[name]
+    family = next(family for family, cases in FAMILIES.items() if case in cases)
+    check_case(case, case.inputs(SHAPES.get(family, (6, 3, 5, 7)), *dtypes, device=device))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_matches_float64(name, dtype, backend, device):
-    case = CASES[name]
-    family = next(family for family, cases in FAMILIES.items() if case in cases)
-    check_case(case, case.inputs(SHAPES.get(family, (6, 3, 5, 7)), dtype, device=device))
+    check_at(name, (dtype,), device)
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_matches_float64_where_dtypes_differ(name, kernel_backend, device):
+    check_at(name, (torch.float16, torch.bfloat16, torch.float32), device)
 
 
 def test_every_operator_has_a_case(kernel_backend, device):

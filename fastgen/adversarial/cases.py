@@ -10,18 +10,15 @@ from ..core.case import case, near, per_row, stream
 
 
 def _layers(m: ModuleType, first: Tensor, second: Tensor, first_target: Tensor, second_target: Tensor) -> Tensor:
-    distance: Tensor = m.feature_distance([first, second], [first_target, second_target], [0.7, 1.0])
-    return distance
+    return m.feature_distance([first, second], [first_target, second_target], [0.7, 1.0])
 
 
 def _turned(m: ModuleType, feature: Tensor, target: Tensor) -> Tensor:
-    distance: Tensor = m.feature_distance([feature.transpose(0, -1)], [target.transpose(0, -1)])
-    return distance
+    return m.feature_distance([feature.transpose(0, -1)], [target.transpose(0, -1)])
 
 
 def _pix2pix(m: ModuleType, fake_logits: Tensor, output: Tensor, target: Tensor, feature: Tensor) -> Tensor:
-    loss: Tensor = m.pix2pix_loss(fake_logits, output, target, features=[feature], target_features=[target])
-    return loss
+    return m.pix2pix_loss(fake_logits, output, target, features=[feature], target_features=[target])
 
 
 PAIR = {"feature": stream, "target": near}

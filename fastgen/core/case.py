@@ -108,8 +108,7 @@ class Case:
     def __call__(self, module: ModuleType, **tensors: Tensor) -> Tensor:
         if self.run is not None:
             return self.run(module, **tensors, **self.options)
-        result: Tensor = getattr(module, self.function)(**tensors, **self.options)
-        return result
+        return getattr(module, self.function)(**tensors, **self.options)
 
     def inputs(
         self,

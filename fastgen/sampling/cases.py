@@ -22,8 +22,7 @@ CHAIN = {"x": stream, "grad": stream, "noise": stream}
 
 def _step(module: ModuleType, name: str, x_t: Tensor, tensors: dict[str, Any]) -> Tensor:
     k = StepCoefficients(**{f: tensors.pop(f"k_{f}") for f in StepCoefficients._fields})
-    result: Tensor = getattr(module, name)(x_t, coefficients=k, **tensors)
-    return result
+    return getattr(module, name)(x_t, coefficients=k, **tensors)
 
 
 def _reverse_step(m: ModuleType, x_t: Tensor, **tensors: Any) -> Tensor:
@@ -36,13 +35,11 @@ def _reverse_step_(m: ModuleType, x_t: Tensor, **tensors: Any) -> Tensor:
 
 
 def _langevin_step_(m: ModuleType, x: Tensor, **tensors: Any) -> Tensor:
-    result: Tensor = getattr(m, "langevin_step_", m.langevin_step)(x.clone(), **tensors)
-    return result
+    return getattr(m, "langevin_step_", m.langevin_step)(x.clone(), **tensors)
 
 
 def _posterior_sample(m: ModuleType, **tensors: Tensor) -> Tensor:
-    result: Tensor = m.posterior_sample(SCHEDULE, **tensors)
-    return result
+    return m.posterior_sample(SCHEDULE, **tensors)
 
 
 CASES = (

@@ -23,8 +23,7 @@ MIXED: dict[str, Any] = {"prediction_type": "epsilon", "fake_prediction_type": "
 
 def _decoupled(m: ModuleType, x: Tensor, **given: Any) -> Tensor:
     dm, ca = (ScorePair(*(given.pop(f"{which}_{name}") for name in ScorePair._fields)) for which in ("dm", "ca"))
-    loss: Tensor = m.decoupled_dmd_loss(x, dm, ca, guidance_scale=3.0, **given)
-    return loss
+    return m.decoupled_dmd_loss(x, dm, ca, guidance_scale=3.0, **given)
 
 
 CASES = (

@@ -44,14 +44,12 @@ def _sequence_ddo(
     # [B, T, V], whatever lies between the first dimension and the vocabulary.
     logits, ref_logits = (t.reshape(len(t), -1, t.shape[-1]) for t in (logits, ref_logits))
     tokens, mask = tokens.reshape(len(logits), -1), None if mask is None else mask.reshape(len(logits), -1)
-    loss: Tensor = m.sequence_ddo_loss(logits, ref_logits, tokens, is_real, mask=mask, **options)
-    return loss
+    return m.sequence_ddo_loss(logits, ref_logits, tokens, is_real, mask=mask, **options)
 
 
 def _joint_energy(m: ModuleType, logits_real: Tensor, labels: Tensor, logits_fake: Tensor) -> Tensor:
     real, fake = logits_real.flatten(0, -2), logits_fake.flatten(0, -2)
-    loss: Tensor = m.joint_energy_loss(real, labels.flatten(), fake, energy_weight=0.5)
-    return loss
+    return m.joint_energy_loss(real, labels.flatten(), fake, energy_weight=0.5)
 
 
 TOKENS = {"logits": stream, "tokens": tokens}
