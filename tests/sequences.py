@@ -36,7 +36,7 @@ def streams(shape, dtype=torch.float32, device="cpu", near=1.0):
 
 
 def is_real(tokens):
-    return torch.arange(len(tokens), device=tokens.device) % 3 != 1
+    return torch.arange(len(tokens) if tokens.dim() else 1, device=tokens.device) % 3 != 1
 
 
 SHORT = {"generalized_jsd_loss": "jsd", "token_logprob": "logprob", "sequence_ddo_loss": "ddo"}

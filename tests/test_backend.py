@@ -42,7 +42,7 @@ with fastgen.use_backend("triton"):
 
 
 def test_the_environment_variable_sets_the_process():
-    code = "import fastgen.dispatch as b; print(b.backend_for('ddo_loss', 'cpu'))"
+    code = "import fastgen.core.dispatch as b; print(b.backend_for('ddo_loss', 'cpu'))"
     assert python(code, FASTGEN_BACKEND="reference").stdout.strip() == "reference"
 
 
@@ -65,7 +65,7 @@ sys.modules["fastgen._C"] = None  # as if it were not built
 import torch, fastgen
 p = torch.randn(4, 3, requires_grad=True)
 fastgen.ddo_loss(p, torch.randn(4, 3), torch.randn(4, 3), torch.tensor([True, False] * 2)).backward()
-print(p.grad.shape, fastgen.dispatch.backend_for("ddo_loss", "cpu"), type(fastgen.build_info()["_C"]).__name__)
+print(p.grad.shape, fastgen.core.dispatch.backend_for("ddo_loss", "cpu"), type(fastgen.build_info()["_C"]).__name__)
 try:
     with fastgen.use_backend("native"):
         fastgen.elbo_error(p, p)
@@ -119,7 +119,7 @@ def test_verify_passes_without_kernels(options):
 import sys
 if not {options}:
     sys.modules["fastgen._C"] = None  # as if it were not built
-from fastgen import verify
+from fastgen.core import verify
 from fastgen.__main__ import main
 verify.SHAPES = ((2, 2, 6),)
 sys.exit(main(["verify", "--device", "cpu", *{options}]))

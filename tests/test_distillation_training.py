@@ -198,7 +198,7 @@ for _ in range(12):
     steps.append(fastgen.backward_simulation(lambda x, t: x, fastgen.NoiseSchedule.flow(), times, noise).step)
 print(steps)
 torch.distributed.destroy_process_group()
-assert not fastgen.distillation_training._shared_steps
+assert not fastgen.score_distillation.training._shared_steps
 """
 
 

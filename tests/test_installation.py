@@ -253,7 +253,7 @@ def test_the_package_works_under_another_name(clone):
         sys.modules["fastgen"] = None  # nothing may be imported by that name
         import renamed, torch
         from renamed.__main__ import main
-        import renamed.dispatch as backend
+        import renamed.core.dispatch as backend
         print(renamed.triton_kernels.layout.__name__, backend.backend_for("elbo_error", "cpu"))
         with renamed.use_backend("triton"):
             print(renamed.elbo_error(torch.ones(1, 2), torch.zeros(1, 2)).tolist())

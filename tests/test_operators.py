@@ -59,7 +59,7 @@ def test_opcheck(name, kernel_backend, device):
     if reason := dispatch.missing(name, kernel_backend, torch.device(device).type):
         pytest.skip(reason)
     for args in recorded(kernel_backend, device)[name]:
-        torch_library.opcheck(dispatch.operators[name].on(kernel_backend), args, test_utils=utilities)
+        torch_library.opcheck(getattr(dispatch.operators[name], kernel_backend), args, test_utils=utilities)
 
 
 def of_leaves(case, device):

@@ -1,5 +1,6 @@
 """The sequence family beyond its values: shapes, strides, dtypes, reductions, threads, memory, errors."""
 
+import functools
 import math
 import os
 import subprocess
@@ -196,10 +197,11 @@ def test_non_finite_rows_stay_alone(bad, backend, device):
 def test_counts_of_a_process_group_divide(kernel_backend, device):
     logprob, ref = torch.randn(2, 4, 3, device=device)
     real = torch.tensor([True, False, False, True], device=device)
-    run = operators.sequence_ddo_loss.on(kernel_backend)
-    terms, _, slopes = run(logprob, ref, real, None, 2.0, 0.1, 1.0, "none")
+    arguments = {"logprob": logprob, "ref_logprob": ref, "is_real": real, "alpha": 2.0, "beta": 0.1, "scale": 1.0}
+    run = functools.partial(operators.sequence_ddo_loss.operator, kernel_backend, **arguments)
+    terms, _, slopes = run(counts=None, reduction="none")
     counts = torch.tensor([2.0, 5.0], device=device)
-    loss, _, slope = run(logprob, ref, real, counts, 2.0, 0.1, 1.0, "mean")
+    loss, _, slope = run(counts=counts, reduction="mean")
     share = torch.where(real, 1 / counts[0], 1 / counts[1])
     torch.testing.assert_close(loss, (terms * share).sum())
     torch.testing.assert_close(slope, slopes * share)

@@ -403,9 +403,10 @@ def test_inspection_agrees_with_the_reference(n: int, seed: int, first: int, kin
     v, h = cost[:, 0], cost[:, -1]
     for backend in ("native", "triton"):
         if missing("trajectory_inspect", backend, "cpu") is None:
-            inspect = operators["trajectory_inspect"].on(backend)
-            for problem in ((cost, None), (v, h)):
-                got, expected = (f(*problem, first, True) for f in (inspect, sweep.trajectory_inspect))
+            inspect = operators["trajectory_inspect"].of(backend)
+            for costs, other in ((cost, None), (v, h)):
+                problem = {"cost": costs, "h": other, "first": first, "certify": True}
+                got, expected = (f(**problem) for f in (inspect, sweep.trajectory_inspect))
                 assert got.tolist() == expected.tolist()
 
 

@@ -61,6 +61,15 @@ def can_keep(*inputs: Tensor | None) -> bool:
     return True
 
 
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd wants to hear of a function of these tensors."""
+    if torch.is_grad_enabled():
+        for t in tensors:  # a generator would take several times as long
+            if t is not None and t.requires_grad:
+                return True
+    return False
+
+
 def apart(*args: Any) -> tuple[Any, ...]:
     """A Function's arguments; while compiling, each tensor by a view of its own, as torch.compile takes none twice."""
     if not torch.compiler.is_compiling():
@@ -71,10 +80,17 @@ def apart(*args: Any) -> tuple[Any, ...]:
 def apply(
     loss: Differentiable, backend: str, keep: bool, inputs: tuple[Tensor | None, ...], arguments: dict[str, Any]
 ) -> Any:
-    """The results of `loss`, of which the first has a gradient for `inputs`; `arguments` are its forward pass's."""
-    if torch.compiler.is_compiling():
+    """The results of `loss`, of which the first has a gradient for `inputs`; `arguments` are its forward pass's.
+
+    The forward pass writes the gradients if `keep`, where there are any to write.
+    """
+    if not needs_grad(*inputs):
+        results = loss.forward(backend, False, (False,) * len(inputs), arguments).results
+    elif torch.compiler.is_compiling():
         arguments = {name: v.detach() if isinstance(v, Tensor) else v for name, v in arguments.items()}
-    results = _Fused.apply(loss, backend, keep, arguments, *apart(*inputs))
+        results = _Fused.apply(loss, backend, keep, arguments, *apart(*inputs))
+    else:
+        results = _Fused.apply(loss, backend, keep, arguments, *inputs)
     return results[0] if len(results) == 1 else results
 
 
@@ -208,16 +224,8 @@ class FusedLoss:
         `arguments` are the operator's but `with_grad`.
         """
         x = arguments[self.wrt] if source is None else source
-        if torch.is_grad_enabled() and x.requires_grad:
-            keep = self.buffer is not None and arguments.get("reduction") != "none" and can_keep(x)
-            return apply(self, backend, keep, (x,), arguments)
-        if self.buffer is not None:
-            arguments["with_grad"] = False
-        results = self.operator.run(backend, arguments)
-        if self.operator.outputs is None:
-            return results
-        returned = self.returned(results)
-        return returned[0] if len(returned) == 1 else returned
+        keep = self.buffer is not None and arguments.get("reduction") != "none" and can_keep(x)
+        return apply(self, backend, keep, (x,), arguments)
 
     def forward(self, backend: str, keep: bool, needed: tuple[bool, ...], arguments: dict[str, Any]) -> Forward:
         if self.buffer is not None:

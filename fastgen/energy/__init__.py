@@ -53,6 +53,9 @@ class _JointEnergyLoss:
         return grad_real, _softmax(fake, saved["stats_fake"]) * (of_energy / max(fake.shape[0], 1))
 
 
+_joint_energy = _JointEnergyLoss()
+
+
 def _softmax(logits: Tensor, stats: Tensor) -> Tensor:
     peak, total = stats.unsqueeze(-1)
     return (logits.to(peak.dtype) - peak).exp_() / total
@@ -152,7 +155,7 @@ def joint_energy_loss(
         )  # fmt: skip
     arguments: dict[str, Any] = {"real": logits_real, "labels": labels, "fake": logits_fake}
     arguments |= {"weight": energy_weight, "ignore_index": ignore_index}
-    results = autograd.apply(_JointEnergyLoss(), backend, False, (logits_real, logits_fake), arguments)
+    results = autograd.apply(_joint_energy, backend, False, (logits_real, logits_fake), arguments)
     return results if return_energies else results[0]
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..core import checks, dispatch
-from ..core.autograd import apart
+from ..core.autograd import apart, needs_grad
 from ..schedule import NoiseSchedule
 from ..triton_kernels.layout import arithmetic_dtype
 from . import operators, reference
@@ -162,7 +162,7 @@ def reverse_step(
 
 def _needs_grad(streams: list[Tensor], coefficients: StepCoefficients, guidance_scale: float | Tensor) -> bool:
     scale = [guidance_scale] if isinstance(guidance_scale, Tensor) else []
-    return operators.needs_grad(*streams, *coefficients, *scale)
+    return needs_grad(*streams, *coefficients, *scale)
 
 
 def reverse_step_(
@@ -250,7 +250,7 @@ def guidance(cond: Tensor, uncond: Tensor, scale: float | Tensor) -> Tensor:
     if backend == "reference":
         return reference.guidance(cond, uncond, scale)
     scale = operators.vector(scale, cond, uncond)
-    if operators.needs_grad(cond, uncond):
+    if needs_grad(cond, uncond):
         return operators.Guidance.apply(backend, *apart(cond, uncond, scale))
     return operators.guidance(backend, cond=cond, uncond=uncond, scale=scale)
 
@@ -308,7 +308,7 @@ def posterior_sample(
         return reference.posterior_sample(schedule, x0, x_t, t, s=s, noise=noise)
     dtype = arithmetic_dtype(x0, x_t, noise)
     k = reference.step_coefficients(schedule, s, t, dtype=dtype)
-    if operators.needs_grad(x0, x_t, noise):
+    if needs_grad(x0, x_t, noise):
         return operators.Posterior.apply(backend, *apart(x0, x_t, noise, k.x0, k.x_t, k.noise))
     return operators.launch_mix(operators.reverse_step, backend, x_t, x0, noise, k.x_t, k.x0, k.noise)
 

@@ -285,14 +285,6 @@ def langevin_numbers(
     return tuple(vector(value, x, grad, noise) for value in (1.0, step_size, noise_scale))
 
 
-def needs_grad(*tensors: Tensor) -> bool:
-    if torch.is_grad_enabled():
-        for t in tensors:  # a generator would take several times as long
-            if t.requires_grad:
-                return True
-    return False
-
-
 def in_place(x: Tensor, *others: Tensor) -> bool:
     """Whether the kernel can write its rows over those of `x`."""
     # Of the imaginary part of a conjugate the memory holds the negatives. A compiled graph may not ask.

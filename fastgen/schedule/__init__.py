@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core import checks, dispatch
-from ..core.autograd import apart
+from ..core.autograd import apart, needs_grad
 from ..core.operator import Output, PerRow, Stream, operator
 from ..triton_kernels.layout import new_output
 from . import reference
@@ -45,7 +45,7 @@ class _RowCombination(torch.autograd.Function):
 
 
 def _combine(x: Tensor, a: Tensor, y: Tensor, b: Tensor, backend: str) -> Tensor:
-    if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
+    if needs_grad(x, y):
         return _RowCombination.apply(backend, *apart(x, a, y, b))
     return row_combination(backend, x=x, a=a, y=y, b=b)
 

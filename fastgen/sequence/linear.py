@@ -270,10 +270,7 @@ def logits_dtype(head: Head, options: Mapping[str, Any]) -> torch.dtype:
 
 def run(loss: Differentiable, backend: str, head: Head, **arguments: Any) -> Any:
     """`loss` of a head, differentiable in its three tensors where one of them needs it."""
-    arguments |= head._asdict()
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in head):
-        return apply(loss, backend, True, head, arguments)
-    return loss.forward(backend, False, (False,) * 3, arguments).results[0]
+    return apply(loss, backend, True, head, arguments | head._asdict())
 
 
 token_logprob, generalized_jsd = _LinearLogprob(), _LinearJsd()
