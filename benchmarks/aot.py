@@ -72,20 +72,12 @@ SWEEPS: dict[str, Callable[[Streams, Streams], Streams]] = {
 }
 
 
-def _divergence_sweeps(args: tuple[Any, ...], constants: dict[str, Any]) -> tuple[int, int, bool, int]:
-    sweeps = 3 if len(args[0]) == 3 and constants["KIND"] != 0 else 2
-    return sweeps, sweeps, len(args[0]) == 3, 2
-
-
-# Of the kernels over logits: sweeps over the inputs when they run, and in their code, whether they write, the inputs.
-LOGIT_SWEEPS: dict[str, Callable[[tuple[Any, ...], dict[str, Any]], tuple[int, int, bool, int]]] = {
-    "_token_rows": lambda args, constants: (1, 1, False, 1),
-    "_token_backward": lambda args, constants: (1, 1, True, 1),
-    "_divergence_rows": _divergence_sweeps,
-    "_divergence_normalizers": lambda args, constants: (1, 1, False, 2),
-    "_divergence_sums": lambda args, constants: (1, 1, False, 2),
-    "_divergence_backward": lambda args, constants: (1, 1, True, 2),
-}
+def _steps(constants: dict[str, Any]) -> tuple[str, int, bool]:
+    """Of a kernel over logits: its steps, sweeps over the inputs, and whether it writes an output."""
+    steps = ("normalizers", "sums", "results", "map")[constants["FIRST"].value : constants["LAST"].value + 1]
+    sweeps = [step for step in steps if step != "results" and (step != "sums" or constants["S"].SUMS > 0)]
+    at_once = constants["AT_ONCE"] and len(sweeps) == 3  # the last two are one
+    return " to ".join(dict.fromkeys((steps[0], steps[-1]))), len(sweeps) - at_once, "map" in steps
 
 
 def _bytes(tensors: Iterable[torch.Tensor | None]) -> int:
@@ -102,25 +94,26 @@ class Launch:
     out: torch.Tensor | None = None
     moved_bytes: int = 0
     floor_bytes: int = 0
+    steps: str = ""  # of a sweep over logits
 
     @staticmethod
     def of(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> Launch:
         name = kernel.metadata.name
         if name == "_scale_in_place":
             return Launch(kernel, constants["BLOCK"], args[:1], args[0], *(2 * [2 * args[0].element_size()]))
-        if name in LOGIT_SWEEPS:
-            return Launch._logits(kernel, name, args, constants)
+        if name == "_sweep":
+            return Launch._logits(kernel, args, constants)
         return Launch._rowwise(kernel, name, args, constants) if name in SWEEPS else Launch(kernel)
 
     @staticmethod
-    def _logits(kernel: Any, name: str, args: tuple[Any, ...], constants: dict[str, Any]) -> Launch:
-        sweeps, reads, writes, streams = LOGIT_SWEEPS[name](args, constants)
-        inputs, outs = args[0][:streams], args[0][streams:]
+    def _logits(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> Launch:
+        (steps, sweeps, writes), S = _steps(constants), constants["S"]
+        inputs, outs = args[1][: S.STREAMS], args[1][S.STREAMS :]
         out = outs[0] if outs and writes else None
-        tile = constants["LANES"] * constants["TILES"] * constants["WIDTH"]
-        return Launch(
-            kernel, tile, inputs * reads, out, _bytes(inputs) * sweeps + _bytes([out]), _bytes((*inputs, *outs))
-        )
+        if not sweeps:
+            return Launch(kernel, steps=steps)
+        moved, floor = _bytes(inputs) * sweeps + _bytes([out]), _bytes((*inputs, *outs))
+        return Launch(kernel, S.LANES * S.TILES * S.WIDTH, inputs * sweeps, out, moved, floor, steps)
 
     @staticmethod
     def _rowwise(kernel: Any, name: str, args: tuple[Any, ...], constants: dict[str, Any]) -> Launch:
@@ -304,7 +297,7 @@ def _report(launch: Launch, variant: str, arch: int) -> Report:
     usage = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", dump)}
     loads, stores = _widths(kernel.asm["ptx"], "ld"), _widths(kernel.asm["ptx"], "st")
     return Report(
-        kernel=kernel.metadata.name,
+        kernel=f"{kernel.metadata.name} {launch.steps}".rstrip(),
         variant=variant,
         arch=arch,
         num_warps=kernel.metadata.num_warps,
@@ -327,13 +320,13 @@ def _columns(accesses: dict[int, int]) -> str:
 
 def table(reports: list[Report]) -> str:
     """The reports as text."""
-    title = f"{'kernel':23} {'variant':44} sm_ warps regs spill shared  instr  bytes/floor"
+    title = f"{'kernel':26} {'variant':44} sm_ warps regs spill shared  instr  bytes/floor"
     lines = [f"{title}  {'loads (count x bytes)':24}  stores"]
     for r in reports:
         moved = f"{r.moved_bytes}/{r.floor_bytes}" if r.floor_bytes else "-"
         narrow = "  NARROW" if r.narrow_reads or r.narrow_writes else ""
         lines.append(
-            f"{r.kernel:23} {r.variant:44} {r.arch:3} {r.num_warps:5} {r.registers:4} {r.spill_bytes:5} "
+            f"{r.kernel:26} {r.variant:44} {r.arch:3} {r.num_warps:5} {r.registers:4} {r.spill_bytes:5} "
             f"{r.shared_bytes:6} {r.instructions:6} {moved:>12}  {_columns(r.loads):24}  {_columns(r.stores)}{narrow}"
         )
     return "\n".join(lines)

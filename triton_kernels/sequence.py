@@ -15,26 +15,10 @@ from . import scalar
 from .divergence import generalized_jsd, generalized_jsd_backward
 from .elbo import ddo_link, ddo_term
 from .rowwise import Formula, Functions, Groups, Rows, run
-from .scalar import divide, expm1, number, rounded
-from .sweep import (
-    LOG2E,
-    PLAIN,
-    LogitRows,
-    both,
-    combined_normalizer,
-    edge_elements,
-    launch_sweep,
-    load_edge,
-    load_tiles,
-    normalizer_add,
-    normalizer_start,
-    normalizer_total,
-    plan_map,
-    row_span,
-    row_start,
-    segment_of,
-    store_tiles,
-)
+from .scalar import divide, expm1, number
+from .sweep import LOG2E, LogitRows, sweep, sweep_map
+from .sweep import Formula as SweepFormula
+from .sweep import Functions as SweepFunctions
 
 __all__ = [
     "generalized_jsd",
@@ -45,138 +29,98 @@ __all__ = [
 ]
 
 
-class Numbers(NamedTuple):
-    """Of a call, by :func:`scalar.argument`."""
+# -- Log-probabilities of tokens
 
+
+class TokenArgs(NamedTuple):
+    tokens: Tensor
+    ignore: int
+    size: int
+    grad: Tensor | None  # of the rows
+    logprob: Tensor | None
+    stats: Tensor  # [2, rows]: largest logit, sum
     slope: Any  # 1 / τ
     scale: Any  # log2(e) / τ: from differences of logits to base-2 logarithms of probabilities
 
 
-def _numbers(dtype: torch.dtype, temperature: float) -> Numbers:
-    return Numbers(*(scalar.argument(x / temperature, dtype) for x in (1.0, LOG2E.value)))
-
-
-# -- Log-probabilities of tokens
-
-
-@triton.jit
-def _store_logprob(
-    logits, start, size, token, read, largest, total, logprob, stats, rows, row, numbers, T: tl.constexpr
-):
-    inside = (token >= 0) & (token < size)
-    picked = tl.load(logits + start + token, mask=both(inside, read), other=float("nan")).to(T)
-    value = (picked - largest) * number(numbers.slope, T) - tl.log(tl.where(read, total, 1.0))
-    tl.store(logprob + row, tl.where(read, value, 0.0))
-    tl.store(stats + row, tl.where(read, largest, 0.0))
-    tl.store(stats + rows + row, tl.where(read, total, 0.0))
-
-
-@triton.jit(do_not_specialize=PLAIN)
-def _token_rows(
-    data, places, inner, size, tokens, logprob, stats, partials, rows, numbers, ignore, segment, segments,
-    LANES: tl.constexpr, TILES: tl.constexpr, WIDTH: tl.constexpr, EDGES: tl.constexpr, INDEX: tl.constexpr,
-    T: tl.constexpr,
-):  # fmt: skip
-    """One sweep of a segment of a row: the whole row and its results, or a partial normalizer."""
-    program = tl.program_id(0)
-    row = (program // segments).to(tl.int64)
-    token = tl.load(tokens + row)
-    read = token != ignore
-    start = row_start(places[0], row, inner)
-    span = row_span(start, size, WIDTH, EDGES, INDEX)
-    begin, end, edge = segment_of(segment, program % segments, span, read)
-    scale = number(numbers.scale, T)
-    normalizer = normalizer_start(LANES, T)
-    for chunk in range(begin, end, LANES * TILES):
-        normalizer = normalizer_add(
-            normalizer, load_tiles(data[0], start, chunk, end, False, LANES, TILES, WIDTH, T), scale
-        )
-    if EDGES:
-        element, mask = edge_elements(span, LANES, WIDTH)
-        normalizer = normalizer_add(normalizer, load_edge(data[0], start, element, both(mask, edge), T), scale)
-    largest, total = normalizer_total(normalizer, scale)
-    if partials is None:
-        _store_logprob(data[0], start, size, token, read, largest, total, logprob, stats, rows, row, numbers, T)
-    else:
-        tl.store(partials + 2 * program.to(tl.int64), largest)
-        tl.store(partials + 2 * program.to(tl.int64) + 1, total)
-
-
-@triton.jit(do_not_specialize=PLAIN)
-def _token_finish(
-    data, places, inner, size, tokens, logprob, stats, partials, rows, numbers, ignore, segment, segments,
-    SEGMENTS: tl.constexpr, T: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    token = tl.load(tokens + row)
-    start = row_start(places[0], row, inner)
-    largest, total = combined_normalizer(partials, row, segments, 2, 0, SEGMENTS, number(numbers.scale, T))
-    _store_logprob(
-        data[0], start, size, token, token != ignore, largest, total, logprob, stats, rows, row, numbers, T
-    )  # fmt: skip
+def _token_args(
+    rows: LogitRows, tokens: Tensor, ignore_index: int, grad: Tensor | None, logprob: Tensor | None, stats: Tensor,
+    temperature: float,
+) -> TokenArgs:  # fmt: skip
+    numbers = [scalar.argument(x / temperature, rows.dtype) for x in (1.0, LOG2E.value)]
+    return TokenArgs(tokens.contiguous(), ignore_index, rows.size, grad, logprob, stats.contiguous(), *numbers)
 
 
 @triton.jit
-def _token_gradient(tiles, element, token, largest, share, picked, scale, OUT: tl.constexpr):
-    """The gradient, rounded: share 2^…, at the token `picked`. `element`: the place in the row of each element of the
-    first tile, and how far the next tile's are."""
-    values = ()
-    for i in tl.static_range(len(tiles)):
-        value = tl.exp2((tiles[i] - largest) * scale) * share
-        values = values + (rounded(tl.where(element[0] + i * element[1] == token, picked, value), OUT),)
-    return values
+def _ignored(args, row):
+    return tl.load(args.tokens + row) == args.ignore
 
 
-@triton.jit(do_not_specialize=PLAIN)
-def _token_backward(
-    data, places, inner, size, tokens, stats, grad, rows, numbers, ignore, segment, segments,
-    LANES: tl.constexpr, TILES: tl.constexpr, WIDTH: tl.constexpr, EDGES: tl.constexpr, INDEX: tl.constexpr,
-    T: tl.constexpr,
-):  # fmt: skip
-    program = tl.program_id(0)
-    row = (program // segments).to(tl.int64)
-    token = tl.load(tokens + row)
-    read = (token != ignore) & (token >= 0) & (token < size)
-    start, out = row_start(places[0], row, inner), row_start(places[1], row, inner)
-    span = row_span(start, size, WIDTH, EDGES, INDEX)
-    begin, end, edge = segment_of(segment, program % segments, span, tl.full((), 1, tl.int1))
-    scale = number(numbers.scale, T)
-    largest = tl.load(stats + row)
-    total = tl.where(read, tl.load(stats + rows + row), 1.0)
-    slope = number(numbers.slope, T)
-    factor = tl.where(read, tl.load(grad + row) * slope, 0.0)
-    share = divide(-factor, total)
-    logit = tl.load(data[0] + start + token, mask=read, other=0.0).to(T)
-    picked = -factor * expm1((logit - largest) * slope - tl.log(total))  # 1 - softmax, which may be near 0
-    OUT: tl.constexpr = data[1].dtype.element_ty
-    lane = tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-    for chunk in range(begin, end, LANES * TILES):
-        tiles = load_tiles(data[0], start, chunk, tl.where(read, end, 0), False, LANES, TILES, WIDTH, T)
-        places_here = (span[0] + chunk * WIDTH + lane, LANES * WIDTH)
-        values = _token_gradient(tiles, places_here, token, largest, share, picked, scale, OUT)
-        store_tiles(data[1], out, chunk, end, values, LANES, TILES, WIDTH)
-    if EDGES:
-        element, mask = edge_elements(span, LANES, WIDTH)
-        tiles = load_edge(data[0], start, element, both(both(mask, edge), read), T)
-        values = _token_gradient(tiles, (element, 0), token, largest, share, picked, scale, OUT)
-        tl.store(data[1] + out + element, values[0], mask=both(mask, edge))
+@triton.jit
+def _token(args, row):
+    return tl.load(args.tokens + row)
+
+
+@triton.jit
+def _row(args, rows, row, normals, read, T: tl.constexpr):
+    return normals[0][0], normals[0][1], number(args.slope, T)
+
+
+@triton.jit
+def _epilogue(args, rows, row, constants, sums, read, T: tl.constexpr):
+    tl.store(args.stats + row, tl.where(read, constants[0], 0.0))
+    tl.store(args.stats + rows + row, tl.where(read, constants[1], 0.0))
+    return constants
+
+
+@triton.jit
+def _pick(args, row, constants, v, read):
+    largest, total, slope = constants
+    tl.store(args.logprob + row, tl.where(read, (v - largest) * slope - tl.log(total), 0.0))
+
+
+@triton.jit
+def _ignored_backward(args, row):
+    token = tl.load(args.tokens + row)
+    return (token == args.ignore) | (token < 0) | (token >= args.size)
+
+
+@triton.jit
+def _row_backward(args, rows, row, normals, read, T: tl.constexpr):
+    """(largest logit, sum, what the onehot is times, that / sum negated, slope, scale)"""
+    slope = number(args.slope, T)
+    total = tl.where(read, tl.load(args.stats + rows + row), 1.0)
+    factor = tl.where(read, tl.load(args.grad + row) * slope, 0.0)
+    return tl.load(args.stats + row), total, factor, divide(-factor, total), slope, number(args.scale, T)
+
+
+@triton.jit
+def _element(constants, v):
+    return (tl.exp2((v[0] - constants[0]) * constants[5]),), ()
+
+
+@triton.jit
+def _map(constants, parts):
+    return parts[0] * constants[3]
+
+
+@triton.jit
+def _map_picked(constants, v):
+    largest, total, factor, _, slope, _ = constants
+    return -factor * expm1((v - largest) * slope - tl.log(total))  # 1 - softmax, which may be near 0
+
+
+TOKEN_LOGPROB = SweepFormula(SweepFunctions(_ignored, _row, epilogue=_epilogue, picked=_token, pick=_pick))
+TOKEN_LOGPROB_BACKWARD = SweepFormula(
+    SweepFunctions(_ignored_backward, _row_backward, _element, map=_map, picked=_token, map_picked=_map_picked)
+)
 
 
 def token_logprob(logits: Tensor, tokens: Tensor, temperature: float, ignore_index: int) -> tuple[Tensor, Tensor]:
     rows = LogitRows(logits)
     shape = logits.shape[:-1]
     logprob, stats = rows.new_vector(*shape), rows.new_vector(2, *shape)
-    if rows.count == 0:
-        return logprob, stats
-    plan = rows.plan(again=False)
-    split = plan.segments > 1
-    partials = rows.new_vector(2 * rows.count * plan.segments) if split else None
-    args = (tokens.contiguous(), logprob, stats, partials, rows.count, _numbers(rows.dtype, temperature), ignore_index)
-    constants = rows.constants(plan)
-    launch_sweep(_token_rows, rows.count * plan.segments, rows, plan, *args, **constants)
-    if split:
-        segments = triton.next_power_of_2(plan.segments)
-        launch_sweep(_token_finish, rows.count, rows, plan, *args, SEGMENTS=segments, T=constants["T"], num_warps=1)
+    sweep(TOKEN_LOGPROB, rows, _token_args(rows, tokens, ignore_index, None, logprob, stats, temperature))
     return logprob, stats
 
 
@@ -185,18 +129,8 @@ def token_logprob_backward(
 ) -> Tensor:
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     rows = LogitRows(logits, out=out)
-    if rows.count == 0:
-        return out
-    plan = plan_map(rows.size // rows.width, rows.width, 1, rows.first.device)
-    args = (
-        tokens.contiguous(),
-        stats.contiguous(),
-        rows.scalars(grad),
-        rows.count,
-        _numbers(rows.dtype, temperature),
-        ignore_index,
-    )
-    launch_sweep(_token_backward, rows.count * plan.segments, rows, plan, *args, **rows.constants(plan))
+    args = _token_args(rows, tokens, ignore_index, rows.scalars(grad), None, stats, temperature)
+    sweep_map(TOKEN_LOGPROB_BACKWARD, rows, args)
     return out
 
 

@@ -1,5 +1,21 @@
 """The skeleton for rows of logits: sweeps over long rows in 16-byte pieces, and an online log-sum-exp.
 
+The counterpart of ``csrc/formulas/sequence.h`` and ``csrc/cpu/sweep.h``. A family brings ``@triton.jit`` functions:
+
+    ignored(args, row) -> bool                      the row is not read; its output is 0
+    row(args, rows, row, normals, read, T) -> constants         of a row
+    element(constants, v) -> (parts, shares)        of an element of each stream: what map() wants, what it adds to sums
+    epilogue(args, rows, row, constants, sums, read, T) -> constants      stores results, completes the row for map()
+    map(constants, parts) -> value                  one output element
+    picked(args, row) -> column                     optional: the one column of which these two want to know:
+    pick(args, row, constants, v, read)             stores, of its element; NaN where the column is out of range
+    map_picked(constants, v) -> value               its output, instead of map()
+
+`args` is a NamedTuple of the family's own, with log2(e) / τ as `scale`. `normals` has the largest logit and the sum
+of exponentials of each stream, or is None where an earlier sweep has stored them. `rows`, their number, is for vectors
+with several numbers a row. An ignored row passes through all functions, its logits as -inf: what they store is 0.
+Sums have one fixed tree for a given shape, dtype, alignment and device; there are no atomics.
+
 A row is cut into *chunks* of WIDTH elements: a 16-byte load of the narrowest stream. A program takes LANES x TILES
 chunks at a time, as TILES tiles [LANES, WIDTH] of which every thread has a row. So what is reduced along WIDTH stays in
 the thread, and a sweep keeps one accumulator a thread and stream whatever it unrolls.
@@ -7,12 +23,18 @@ the thread, and a sweep keeps one accumulator a thread and stream whatever it un
 Rows of an odd size start anywhere. Where the rows of all streams start at the same place between two 16-byte
 boundaries, the elements before the first boundary and after the last, up to WIDTH - 1 each, are an *edge* tile of
 single elements, and the rest is chunks. Elsewhere WIDTH is 1.
+
+The floor is every stream read once, the output written once. A row of 128 256 bfloat16 logits of two models is 512 KB,
+more than a multiprocessor's registers and shared memory, so a program sweeps it again for each number that the next
+sweep needs: the normalizers, the sums, the map. Each sweep runs against the direction of the one before and finds what
+that read last in the caches. CUDA's clusters (``csrc/cuda/sweep.cuh``) keep the row.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -22,11 +44,12 @@ from torch import Tensor
 
 from . import layout, rowwise
 from .plan import multiprocessors, offsets_type, tuning
+from .scalar import number, rounded
 
 LOG2E = tl.constexpr(1 / math.log(2))
 
 # What no kernel is compiled anew for.
-PLAIN = ["places", "inner", "size", "rows", "ignore", "segment", "segments", "out_size"]
+PLAIN = ["places", "inner", "size", "rows", "segment", "segments", "shares", "out_size"]
 
 Place = tuple[int, int, int]  # of rows [outer, inner]: the first row's offset, the strides; in elements
 
@@ -39,6 +62,45 @@ TILES = {1: 4, 2: 1}
 WIDE, WIDE_REGISTERS = 512, 128
 # Programs of a split row at most: their partial results are one tile for who adds them up.
 MOST_SEGMENTS = 128
+
+
+# The steps of a sweep.
+NORMALIZERS, SUMS, RESULTS, MAP = (tl.constexpr(step) for step in range(4))
+
+
+class Functions(NamedTuple):
+    """What of a formula the kernels call."""
+
+    ignored: Any
+    row: Any
+    element: Any = None
+    epilogue: Any = None
+    map: Any = None
+    picked: Any = None
+    pick: Any = None
+    map_picked: Any = None
+
+
+@dataclass(frozen=True)
+class Formula:
+    """`sums` numbers that a row adds up to. `maps_at_once`: the map waits for no sum."""
+
+    functions: Functions
+    sums: int = 0
+    maps_at_once: bool = False
+
+
+class Shape(NamedTuple):
+    """What kernels are compiled for."""
+
+    STREAMS: int
+    SUMS: int
+    LANES: int
+    TILES: int
+    WIDTH: int
+    EDGES: bool
+    INDEX: Any
+    T: Any
 
 
 class Plan(NamedTuple):
@@ -100,8 +162,9 @@ class LogitRows:
         self.first, self.count = tensors[0], outer * self.inner
         self.dtype = layout.arithmetic_dtype(*inputs)
         self.streams = len(tensors)
+        self.out_size = 0 if out is None else out.shape[-1]
         if out is not None:
-            tensors.append(out.view(outer, self.inner, out.shape[-1]))
+            tensors.append(out.view(outer, self.inner, self.out_size))
         aligned = [_aligned(t) for t in tensors]
         self.data = tuple(data for data, _ in aligned)
         self.places = tuple(place for _, place in aligned)
@@ -116,18 +179,6 @@ class LogitRows:
         row_bytes = self.size * sum(d.element_size() for d in self.data[: self.streams])
         chunks = self.size // self.width
         return plan_sweep(self.count, chunks, self.width, row_bytes, self.streams, again, self.first.device)
-
-    def constants(self, plan: Plan) -> dict[str, Any]:
-        return {
-            "LANES": plan.lanes,
-            "TILES": plan.tiles,
-            "WIDTH": self.width,
-            "EDGES": self.edges,
-            "INDEX": offsets_type(self.size),
-            "T": tl.float64 if self.dtype == torch.float64 else tl.float32,
-            "num_warps": plan.num_warps,
-            "maxnreg": WIDE_REGISTERS if plan.lanes >= WIDE else None,
-        }
 
     def scalars(self, t: Tensor) -> Tensor:
         """One number a row, in the arithmetic dtype."""
@@ -147,9 +198,46 @@ def _aligned(t: Tensor) -> tuple[Tensor, Place]:
     return t.as_strided((1,), (1,), t.storage_offset() - offset), (offset, *strides)
 
 
-def launch_sweep(kernel: Any, programs: int, rows: LogitRows, plan: Plan, *args: Any, **constants: Any) -> None:
-    common = (rows.data, rows.places, rows.inner, rows.size)
-    rowwise.launch(kernel, programs, rows.first, *common, *args, plan.segment, plan.segments, **constants)
+def sweep(formula: Formula, rows: LogitRows, args: Any) -> None:
+    """Runs `formula` over `rows`: normalizers, sums, results, and the map where they have an output.
+
+    A program does all for its row; of few long rows each step is a launch, for which programs share a row.
+    """
+    plan, split = rows.plan(again=formula.sums > 0), None
+    last = MAP if rows.out_size > 0 else RESULTS
+    if plan.segments > 1:
+        split = tuple(rows.new_vector(rows.count, plan.segments, n) for n in (2 * rows.streams, formula.sums))
+        for step in (NORMALIZERS, SUMS) if formula.sums > 0 else (NORMALIZERS,):
+            _launch(formula, rows, plan, args, step, step, split)
+    _launch(formula, rows, plan, args, RESULTS if split else NORMALIZERS, RESULTS if split else last, split, shares=1)
+    if split and last == MAP:
+        sweep_map(formula, rows, args)
+
+
+def sweep_map(formula: Formula, rows: LogitRows, args: Any) -> None:
+    """The map alone, of what an earlier sweep has stored of the rows."""
+    plan = plan_map(rows.size // rows.width, rows.width, rows.streams, rows.first.device)
+    _launch(formula, rows, plan, args, MAP, MAP)
+
+
+def _launch(
+    formula: Formula, rows: LogitRows, plan: Plan, args: Any, first: Any, last: Any, split: Any = None,
+    shares: int | None = None,
+) -> None:  # fmt: skip
+    """Steps `first` to `last`, by `shares` programs a row."""
+    if rows.count == 0:
+        return
+    shares = plan.segments if shares is None else shares
+    alone = first == last == RESULTS
+    T = tl.float64 if rows.dtype == torch.float64 else tl.float32
+    tile = plan.lanes, plan.tiles, rows.width, rows.edges
+    rowwise.launch(
+        _sweep, rows.count * shares, rows.first, formula.functions, rows.data, rows.places, rows.inner, rows.size,
+        rows.out_size, args, rows.count, split, plan.segment, plan.segments, shares, FIRST=first, LAST=last,
+        AT_ONCE=formula.maps_at_once, SEGMENTS=triton.next_power_of_2(plan.segments) if split else 1,
+        S=Shape(rows.streams, formula.sums, *tile, offsets_type(rows.size), T),
+        num_warps=1 if alone else plan.num_warps, maxnreg=WIDE_REGISTERS if plan.lanes >= WIDE and not alone else None,
+    )  # fmt: skip
 
 
 # -- In kernels
@@ -225,6 +313,11 @@ def load_edge(data, start, element, mask, T: tl.constexpr):
 
 
 @triton.jit
+def _zeros(LANES: tl.constexpr, T: tl.constexpr):
+    return tl.zeros((LANES,), T)
+
+
+@triton.jit
 def normalizer_start(LANES: tl.constexpr, T: tl.constexpr):
     """An online log-sum-exp: (largest logit, sum of 2^(scale (logit - largest))), with scale > 0."""
     return tl.full((LANES,), float("-inf"), T), tl.zeros((LANES,), T)
@@ -250,29 +343,175 @@ def normalizer_add(normalizer, tiles, scale):
 
 
 @triton.jit
-def normalizer_total(normalizer, scale):
-    """The normalizer of all lanes. Their sums are added in float64: its error would be one of all elements at once."""
+def normalizer_total(normalizer, scale, read):
+    """The normalizer of all lanes. Their sums are added in float64: its error would be one of all elements at once.
+    Of a row that is not read, numbers that make zeros."""
     largest = tl.max(normalizer[0], axis=0)
     totals = normalizer[1] * tl.exp2((normalizer[0] - _origin(largest)) * scale)
-    return largest, tl.sum(totals.to(tl.float64), axis=0).to(normalizer[1].dtype)
+    total = tl.sum(totals.to(tl.float64), axis=0).to(normalizer[1].dtype)
+    return tl.where(read, largest, 0.0), tl.where(read, total, 1.0)
 
 
 @triton.jit
-def combined_normalizer(
-    partials, row, segments, COUNT: tl.constexpr, FIRST: tl.constexpr, SEGMENTS: tl.constexpr, scale
-):
-    """The normalizer of a row from those of its segments, numbers FIRST and FIRST + 1 of each COUNT."""
+def combined_normalizer(part, segments, scale, read, SEGMENTS: tl.constexpr, STREAMS: tl.constexpr):
+    """The normalizer of a row from those of its segments, of which the first lies at `part`."""
     segment = tl.arange(0, SEGMENTS)
-    part = partials + (row * segments + segment) * COUNT + FIRST
-    mask = segment < segments
+    part, mask = part + segment * 2 * STREAMS, segment < segments
     largest = tl.load(part, mask=mask, other=float("-inf"))
-    return normalizer_total((largest, tl.load(part + 1, mask=mask, other=0.0)), scale)
+    return normalizer_total((largest, tl.load(part + 1, mask=mask, other=0.0)), scale, read)
 
 
 @triton.jit
-def segment_of(segment, index, span, read):
-    """The chunks [begin, end) of a row that its program `index` sweeps, and whether it has the edges: none of a row
-    that is not read."""
-    chunks = tl.where(read, span[1], 0)
-    begin = tl.minimum(index.to(chunks.dtype) * segment, chunks)
-    return begin, tl.minimum(begin + segment, chunks), read & (index == 0)
+def segment_of(segment, index, span):
+    """The chunks [begin, end) of a row that its program `index` sweeps, and whether it has the edges."""
+    begin = tl.minimum(index.to(span[1].dtype) * segment, span[1])
+    return begin, tl.minimum(begin + segment, span[1]), index == 0
+
+
+# -- Steps
+
+
+@triton.jit
+def _load(data, starts, first, end, AGAIN: tl.constexpr, S: tl.constexpr):
+    """The tiles of every stream."""
+    return [
+        load_tiles(data[s], starts[s], first, end, AGAIN, S.LANES, S.TILES, S.WIDTH, S.T)
+        for s in (0, 1)[: S.STREAMS]
+    ]  # fmt: skip
+
+
+@triton.jit
+def _normalizers(data, starts, span, begin, end, read, edge, scale, AGAIN: tl.constexpr, S: tl.constexpr):
+    """(largest, total) of each stream over chunks [begin, end) and, where `edge`, the edges."""
+    normalizers = [normalizer_start(S.LANES, S.T) for _ in (0, 1)[: S.STREAMS]]
+    for chunk in range(begin, tl.where(read, end, begin), S.LANES * S.TILES):
+        tiles = _load(data, starts, chunk, end, AGAIN, S)
+        normalizers = [normalizer_add(normalizers[s], tiles[s], scale) for s in (0, 1)[: S.STREAMS]]
+    if S.EDGES:
+        element, mask = edge_elements(span, S.LANES, S.WIDTH)
+        tiles = [load_edge(data[s], starts[s], element, both(mask, read & edge), S.T) for s in (0, 1)[: S.STREAMS]]
+        normalizers = [normalizer_add(normalizers[s], tiles[s], scale) for s in (0, 1)[: S.STREAMS]]
+    return [normalizer_total(normalizers[s], scale, read) for s in (0, 1)[: S.STREAMS]]
+
+
+@triton.jit
+def _elements(
+    functions, constants, tiles, sums, column, stride, picked, SUM: tl.constexpr, OUT: tl.constexpr, S: tl.constexpr
+):
+    """The sums with those of the tiles (SUM), and the tiles' map (OUT: its dtype). `column`: of the first tile's
+    elements, `stride`: how far the next tile's are."""
+    values = ()
+    for i in tl.static_range(len(tiles[0])):
+        parts, shares = functions.element(constants, [tiles[s][i] for s in (0, 1)[: S.STREAMS]])
+        if SUM:
+            sums = [sums[k] + tl.sum(shares[k], axis=1) for k in (0, 1)[: S.SUMS]]
+        if OUT is not None:
+            value = functions.map(constants, parts)
+            if functions.map_picked is not None:
+                value = tl.where(column + i * stride == picked[0], picked[1], value)
+            values = values + (rounded(value, OUT),)
+    return sums, values
+
+
+@triton.jit
+def _pass(
+    functions, data, starts, span, begin, end, read, edge, constants, picked,
+    BACKWARDS: tl.constexpr, AGAIN: tl.constexpr, SUM: tl.constexpr, MAPS: tl.constexpr, S: tl.constexpr,
+):  # fmt: skip
+    """The sums of chunks [begin, end) and, where `edge`, the edges (SUM), and their map (MAPS).
+
+    A row that is not to be read counts as -inf, whose probability is 0."""
+    stop = tl.where(read, end, begin)
+    lane = tl.arange(0, S.LANES)[:, None] * S.WIDTH + tl.arange(0, S.WIDTH)[None, :]
+    sums = [_zeros(S.LANES, S.T) for _ in (0, 1)[: S.SUMS]]
+    OUT: tl.constexpr = data[S.STREAMS].dtype.element_ty if MAPS else None
+    blocks = tl.cdiv(end - begin, S.LANES * S.TILES)
+    for block in range(0, blocks):
+        chunk = begin + (blocks - 1 - block if BACKWARDS else block) * (S.LANES * S.TILES)
+        tiles = _load(data, starts, chunk, stop, AGAIN, S)
+        column = span[0] + chunk * S.WIDTH + lane
+        sums, values = _elements(functions, constants, tiles, sums, column, S.LANES * S.WIDTH, picked, SUM, OUT, S)
+        if MAPS:
+            store_tiles(data[S.STREAMS], starts[S.STREAMS], chunk, end, values, S.LANES, S.TILES, S.WIDTH)
+    if S.EDGES:
+        element, mask = edge_elements(span, S.LANES, S.WIDTH)
+        tiles = [load_edge(data[s], starts[s], element, both(mask, read & edge), S.T) for s in (0, 1)[: S.STREAMS]]
+        sums, values = _elements(functions, constants, tiles, sums, element, 0, picked, SUM, OUT, S)
+        if MAPS:
+            tl.store(data[S.STREAMS] + starts[S.STREAMS] + element, values[0], mask=both(mask, edge))
+    return [tl.sum(sums[k].to(tl.float64), axis=0).to(S.T) for k in (0, 1)[: S.SUMS]]
+
+
+@triton.jit
+def _picked(functions, args, data, start, size, row, read, T: tl.constexpr):
+    """The column that is picked, -1 if none is, and its element, NaN if none is."""
+    if functions.picked is None:
+        return -1, 0.0
+    else:
+        column = functions.picked(args, row)
+        inside = both((column >= 0) & (column < size), read)
+        v = tl.load(data + start + column, mask=inside, other=float("nan")).to(T)
+        return tl.where(inside, column, -1), v
+
+
+@triton.jit(do_not_specialize=PLAIN)
+def _sweep(
+    functions, data, places, inner, size, out_size, args, rows, split, segment, segments, shares,
+    FIRST: tl.constexpr, LAST: tl.constexpr, AT_ONCE: tl.constexpr, SEGMENTS: tl.constexpr, S: tl.constexpr,
+):  # fmt: skip
+    """Steps FIRST to LAST of a segment of a row per program. What earlier steps found of its segments is in `split`:
+    normalizers [row, segment, stream, 2] and sums [row, segment, sum]."""
+    program = tl.program_id(0)
+    row = (program // shares).to(tl.int64)
+    read = functions.ignored(args, row) == 0
+    starts = [row_start(places[i], row, inner) for i in (0, 1, 2)[: len(data)]]
+    span = row_span(starts[0], size, S.WIDTH, S.EDGES, S.INDEX)
+    begin, end, edge = segment_of(segment, program % shares, span)
+    scale = number(args.scale, S.T)
+    normals = None
+    if FIRST == NORMALIZERS:
+        normals = _normalizers(data, starts, span, begin, end, read, edge, scale, S.SUMS > 0, S)
+    elif FIRST != MAP:
+        part = split[0] + row * segments * 2 * S.STREAMS
+        normals = [
+            combined_normalizer(part + 2 * s, segments, scale, read, SEGMENTS, S.STREAMS) for s in (0, 1)[: S.STREAMS]
+        ]
+    if LAST == NORMALIZERS:
+        STREAMS: tl.constexpr = S.STREAMS
+        for s in tl.static_range(STREAMS):
+            part = split[0] + 2 * (program.to(tl.int64) * STREAMS + s)
+            tl.store(part, normals[s][0])
+            tl.store(part + 1, normals[s][1])
+    else:
+        constants = functions.row(args, rows, row, normals, read, S.T)
+        picked = _picked(functions, args, data[0], starts[0], size, row, read, S.T)
+        LATER: tl.constexpr = LAST == MAP and not (AT_ONCE and FIRST == NORMALIZERS)
+        sums = ()
+        if S.SUMS > 0 and FIRST <= SUMS:
+            sums = _pass(
+                functions, data, starts, span, begin, end, read, edge, constants, picked,
+                True, LATER or LAST == SUMS, True, LAST == MAP and not LATER, S,
+            )  # fmt: skip
+        elif FIRST == RESULTS:
+            place = tl.arange(0, SEGMENTS)
+            part, mask = split[1] + (row * segments + place) * S.SUMS, place < segments
+            sums = [tl.sum(tl.load(part + k, mask=mask, other=0.0)) for k in (0, 1)[: S.SUMS]]
+        if LAST == SUMS:
+            for k in tl.static_range(len(sums)):
+                tl.store(split[1] + program.to(tl.int64) * S.SUMS + k, sums[k])
+        if FIRST <= RESULTS and RESULTS <= LAST and FIRST != SUMS:
+            constants = functions.epilogue(args, rows, row, constants, sums, read, S.T)
+            if functions.pick is not None:
+                functions.pick(args, row, constants, picked[1], read)
+        if LATER:
+            if functions.map_picked is not None:
+                picked = picked[0], functions.map_picked(constants, picked[1])
+            _pass(
+                functions, data, starts, span, begin, end, read, edge, constants, picked,
+                False, False, False, True, S,
+            )  # fmt: skip
+        if LAST == MAP:
+            out, last = data[S.STREAMS] + starts[S.STREAMS], tl.where(program % shares == shares - 1, out_size, 0)
+            for first in range(size.to(S.INDEX), last.to(S.INDEX), S.LANES):  # beyond the narrower stream
+                element = first + tl.arange(0, S.LANES)
+                tl.store(out + element, _zeros(S.LANES, out.dtype.element_ty), mask=element < last)
