@@ -1,6 +1,8 @@
 """Arguments that used to crash, to mislead or to give wrong numbers: the error names them, or they work."""
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import torch
 from conftest import DEVICE
 
 import fastgen
+from fastgen import _backend
 
 X, Y, Z = (torch.randn(2, 3, generator=torch.Generator().manual_seed(i)).to(DEVICE) for i in range(3))
 ROW = torch.ones(2, device=DEVICE)
@@ -132,6 +135,19 @@ def test_what_no_memory_holds_is_refused_by_name():
             tensors["noise"] = tensors["x0"]
         with pytest.raises(ValueError, match=f"^{next(iter(tensors))} has too many elements"):
             call(function, **tensors)
+
+
+@pytest.mark.skipif(_backend.missing("guidance", "native", "cpu") is not None, reason="needs the compiled kernels")
+def test_kernels_make_no_output_of_a_size_whose_bytes_overflow():
+    """Called without the checks; an output of 4 MiB, what is left of its bytes in 64 bits, would be written past."""
+    code = """
+import torch, fastgen
+x = torch.empty(1).expand(2**62 + 2**20, 1)
+torch.ops.fastgen.guidance(x, x, torch.ones(1))
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert "RuntimeError" in run.stderr
 
 
 def test_the_shapes_of_results_are_known_without_data():

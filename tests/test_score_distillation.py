@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import DEVICE
 from distillation import DTYPES, TYPES, Problem, compare, pairs, rows, value_and_grad
 from distillation import each_backend as each_backend
 from oracle import assert_accurate
@@ -178,10 +179,11 @@ def pseudo_target_gradient(x: Tensor, real: Tensor, fake: Tensor) -> Tensor:
 
 def test_bfloat16_keeps_a_gradient_that_the_pseudo_target_rounds_away() -> None:
     g = torch.Generator().manual_seed(0)
-    x = torch.randn(4, 4096, generator=g).bfloat16()
-    real = (x + torch.randn(4, 4096, generator=g)).bfloat16()
-    fake = (real + 0.003 * x.float().abs() * torch.randn(4, 4096, generator=g)).float()
-    one = torch.ones(4)
+    x, to_real, to_fake = (torch.randn(4, 4096, generator=g).to(DEVICE) for _ in range(3))
+    x = x.bfloat16()
+    real = (x + to_real).bfloat16()
+    fake = (real + 0.003 * x.float().abs() * to_fake).float()
+    one = torch.ones(4, device=DEVICE)
     kw = {"alpha_t": one, "sigma_t": one, "prediction_type": "sample", "reduction": "sum"}
     _, exact = value_and_grad(reference.dmd_loss, x.double(), x.double(), real.double(), fake.double(), **kw)
     _, grad = value_and_grad(dmd_loss, x, x, real, fake, **kw)
@@ -205,7 +207,7 @@ def test_float16_with_a_loss_scale_loses_nothing() -> None:
 def test_guidance_at_high_noise_is_not_amplified_by_half_precision() -> None:
     """At Stable Diffusion's t = 980, sigma/alpha = 13: guided in bfloat16 as usual, the error is 13 times larger."""
     p = Problem()
-    p.alpha, p.sigma = torch.full((3,), 0.0767).double(), torch.full((3,), 0.9971).double()
+    p.alpha, p.sigma = (torch.full((3,), k, device=DEVICE).double() for k in (0.0767, 0.9971))
     p.x_t = 0.0767 * p.x + 0.9971 * p.noise
     for dtype in DTYPES:
         compare(dmd_loss, reference.dmd_loss, p.x.to(dtype), **p.dmd(dtype, "epsilon"))

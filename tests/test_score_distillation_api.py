@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import DEVICE
 from distillation import DTYPES, TYPES, Problem, compare, pairs, rows, value_and_grad
 from distillation import each_backend as each_backend
 from hypothesis import given, settings
@@ -40,7 +41,7 @@ def compare_stats(loss_fn: Any, written_out: Any, *args: Any, **kw: Any) -> None
 def test_statistics() -> None:
     p, q = Problem(seed=0), Problem(seed=1)
     x = p.leaf(torch.float32)
-    mask = torch.rand(p.shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    mask = torch.rand(p.shape, generator=torch.Generator().manual_seed(0)).to(DEVICE) < 0.5
     for extra in ({}, {"mask": mask}, {"reduction": "none"}, {"normalizer": None}):
         compare_stats(dmd_loss, reference.dmd_loss, x, **p.dmd(torch.float32, **extra))
         kw = {"guidance_scale": 3.0, **extra}
@@ -52,9 +53,9 @@ def test_statistics() -> None:
 def test_weights_and_masks(dtype: torch.dtype) -> None:
     p = Problem()
     g = torch.Generator().manual_seed(1)
-    mask = torch.rand(p.shape, generator=g) < 0.4
-    wide_mask = torch.rand((3, 1, 5, 5), generator=g) < 0.4
-    weight_map = torch.rand(p.shape, generator=g).to(dtype)
+    mask = torch.rand(p.shape, generator=g).to(DEVICE) < 0.4
+    wide_mask = torch.rand((3, 1, 5, 5), generator=g).to(DEVICE) < 0.4
+    weight_map = torch.rand(p.shape, generator=g).to(DEVICE, dtype)
     for extra in (
         {"weight": p.sigma},
         {"weight": weight_map},
@@ -77,7 +78,7 @@ def test_weights_and_masks(dtype: torch.dtype) -> None:
 
 def test_the_mean_is_over_the_masks_elements_and_the_normaliser_over_all() -> None:
     p = Problem()
-    mask = torch.rand(p.shape, generator=torch.Generator().manual_seed(2)) < 0.3
+    mask = torch.rand(p.shape, generator=torch.Generator().manual_seed(2)).to(DEVICE) < 0.3
     loss, grad = value_and_grad(dmd_loss, p.x, **p.dmd(torch.float64, mask=mask))
     G = dmd_by_hand(p)
     torch.testing.assert_close(loss, 0.5 * G[mask].square().mean())
@@ -86,7 +87,7 @@ def test_the_mean_is_over_the_masks_elements_and_the_normaliser_over_all() -> No
 
 def test_what_the_mask_hides_may_be_infinite() -> None:
     p = Problem()
-    mask = torch.ones(p.shape, dtype=torch.bool)
+    mask = torch.ones(p.shape, dtype=torch.bool, device=DEVICE)
     mask[1, 0, 0, 0] = False
     kw = p.dmd(torch.float32, mask=mask, normalizer=None)
     kw["fake"][1, 0, 0, 0] = math.nan
@@ -109,10 +110,10 @@ def test_video(dims: str, dtype: torch.dtype) -> None:
     p, q = Problem(VIDEO, seed=0), Problem(VIDEO, seed=1)
     g = torch.Generator().manual_seed(3)
     for problem in (p, q):
-        problem.sigma = 0.2 + 0.6 * torch.rand(VIDEO[:2], generator=g, dtype=torch.float64)
+        problem.sigma = 0.2 + 0.6 * torch.rand(VIDEO[:2], generator=g, dtype=torch.float64).to(DEVICE)
         problem.alpha = (1 - problem.sigma**2).sqrt()
         problem.x_t = rows(problem.alpha, p.x) * p.x + rows(problem.sigma, p.x) * problem.noise
-    mask = torch.tensor([True, False, True])[None, :, None, None, None]
+    mask = torch.tensor([True, False, True], device=DEVICE)[None, :, None, None, None]
     for reduction in ("mean", "sum", "none"):
         kw = {"normalizer_dims": dims, "reduction": reduction, "mask": mask, "weight": p.sigma}
         compare(dmd_loss, reference.dmd_loss, p.x.to(dtype), **p.dmd(dtype, "epsilon", **kw))
@@ -175,7 +176,7 @@ def test_any_shape_dtype_and_layout(
     if not guided:
         kw |= {"real_uncond": None, "guidance_scale": 1.0}
     if masked:
-        kw["mask"] = torch.rand(p.shape, generator=torch.Generator().manual_seed(seed)) < 0.5
+        kw["mask"] = torch.rand(p.shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE) < 0.5
     kw["x_t"] = LAYOUTS[layout](kw["x_t"])
     kw["fake"] = LAYOUTS[layout](kw["fake"].to(mixed if mixed != torch.float64 else dtype))
     if dtype == torch.float16 and reduction == "mean":
@@ -202,8 +203,8 @@ def test_results_do_not_depend_on_the_number_of_threads(shape: tuple[int, int], 
 
 
 def test_an_empty_batch() -> None:
-    x = torch.empty(0, 4, requires_grad=True)
-    empty, none = torch.empty(0, 4), torch.empty(0)
+    x = torch.empty(0, 4, device=DEVICE, requires_grad=True)
+    empty, none = torch.empty(0, 4, device=DEVICE), torch.empty(0, device=DEVICE)
     dm = ScorePair(empty, none, none, empty, empty)
     losses = [
         sds_loss(x, empty, empty),
@@ -222,20 +223,21 @@ def test_backward_scales_and_repeats(dtype: torch.dtype) -> None:
     p = Problem()
     x = p.leaf(dtype)
     loss = dmd_loss(x, **p.dmd(dtype, "epsilon", reduction="sum"))
-    first = torch.autograd.grad(loss, x, torch.tensor(3.0, dtype=loss.dtype), retain_graph=True)[0].clone()
-    second = torch.autograd.grad(loss, x, torch.tensor(3.0, dtype=loss.dtype))[0]
+    three = torch.tensor(3.0, device=DEVICE, dtype=loss.dtype)
+    first = torch.autograd.grad(loss, x, three, retain_graph=True)[0].clone()
+    second = torch.autograd.grad(loss, x, three)[0]
     torch.testing.assert_close(first, second, rtol=2 * torch.finfo(dtype).eps, atol=0)
     per_sample = dmd_loss(x, **p.dmd(dtype, "epsilon", reduction="none"))
-    (grad,) = torch.autograd.grad(per_sample, x, torch.tensor([3.0, 0.0, 3.0], dtype=loss.dtype))
+    (grad,) = torch.autograd.grad(per_sample, x, torch.tensor([3.0, 0.0, 3.0], device=DEVICE, dtype=loss.dtype))
     torch.testing.assert_close(grad[[0, 2]], second[[0, 2]], rtol=2 * torch.finfo(dtype).eps, atol=0)
     assert torch.count_nonzero(grad[1]) == 0
 
 
 def test_the_gradient_reaches_a_generator_under_autocast() -> None:
     torch.manual_seed(0)
-    net = torch.nn.Linear(8, 8)
+    net = torch.nn.Linear(8, 8).to(DEVICE)
     p = Problem((3, 8))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(torch.device(DEVICE).type, dtype=torch.bfloat16):
         x = net(p.noise.float())
         loss = dmd_loss(x, **p.dmd(torch.bfloat16, "epsilon"))
     assert loss.dtype == torch.float32
@@ -256,12 +258,12 @@ def test_double_backward_is_refused() -> None:
 def test_a_free_image_moves_to_the_mode(loss_fn: Any) -> None:
     """SDS and VSD on an image parameter, where the data are one point c and its score is known: x goes to c."""
     g = torch.Generator().manual_seed(0)
-    c = torch.tensor([[0.5, -1.0, 2.0, 0.0]])
-    x = torch.randn(1, 4, generator=g).requires_grad_()
+    c = torch.tensor([[0.5, -1.0, 2.0, 0.0]], device=DEVICE)
+    x = torch.randn(1, 4, generator=g).to(DEVICE).requires_grad_()
     opt = torch.optim.SGD([x], lr=0.2)
     for _ in range(60):
-        sigma = 0.2 + 0.6 * torch.rand(1, generator=g)
-        alpha, noise = (1 - sigma**2).sqrt(), torch.randn(1, 4, generator=g)
+        sigma = 0.2 + 0.6 * torch.rand(1, generator=g).to(DEVICE)
+        alpha, noise = (1 - sigma**2).sqrt(), torch.randn(1, 4, generator=g).to(DEVICE)
         x_t = fastgen.add_noise(x.detach(), noise, alpha, sigma)
         opt.zero_grad()
         loss_fn(x, (x_t - alpha * c) / sigma, noise, weight=sigma / alpha).backward()  # its fake: x is a point too
@@ -276,7 +278,7 @@ def test_a_free_image_moves_to_the_mode(loss_fn: Any) -> None:
 def test_compiles_to_one_graph(dynamic: bool) -> None:
     p, q = Problem(VIDEO, seed=0), Problem(VIDEO, seed=1)
     dm, ca = pairs(p, q, torch.float32)
-    mask = torch.tensor([True, False, True])[None, :, None, None, None]
+    mask = torch.tensor([True, False, True], device=DEVICE)[None, :, None, None, None]
 
     def step(x: Tensor) -> Tensor:
         x = 2 * x

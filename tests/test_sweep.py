@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import DEVICE
 from oracle import assert_accurate, value_and_grad
 
 import fastgen
@@ -17,7 +18,7 @@ SLICES = {
 
 
 def logits(where, vocabulary, dtype, scale):
-    return (scale * torch.randn(3, 5, vocabulary + 3)).to(dtype)[SLICES[where]]
+    return (scale * torch.randn(3, 5, vocabulary + 3, device=DEVICE)).to(dtype)[SLICES[where]]
 
 
 @pytest.mark.parametrize(
@@ -35,7 +36,7 @@ def test_rows_may_start_anywhere(student, teacher, dtype, kernel_backend):
     vocabulary = 613  # odd: three chunks of the smallest program and edges
     s, t = logits(student, vocabulary, dtype, 3.0), logits(teacher, vocabulary, dtype, 2.0)
     t = t[: s.shape[0], : s.shape[1]]
-    y = torch.randint(vocabulary, s.shape[:-1])
+    y = torch.randint(vocabulary, s.shape[:-1], device=DEVICE)
     y[..., -1] = -100
     losses = {
         "jsd": lambda m, x, o: m.generalized_jsd_loss(x, o, y, beta=0.5, reduction="none"),
