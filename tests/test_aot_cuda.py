@@ -101,7 +101,7 @@ CASES = {
     # Parts of warps, blocks and clusters; whole vectors and odd sizes; dtypes alike and mixed.
     ("images", "132,232448,16"): ["6,1,fff", "6,3,hbf", "0,8,fff", "4,33,dfb", "2,300,hhd", "2,9001,bbb"],
     ("images", "108,166912,1"): ["2,4096,fff", "2,6000,dfh"],  # no clusters, as before sm_90
-    ("images", "8,4096,2"): ["4,777,fbf", "2,20000,bbb", "2,2048,ddd"],  # groups that fit nowhere: two passes
+    ("images", "8,4096,2"): ["4,777,fbf", "2,6001,bbb", "2,2048,ddd"],  # groups that fit nowhere: two passes
     # Rows of logits on a block or a cluster, read once; odd sizes, mixed dtypes; on one block; too long for the chip.
     ("logits", "132,232448,16"): ["3,1271,bb", "2,9000,ff", "3,7,ff", "0,40,ff", "2,33,dd", "3,264,hf", "9,4101,fb"],
     ("logits", "108,166912,1"): ["2,8192,bf"],

@@ -25,7 +25,7 @@ CASES = (
     case("diffusion_dpo_loss", DIFFERENCE | WEIGHT, "pred", beta=50.0),
     case("diffusion_dpo_loss-none", DIFFERENCE, "pred", beta=50.0, reduction="none"),
     case("diffusion_dpo_loss-ipo", DIFFERENCE | WEIGHT, "pred", beta=2.0, kind="ipo"),
-    case("diffusion_dpo_loss-ipo-none", DIFFERENCE, "pred", beta=50.0, kind="ipo", reduction="none"),
+    case("diffusion_dpo_loss-ipo-none", DIFFERENCE, "pred", beta=2.0, kind="ipo", reduction="none"),
     case(
         "diffusion_dpo_loss-hinge", DIFFERENCE | WEIGHT, "pred", beta=0.2, kind="hinge", element_reduction="sum",
         reduction="sum",
