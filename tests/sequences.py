@@ -46,8 +46,12 @@ BY_NAME = {c.name.replace(c.function, SHORT[c.function]): c for c in FAMILIES["s
 def given(case, s, t, y):
     """The inputs of a case, of these logits of a student or model, of a teacher or reference model, and tokens."""
     names = {"logits": s, "student_logits": s, "ref_logits": t, "teacher_logits": t, "tokens": y, "labels": y}
-    names |= {"is_real": is_real(y), "mask": y % 3 != 0, "num_items": torch.tensor(11.0, device=y.device)}
-    return {name: names[name] for name in BY_NAME[case].roles}
+    roles = BY_NAME[case].roles
+    if "is_real" in roles:
+        names |= {"is_real": is_real(y), "mask": y % 3 != 0}
+    if "num_items" in roles:
+        names["num_items"] = torch.tensor(11.0, device=y.device)
+    return {name: names[name] for name in roles}
 
 
 # name -> function of (module, student or model, teacher or reference model, tokens)

@@ -55,7 +55,9 @@ def test_every_public_function_with_a_kernel_has_a_case():
 @pytest.mark.parametrize("name", dispatch.operators)
 def test_opcheck(name, kernel_backend, device):
     # The autograd registration test is for operators with a derivative formula; ours are wrapped in Functions.
-    utilities = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    utilities = ["test_schema", "test_faketensor", "test_aot_dispatch_dynamic"]
+    if name == "trajectory_table":  # a Monge table has parts that nothing writes or reads; the last compares all
+        del utilities[-1]
     if reason := dispatch.missing(name, kernel_backend, torch.device(device).type):
         pytest.skip(reason)
     for args in recorded(kernel_backend, device)[name]:
