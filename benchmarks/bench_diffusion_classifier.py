@@ -35,9 +35,15 @@ def plain_loop(net: Network, schedule: NoiseSchedule, x0: Tensor, classifier: Di
     noise = torch.randn(PAIRS, *SHAPE, device=x0.device)
     with torch.no_grad():
         reference.classify(
-            net, x0, torch.arange(CLASSES, device=x0.device), times, schedule.alpha_t(times), schedule.sigma_t(times),
-            noise, stages=[(PAIRS, 1)],
-        )  # fmt: skip
+            net,
+            x0,
+            torch.arange(CLASSES, device=x0.device),
+            times,
+            schedule.alpha_t(times),
+            schedule.sigma_t(times),
+            noise,
+            stages=[(PAIRS, 1)],
+        )
 
 
 @pytest.mark.parametrize("stages", STAGES)

@@ -26,11 +26,14 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 STEPS: list[tuple[str, str, tuple[int, ...], int]] = [
     # the benchmark's name, its case, shape, streams at the floor: every input once, the gradient once
-    *((f"generalized_jsd-{beta}", f"generalized_jsd_loss-{case}", shape, 3)
-      for shape in LOGITS for beta, case in ((0.5, "0.5"), (0.0, "0"))),
+    *(
+        (f"generalized_jsd-{beta}", f"generalized_jsd_loss-{case}", shape, 3)
+        for shape in LOGITS
+        for beta, case in ((0.5, "0.5"), (0.0, "0"))
+    ),
     *(("token_logprob", "token_logprob", shape, 2) for shape in LOGITS),
     ("sequence_ddo_loss", "sequence_ddo_loss", IMAGES, 3),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))

@@ -36,9 +36,15 @@ PYTHON = [sys.executable, "-m"]
 NOT_ON_DEVICE = ("aot", "aot_cuda", "distributed", "docs", "examples", "trajectory_regret")
 # In order of what is to be learnt from them.
 FAMILIES = (
-    "elbo", "sequence", "trajectory", "score_distillation", "sampling", "analytic_dpm", "adversarial",
+    "elbo",
+    "sequence",
+    "trajectory",
+    "score_distillation",
+    "sampling",
+    "analytic_dpm",
+    "adversarial",
     "diffusion_classifier",
-)  # fmt: skip
+)
 # One large shape a family, for torch.compile's max-autotune, which compiles for long.
 LARGEST = "1024x4x64x64 or 8192x128256 or 64x4x128x128 or 8x3x256x256 or vgg-256"
 GRACE = 10  # seconds for what is stopped to end by itself

@@ -108,9 +108,13 @@ def plot(rows: Sequence[Regret], steps: Sequence[int], path: Path) -> None:
 
     schedules = list(dict.fromkeys(r.schedule for r in rows))
     fig, axes = plt.subplots(
-        len(schedules), len(steps), figsize=(3.4 * len(steps), 3.0 * len(schedules)), sharex=True, sharey=True,
+        len(schedules),
+        len(steps),
+        figsize=(3.4 * len(steps), 3.0 * len(schedules)),
+        sharex=True,
+        sharey=True,
         squeeze=False,
-    )  # fmt: skip
+    )
     colours = {"clamped": "tab:red", "regularised": "tab:blue", "even": "tab:gray"}
     styles = dict(zip(dict.fromkeys(r.decay for r in rows), ("-", "--", ":"), strict=False))
     for (i, name), (j, k) in itertools.product(enumerate(schedules), enumerate(steps)):

@@ -44,9 +44,12 @@ def run(name: str, folder: Path, smoke: bool) -> bool:
         made.mkdir(parents=True)
         done = subprocess.run(
             [sys.executable, str(HERE / f"{name}.py"), "--out", f"results/{name}", *["--smoke"] * smoke],
-            cwd=aside, stdout=subprocess.PIPE, encoding="utf-8", check=False,
+            cwd=aside,
+            stdout=subprocess.PIPE,
+            encoding="utf-8",
+            check=False,
             env={**os.environ, "PYTHONIOENCODING": "utf-8"},
-        )  # fmt: skip
+        )
         good = done.returncode == 0
         print(f"{name}: {'done' if good else 'FAILED'} in {time.perf_counter() - began:.0f} s", flush=True)
         if good:

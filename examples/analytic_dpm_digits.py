@@ -201,13 +201,17 @@ def bounds(schedule: NoiseSchedule, subject: Subject, cfg: Config) -> Table:
         table[f"{name}, {trajectory}"] = {
             f"K = {k}": float(
                 fastgen.variational_bound(
-                    schedule, subject.ms_eps, nodes_of(schedule, subject, k, trajectory),
-                    variance=variance, mse_eps=subject.mse_eps,  # type: ignore[arg-type]
+                    schedule,
+                    subject.ms_eps,
+                    nodes_of(schedule, subject, k, trajectory),
+                    variance=variance,
+                    mse_eps=subject.mse_eps,  # type: ignore[arg-type]
                     levels=LEVELS if subject.bounded else None,
                 ).total
-            ) / math.log(2)
+            )
+            / math.log(2)
             for k in cfg.steps
-        }  # fmt: skip
+        }
     return table
 
 
@@ -263,10 +267,13 @@ def main(argv: list[str] | None = None) -> dict[str, Table]:
     subjects = [
         Subject("network", network, images, True, *gather(schedule, network, digits, cfg.moment_samples, gen)),
         Subject(
-            "exact Gaussians", gaussians, synthetic(20 * cfg.eval_samples)[0], False,
+            "exact Gaussians",
+            gaussians,
+            synthetic(20 * cfg.eval_samples)[0],
+            False,
             *gather(schedule, gaussians, synthetic, cfg.moment_samples, gen),
         ),
-    ]  # fmt: skip
+    ]
     label = digits(cfg.eval_samples)[1]
     tables: dict[str, Table] = {}
     for subject in subjects:

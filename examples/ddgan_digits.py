@@ -170,9 +170,18 @@ def main(argv: list[str] | None = None) -> Table:
         "real digits": lambda n, rng: images[torch.randint(len(images), (n,), generator=rng)]
     }
     diffusion = train_denoiser(
-        Denoiser(schedule.sigma_data), images, labels, schedule, gen, steps=cfg.diffusion_steps,
-        batch=cfg.diffusion_batch, lr=cfg.diffusion_lr, ema=0.999, drop_label=1.0, desc="diffusion model",
-    )  # fmt: skip
+        Denoiser(schedule.sigma_data),
+        images,
+        labels,
+        schedule,
+        gen,
+        steps=cfg.diffusion_steps,
+        batch=cfg.diffusion_batch,
+        lr=cfg.diffusion_lr,
+        ema=0.999,
+        drop_label=1.0,
+        desc="diffusion model",
+    )
 
     def diffuse(count: int, rng: torch.Generator) -> Tensor:
         return sample(diffusion, unlabelled(torch.zeros(count, dtype=torch.long)), cfg.sampler_steps, rng)

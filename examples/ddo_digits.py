@@ -75,9 +75,17 @@ def warm_up_then_decay(opt: torch.optim.Optimizer, steps: int) -> torch.optim.lr
 
 
 def train(
-    initial: Denoiser, images: Tensor, labels: Tensor, schedule: NoiseSchedule, gen: torch.Generator,
-    *, steps: int, batch: int, lr: float, desc: str,
-) -> Denoiser:  # fmt: skip
+    initial: Denoiser,
+    images: Tensor,
+    labels: Tensor,
+    schedule: NoiseSchedule,
+    gen: torch.Generator,
+    *,
+    steps: int,
+    batch: int,
+    lr: float,
+    desc: str,
+) -> Denoiser:
     """Ordinary EDM training: gives the base from fresh weights, and the control from the base."""
     model = copy.deepcopy(initial)
     opt = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
@@ -136,11 +144,15 @@ def train_features(images: Tensor, labels: Tensor, steps: int, gen: torch.Genera
     """
     body = nn.Sequential(
         nn.Unflatten(1, (1, 8, 8)),
-        nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(),
-        nn.Conv2d(32, 64, 3, padding=1, stride=2), nn.ReLU(),
-        nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-    )  # fmt: skip
+        nn.Conv2d(1, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(32, 64, 3, padding=1, stride=2),
+        nn.ReLU(),
+        nn.Conv2d(64, 64, 3, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    )
     model = nn.Sequential(body, nn.Linear(64, CLASSES))
     opt = torch.optim.Adam(model.parameters(), lr=2e-3, fused=True)
     for _ in tqdm(range(steps), desc="classifier"):
@@ -183,13 +195,27 @@ def train_all(images: Tensor, labels: Tensor, seed: int, cfg: Config) -> dict[st
     schedule = edm_schedule(images)
     base_gen, control_gen, ddo_gen = (torch.Generator().manual_seed(10 * seed + k) for k in range(3))
     base = train(
-        Denoiser(schedule.sigma_data, width=cfg.width, classes=CLASSES), images, labels, schedule, base_gen,
-        steps=cfg.base_steps, batch=cfg.batch // 2, lr=cfg.base_lr, desc="base",
-    )  # fmt: skip
+        Denoiser(schedule.sigma_data, width=cfg.width, classes=CLASSES),
+        images,
+        labels,
+        schedule,
+        base_gen,
+        steps=cfg.base_steps,
+        batch=cfg.batch // 2,
+        lr=cfg.base_lr,
+        desc="base",
+    )
     control = train(
-        base, images, labels, schedule, control_gen,
-        steps=cfg.rounds * cfg.tune_steps, batch=cfg.batch, lr=cfg.tune_lr, desc="control",
-    )  # fmt: skip
+        base,
+        images,
+        labels,
+        schedule,
+        control_gen,
+        steps=cfg.rounds * cfg.tune_steps,
+        batch=cfg.batch,
+        lr=cfg.tune_lr,
+        desc="control",
+    )
     rounds = finetune_with_ddo(base, images, labels, schedule, ddo_gen, cfg)
     return {"base": base, "control": control} | {f"DDO round {k}": m for k, m in enumerate(rounds, 1)}
 

@@ -114,9 +114,14 @@ def train_all(
         own = 100 * seed + k + 1
         played, found = self_play(played, corpus.train, cfg, own, alpha, beta, f"DDO, round {k + 1}")
         control = train_nll(
-            control, corpus.train, cfg.windows, torch.Generator().manual_seed(own), steps=cfg.steps, lr=cfg.lr,
+            control,
+            corpus.train,
+            cfg.windows,
+            torch.Generator().manual_seed(own),
+            steps=cfg.steps,
+            lr=cfg.lr,
             desc=f"NLL, round {k + 1}",
-        )  # fmt: skip
+        )
         gaps += found
         models |= {f"DDO, round {k + 1}": played, f"NLL, round {k + 1}": control}
     return models, gaps

@@ -150,9 +150,18 @@ def main(argv: list[str] | None = None) -> Table:
     test, train = torch.randperm(len(images), generator=gen).tensor_split([cfg.held_out])
     schedule = edm_schedule(images[train])
     model = train_denoiser(
-        Denoiser(schedule.sigma_data), images[train], labels[train], schedule, gen, steps=cfg.steps, batch=cfg.batch,
-        lr=cfg.lr, ema=cfg.ema, drop_label=0.0, desc="denoiser",
-    )  # fmt: skip
+        Denoiser(schedule.sigma_data),
+        images[train],
+        labels[train],
+        schedule,
+        gen,
+        steps=cfg.steps,
+        batch=cfg.batch,
+        lr=cfg.lr,
+        ema=cfg.ema,
+        drop_label=0.0,
+        desc="denoiser",
+    )
     table, curve, log_prob = compare(model, schedule, images[test], labels[test], cfg)
     usual = train_classifier(images[train], labels[train], cfg.classifier_steps, gen)
     table["a classifier of the usual kind"] = {

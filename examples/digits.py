@@ -96,9 +96,19 @@ def sample(model: Denoiser, labels: Tensor, steps: int, gen: torch.Generator, gu
 
 
 def train_denoiser(
-    start: Denoiser, images: Tensor, labels: Tensor, schedule: NoiseSchedule, gen: torch.Generator, *,
-    steps: int, batch: int, lr: float, ema: float, drop_label: float, desc: str,
-) -> Denoiser:  # fmt: skip
+    start: Denoiser,
+    images: Tensor,
+    labels: Tensor,
+    schedule: NoiseSchedule,
+    gen: torch.Generator,
+    *,
+    steps: int,
+    batch: int,
+    lr: float,
+    ema: float,
+    drop_label: float,
+    desc: str,
+) -> Denoiser:
     """Ordinary EDM training; a share `drop_label` of the rows is trained without a class, for guidance."""
     trainer = Trainer(start, lr, warmup=min(100, steps // 3 + 1), ema_decay=ema)
     for _ in tqdm(range(steps), desc=desc):

@@ -103,9 +103,15 @@ def levels(cfg: Config, gen: torch.Generator, cleaner: bool = False) -> Tensor:
 
 
 def generator_loss(
-    x: Tensor, labels: Tensor, real: Denoiser, fake: Denoiser, method: Method, schedule: NoiseSchedule,
-    cfg: Config, gen: torch.Generator,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    labels: Tensor,
+    real: Denoiser,
+    fake: Denoiser,
+    method: Method,
+    schedule: NoiseSchedule,
+    cfg: Config,
+    gen: torch.Generator,
+) -> Tensor:
     """The gradient that moves x from what the fake network knows to what the teacher knows."""
     one = torch.ones(cfg.batch)
 
@@ -119,9 +125,16 @@ def generator_loss(
         real_uncond = real(x_t, sigma, unlabelled(labels)) if method.guidance_scale != 1 else None
     if not method.decoupled:
         return dmd_loss(
-            x, x_t, real_cond, fake_cond, alpha_t=one, sigma_t=sigma, prediction_type="sample",
-            real_uncond=real_uncond, guidance_scale=method.guidance_scale,
-        )  # fmt: skip
+            x,
+            x_t,
+            real_cond,
+            fake_cond,
+            alpha_t=one,
+            sigma_t=sigma,
+            prediction_type="sample",
+            real_uncond=real_uncond,
+            guidance_scale=method.guidance_scale,
+        )
     cleaner = levels(cfg, gen, cleaner=True)
     x_c = renoised(cleaner)
     with torch.no_grad():
@@ -131,9 +144,15 @@ def generator_loss(
 
 
 def distil(
-    teacher: Denoiser, method: Method, labels: Tensor, schedule: NoiseSchedule, classifier: Classifier, cfg: Config,
-    seed: int, name: str,
-) -> Denoiser:  # fmt: skip
+    teacher: Denoiser,
+    method: Method,
+    labels: Tensor,
+    schedule: NoiseSchedule,
+    classifier: Classifier,
+    cfg: Config,
+    seed: int,
+    name: str,
+) -> Denoiser:
     """A one-step generator; it and the fake network start from the teacher's weights."""
     gen = torch.Generator().manual_seed(seed)
     student = Trainer(teacher, cfg.generator_lr, 1, cfg.generator_ema, betas=(0.0, 0.99))
@@ -170,9 +189,18 @@ def main(argv: list[str] | None = None) -> Table:
     schedule = edm_schedule(images)
     classifier = train_classifier(images, labels, cfg.classifier_steps, gen)
     teacher = train_denoiser(
-        Denoiser(schedule.sigma_data), images, labels, schedule, gen, steps=cfg.teacher_steps, batch=cfg.batch,
-        lr=cfg.teacher_lr, ema=cfg.teacher_ema, drop_label=cfg.drop_label, desc="teacher",
-    )  # fmt: skip
+        Denoiser(schedule.sigma_data),
+        images,
+        labels,
+        schedule,
+        gen,
+        steps=cfg.teacher_steps,
+        batch=cfg.batch,
+        lr=cfg.teacher_lr,
+        ema=cfg.teacher_ema,
+        drop_label=cfg.drop_label,
+        desc="teacher",
+    )
 
     s = cfg.guidance_scale
     methods = {"DMD": Method(), f"DMD, s = {s:g}": Method(s), f"Decoupled DMD, s = {s:g}": Method(s, decoupled=True)}

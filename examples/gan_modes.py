@@ -59,10 +59,12 @@ GRID = torch.linspace(-6, 6, 2401)
 
 def net(inputs: int, outputs: int, width: int) -> nn.Module:
     return nn.Sequential(
-        nn.Linear(inputs, width), nn.LeakyReLU(0.2),
-        nn.Linear(width, width), nn.LeakyReLU(0.2),
+        nn.Linear(inputs, width),
+        nn.LeakyReLU(0.2),
+        nn.Linear(width, width),
+        nn.LeakyReLU(0.2),
         nn.Linear(width, outputs),
-    )  # fmt: skip
+    )
 
 
 def log_p(x: Tensor) -> Tensor:
@@ -119,9 +121,18 @@ def divergence(q: Gaussian, forward: bool) -> Tensor:
 
 
 def train_gan(
-    generator: nn.Module, critic: nn.Module, kind: Kind, draw_real: Draw, draw_noise: Draw, steps: int, lr: float,
-    cfg: Config, gamma: float, critic_steps: int, gen: torch.Generator,
-) -> None:  # fmt: skip
+    generator: nn.Module,
+    critic: nn.Module,
+    kind: Kind,
+    draw_real: Draw,
+    draw_noise: Draw,
+    steps: int,
+    lr: float,
+    cfg: Config,
+    gamma: float,
+    critic_steps: int,
+    gen: torch.Generator,
+) -> None:
     """The same loop for all kinds: WGAN clips its weights, the others may have R1."""
     wgan = kind == "wgan"
     opts: list[torch.optim.Optimizer] = [  # WGAN's as its paper has it: momentum upsets a clipped critic
@@ -209,9 +220,18 @@ def main(argv: list[str] | None = None) -> dict[str, Table]:
     for name, kind in line:
         fits[name] = Gaussian()
         train_gan(
-            fits[name], net(1, 1, cfg.width), kind, line_samples, lambda n, g: torch.randn(n, 1, generator=g),
-            cfg.line_steps, 5e-3 if kind == "wgan" else 1e-2, cfg, 0.0, cfg.critic_steps, gen,
-        )  # fmt: skip
+            fits[name],
+            net(1, 1, cfg.width),
+            kind,
+            line_samples,
+            lambda n, g: torch.randn(n, 1, generator=g),
+            cfg.line_steps,
+            5e-3 if kind == "wgan" else 1e-2,
+            cfg,
+            0.0,
+            cfg.critic_steps,
+            gen,
+        )
     rings = {"data": ring_samples(cfg.samples, gen)}
     kinds: list[tuple[str, Kind, float]] = [
         ("non-saturating", "non_saturating", 0.0),
@@ -223,9 +243,18 @@ def main(argv: list[str] | None = None) -> dict[str, Table]:
         generator = net(2, 2, cfg.width)
         noise = lambda n, g: torch.randn(n, 2, generator=g)  # noqa: E731
         train_gan(
-            generator, net(2, 1, cfg.width), kind, ring_samples, noise, cfg.ring_steps, 1e-3, cfg, gamma,
-            cfg.critic_steps if kind == "wgan" else 1, gen,
-        )  # fmt: skip
+            generator,
+            net(2, 1, cfg.width),
+            kind,
+            ring_samples,
+            noise,
+            cfg.ring_steps,
+            1e-3,
+            cfg,
+            gamma,
+            cfg.critic_steps if kind == "wgan" else 1,
+            gen,
+        )
         with torch.no_grad():
             rings[name] = generator(noise(cfg.samples, gen))
     with torch.no_grad():

@@ -61,9 +61,15 @@ class Sharpener(nn.Module):
     def __init__(self, latent: int, width: int = 256) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            nn.Linear(PIXELS + latent, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
-            nn.Linear(width, width), nn.SiLU(), nn.Linear(width, PIXELS), nn.Tanh(),
-        )  # fmt: skip
+            nn.Linear(PIXELS + latent, width),
+            nn.SiLU(),
+            nn.Linear(width, width),
+            nn.SiLU(),
+            nn.Linear(width, width),
+            nn.SiLU(),
+            nn.Linear(width, PIXELS),
+            nn.Tanh(),
+        )
 
     def forward(self, coarse: Tensor, z: Tensor) -> Tensor:
         return self.body(torch.cat([coarse, z], 1))
@@ -75,9 +81,11 @@ class PatchCritic(nn.Module):
     def __init__(self, width: int = 32) -> None:
         super().__init__()
         self.patches = nn.Sequential(
-            nn.Conv2d(2, width, 3, padding=1), nn.LeakyReLU(0.2),
-            nn.Conv2d(width, 2 * width, 3, padding=1, stride=2), nn.LeakyReLU(0.2),
-        )  # fmt: skip
+            nn.Conv2d(2, width, 3, padding=1),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(width, 2 * width, 3, padding=1, stride=2),
+            nn.LeakyReLU(0.2),
+        )
         self.local = nn.Conv2d(2 * width, 1, 1)
         self.whole = nn.Sequential(
             nn.Flatten(), nn.Linear(32 * width, 2 * width), nn.LeakyReLU(0.2), nn.Linear(2 * width, 1)
@@ -116,10 +124,15 @@ def train(images: Tensor, cfg: Config, gan: bool, classifier: Classifier | None,
         targets = [] if classifier is None else [classifier.features(x)]
         sharpener.step(
             pix2pix_loss(
-                critic(coarse, output), output, x, l1_weight=cfg.l1_weight, features=features, target_features=targets,
+                critic(coarse, output),
+                output,
+                x,
+                l1_weight=cfg.l1_weight,
+                features=features,
+                target_features=targets,
                 feature_weights=[cfg.feature_weight] * len(features),
             )
-        )  # fmt: skip
+        )
         critic.requires_grad_(True)
     return sharpener.ema
 

@@ -163,9 +163,14 @@ def model_figures(
 
 
 def report(
-    models: dict[str, CharModel], judge: str, shown: Sequence[str], corpus: Corpus, windows: Windows, samples: int,
+    models: dict[str, CharModel],
+    judge: str,
+    shown: Sequence[str],
+    corpus: Corpus,
+    windows: Windows,
+    samples: int,
     seed: int,
-) -> Table:  # fmt: skip
+) -> Table:
     """Measure the models, on `samples` prompts of held-out text; print the table, and what those `shown` write."""
     real = windows.draw(corpus.held_out, samples, torch.Generator().manual_seed(10 * seed + 2))
     prompts = real[:, : windows.prompt]

@@ -202,10 +202,17 @@ class AnalyticDPMScheduler(SchedulerMixin, ConfigMixin):
         key = eta, clipped, device
         if key not in self._plans:
             k = plan_steps(
-                self.schedule, self._nodes, method=f"analytic-{self.config.method}", eta=eta, variance="beta_tilde",
-                ms_eps=self._moments(), max_last_std=self.config.max_last_std, data_range=self._data_range(),
-                dtype=torch.float64, use_clipped_model_output=clipped,
-            )  # fmt: skip
+                self.schedule,
+                self._nodes,
+                method=f"analytic-{self.config.method}",
+                eta=eta,
+                variance="beta_tilde",
+                ms_eps=self._moments(),
+                max_last_std=self.config.max_last_std,
+                data_range=self._data_range(),
+                dtype=torch.float64,
+                use_clipped_model_output=clipped,
+            )
             k = StepCoefficients(*(v.to(device) for v in k))
             self._plans[key] = {
                 int(n) - 1: StepCoefficients(*(v[i : i + 1] for v in k)) for i, n in enumerate(self._nodes)

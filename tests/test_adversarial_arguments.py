@@ -58,14 +58,15 @@ LOGITS = torch.zeros(4, 1)
         (lambda: fastgen.diffuse_pair(None, LOGITS, torch.ones(4).long()), TypeError, "schedule must be a"),
         (
             lambda: fastgen.diffuse_pair(NoiseSchedule.ddgan(), LOGITS, torch.ones(4).long(), noise=LOGITS),
-            TypeError, "noise must be a pair",
+            TypeError,
+            "noise must be a pair",
         ),
         (lambda: fastgen.diffuse_pair(NoiseSchedule.flow(), LOGITS, torch.ones(4)), ValueError, "must be discrete"),
         (lambda: fastgen.diffuse_pair(NoiseSchedule.ddgan(), LOGITS, torch.ones(4)), TypeError, "t must hold integers"),
         (lambda: fastgen.diffuse_pair(NoiseSchedule.ddgan(), LOGITS, torch.ones(3).long()), ValueError, "t must have"),
         (lambda: NoiseSchedule.ddgan(0), ValueError, "steps must be at least 1"),
     ],
-)  # fmt: skip
+)
 def test_bad_arguments_are_named(call: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()

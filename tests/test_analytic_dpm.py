@@ -324,9 +324,12 @@ def test_optimal_variances_and_trajectories_win_the_bound():
         best, analytic, beta, tilde = (
             fastgen.variational_bound(schedule, ms, nodes, variance=variance).total
             for nodes, variance in (
-                (optimal.steps[k], "analytic"), (even, "analytic"), (even, "beta"), (even, "beta_tilde"),
+                (optimal.steps[k], "analytic"),
+                (even, "analytic"),
+                (even, "beta"),
+                (even, "beta_tilde"),
             )
-        )  # fmt: skip
+        )
         assert best < analytic < beta < tilde
         # The bound's trajectory-dependent part is half the solver's cost.
         v = (1 - schedule.alphas_cumprod) / schedule.alphas_cumprod

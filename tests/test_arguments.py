@@ -41,13 +41,16 @@ CALLS = {
     fastgen.prediction_to_x0: {"pred": X, "x_t": Y, "alpha_t": ROW, "sigma_t": ROW},
     fastgen.token_logprob: {"logits": X, "tokens": TOKENS},
     fastgen.sequence_ddo_loss: {
-        "logits": X[:, None], "ref_logits": Y[:, None], "tokens": TOKENS[:, None], "is_real": REAL,
+        "logits": X[:, None],
+        "ref_logits": Y[:, None],
+        "tokens": TOKENS[:, None],
+        "is_real": REAL,
     },
     fastgen.generalized_jsd_loss: {"student_logits": X, "teacher_logits": Y},
     fastgen.joint_energy_loss: {"logits_real": X, "labels": TOKENS, "logits_fake": Y},
     fastgen.fake_score_loss: {"pred": X, "x0": Y, "noise": Z, "alpha_t": ROW, "sigma_t": ROW},
     fastgen.optimal_trajectory: {"cost": COST},
-}  # fmt: skip
+}
 OTHERS = {
     fastgen.guidance: {"scale": 2.0},
     fastgen.reverse_step: {"coefficients": STEP},

@@ -62,9 +62,14 @@ class _Outputs(NamedTuple):
 
 def test_shapes_follow_from_roles():
     def declared(
-        x: Stream, weight: PerRow | None, count: Whole, kind: Literal["a", "b"], group_rows: int, reduction: Reduction,
+        x: Stream,
+        weight: PerRow | None,
+        count: Whole,
+        kind: Literal["a", "b"],
+        group_rows: int,
+        reduction: Reduction,
         with_grad: bool,
-    ) -> _Outputs: ...  # fmt: skip
+    ) -> _Outputs: ...
 
     declared.__module__ = "fastgen._declared"
     op = declarations.operator(declared)

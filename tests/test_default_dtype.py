@@ -71,7 +71,8 @@ CALLS: dict[str, Callable[[], Any]] = {
     ],
     "diffuse_pair": lambda: fastgen.diffuse_pair(SCHEDULE, X, T, generator=generator()),
     "step_coefficients": lambda: [
-        fastgen.step_coefficients(SCHEDULE, T - 1, T), fastgen.step_coefficients(SCHEDULE, 3, 5, method="ddim", eta=0.5)
+        fastgen.step_coefficients(SCHEDULE, T - 1, T),
+        fastgen.step_coefficients(SCHEDULE, 3, 5, method="ddim", eta=0.5),
     ],
     "reverse_step": lambda: fastgen.reverse_step(
         X, Y, fastgen.step_coefficients(SCHEDULE, 3, 5), uncond=X, guidance_scale=2.0, noise=Y, clamp=(-1.0, 1.0)
@@ -93,7 +94,13 @@ CALLS: dict[str, Callable[[], Any]] = {
         lambda x, t: x, SCHEDULE, torch.tensor([19, 10, 3]), X, step=2, rng=generator()
     ),
     "sample": lambda: fastgen.sample(
-        lambda x, t: x, SCHEDULE, X, method="analytic-ddpm", steps=5, ms_eps=moments(), generator=generator(),
+        lambda x, t: x,
+        SCHEDULE,
+        X,
+        method="analytic-ddpm",
+        steps=5,
+        ms_eps=moments(),
+        generator=generator(),
         progress=False,
     ),
     "ScoreMoments": score_moments,
@@ -119,7 +126,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "dmd_loss": lambda: fastgen.dmd_loss(X, Y, X, Y, alpha_t=HALF, sigma_t=HALF, mask=X > 0, return_stats=True),
     "DiffusionClassifier": classified,
     **{name: functools.partial(case, fastgen, **case.inputs((4, 3))) for name, case in CASES.items()},
-}  # fmt: skip
+}
 
 
 def tensors(value: Any) -> Iterator[Tensor]:

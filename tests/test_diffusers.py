@@ -34,9 +34,15 @@ N = 50
 def unet():
     torch.manual_seed(0)
     return UNet2DModel(
-        sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(8,), norm_num_groups=4,
-        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
-    ).eval()  # fmt: skip
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        layers_per_block=1,
+        block_out_channels=(8,),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+    ).eval()
 
 
 def ms_eps(schedule):
@@ -186,23 +192,37 @@ def test_stable_diffusion_samples_two_images(kind):
 
     torch.manual_seed(0)
     net = diffusers.UNet2DConditionModel(
-        block_out_channels=(4, 8), layers_per_block=1, sample_size=8, norm_num_groups=2, cross_attention_dim=8,
-        attention_head_dim=2, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        block_out_channels=(4, 8),
+        layers_per_block=1,
+        sample_size=8,
+        norm_num_groups=2,
+        cross_attention_dim=8,
+        attention_head_dim=2,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-    )  # fmt: skip
+    )
     vae = AutoencoderKL(
-        block_out_channels=[4, 8], down_block_types=["DownEncoderBlock2D"] * 2, latent_channels=4, norm_num_groups=2,
+        block_out_channels=[4, 8],
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        latent_channels=4,
+        norm_num_groups=2,
         up_block_types=["UpDecoderBlock2D"] * 2,
-    )  # fmt: skip
+    )
     base = DDIMScheduler(
         num_train_timesteps=N, beta_schedule="scaled_linear", beta_end=0.2, clip_sample=False, steps_offset=1
     )
     steps = AnalyticDPMScheduler.from_config(base.config, ms_eps=[0.5] * (N + 1), method="ddim", trajectory="even")
     cls = getattr(diffusers, kind if "Pipeline" in kind else f"StableDiffusion{kind}Pipeline")
     pipe = cls(
-        vae=vae, text_encoder=None, tokenizer=None, unet=net, scheduler=steps, safety_checker=None,
-        feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
+        vae=vae,
+        text_encoder=None,
+        tokenizer=None,
+        unet=net,
+        scheduler=steps,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
     pipe.set_progress_bar_config(disable=True)
     image, mask = torch.rand(2, 3, 16, 16), torch.ones(2, 1, 16, 16)
     size = {"height": 16, "width": 16}

@@ -42,9 +42,18 @@ def plain(classifier, x0, conditions):
     weight = None if classifier.weighting is None else classifier.weighting(times)
     alpha, sigma = classifier.schedule.alpha_t(times), classifier.schedule.sigma_t(times)
     labels, errors = reference.classify(
-        classifier.model, x0, conditions, times, alpha, sigma, noise, stages=classifier.stages,
-        prediction_type=classifier.prediction_type, weight=weight, loss=classifier.loss,
-    )  # fmt: skip
+        classifier.model,
+        x0,
+        conditions,
+        times,
+        alpha,
+        sigma,
+        noise,
+        stages=classifier.stages,
+        prediction_type=classifier.prediction_type,
+        weight=weight,
+        loss=classifier.loss,
+    )
     return labels, errors[classifier._pairs]
 
 
@@ -55,9 +64,14 @@ def test_equals_the_double_loop(name, stages, loss):
     schedule, prediction_type = SCHEDULES[name]
     x0, conditions = batch(dtype=torch.float64)
     classifier = DiffusionClassifier(
-        model, schedule, stages=STAGES[stages], prediction_type=prediction_type, loss=loss, batch_size=7,
+        model,
+        schedule,
+        stages=STAGES[stages],
+        prediction_type=prediction_type,
+        loss=loss,
+        batch_size=7,
         weighting=schedule.edm_weight if name == "edm" else None,
-    )  # fmt: skip
+    )
     statistics = classifier.statistics(x0, conditions)
     labels = classifier.predict(x0, conditions, statistics)
     expected, errors = plain(classifier, x0, conditions)
@@ -79,9 +93,12 @@ def test_backends_and_dtypes(backend, device):
         assert torch.equal(labels.cpu(), expected)
         assert statistics.errors.dtype == torch.float32
         torch.testing.assert_close(
-            statistics.errors.cpu().double(), errors, rtol=1e-5 if dtype == torch.float32 else 0.02, atol=0,
+            statistics.errors.cpu().double(),
+            errors,
+            rtol=1e-5 if dtype == torch.float32 else 0.02,
+            atol=0,
             equal_nan=True,
-        )  # fmt: skip
+        )
 
 
 def test_batch_sizes_do_not_matter():
@@ -250,8 +267,10 @@ def test_early_stop_keeps_its_error_probability():
     assert not classifier._separated(torch.ones(1, 4, 3), is_best[:4], classes=3).any()
 
 
-@pytest.mark.parametrize(("tail", "degrees", "t"), [(0.025, 1, 12.706), (0.025, 4, 2.7764), (0.005, 9, 3.2498),
-                                                     (1e-4, 49, 4.0205), (0.05, 1000, 1.6464)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("tail", "degrees", "t"),
+    [(0.025, 1, 12.706), (0.025, 4, 2.7764), (0.005, 9, 3.2498), (1e-4, 49, 4.0205), (0.05, 1000, 1.6464)],
+)
 def test_student_quantiles(tail, degrees, t):
     assert student_quantile(tail, degrees) == pytest.approx(t, rel=1e-4)
 
@@ -352,7 +371,7 @@ BAD_CALLS = {
         ValueError,
         lambda: DiffusionClassifier(lambda x, t, c: x[:, :1], S, stages=[(2, 1)]).predict(X, C),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("message", BAD_CALLS)

@@ -221,8 +221,10 @@ def test_a_clone_is_imported_from_its_root(clone):
         print(fastgen.__file__, layout.__file__, fastgen.elbo_error(torch.ones(1, 2), torch.zeros(1, 2)).tolist())
     """
     assert without_site(code, clone).split() == [
-        str(clone / "fastgen/__init__.py"), str(clone / "triton_kernels/layout.py"), "[1.0]",
-    ]  # fmt: skip
+        str(clone / "fastgen/__init__.py"),
+        str(clone / "triton_kernels/layout.py"),
+        "[1.0]",
+    ]
 
 
 def test_a_clone_takes_no_kernels_of_an_installed_copy(clone, tmp_path):
@@ -261,5 +263,7 @@ def test_the_package_works_under_another_name(clone):
             print(renamed.elbo_error(torch.ones(1, 2), torch.zeros(1, 2)).tolist())
     """
     assert without_site(code, clone, TRITON_INTERPRET="1").split() == [
-        "renamed.triton_kernels.layout", "reference", "[1.0]",
-    ]  # fmt: skip
+        "renamed.triton_kernels.layout",
+        "reference",
+        "[1.0]",
+    ]

@@ -110,8 +110,12 @@ def test_guidance_is_that_of_the_predictions():
     guided = run(start(), method="ddim", steps=5, uncond_model=uncond, guidance_scale=2.5)
     both = sample(
         lambda x, t: uncond(x, t) + 2.5 * (exact_noise(x, t) - uncond(x, t)),
-        SCHEDULE, start(), method="ddim", steps=5, progress=False,
-    )  # fmt: skip
+        SCHEDULE,
+        start(),
+        method="ddim",
+        steps=5,
+        progress=False,
+    )
     torch.testing.assert_close(guided, both)
 
 
@@ -130,8 +134,9 @@ def test_the_last_noise_is_capped():
 def test_one_step_of_a_network_that_knows_the_data():
     x0 = start(seed=6).float().clamp(-1, 1)
     for method in ("ddpm", "ddim"):
-        out = sample(lambda x, t: x0, SCHEDULE, start().float(), method=method, steps=1, prediction_type="sample",
-                     progress=False)  # fmt: skip
+        out = sample(
+            lambda x, t: x0, SCHEDULE, start().float(), method=method, steps=1, prediction_type="sample", progress=False
+        )
         torch.testing.assert_close(out, x0)
 
 

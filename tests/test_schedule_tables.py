@@ -107,9 +107,7 @@ def test_tables_are_made_once() -> None:
 
 # ---------------------------------------------------------------- integer times
 
-INTEGERS = (
-    torch.int8, torch.int16, torch.int32, torch.uint8, torch.uint16, torch.uint32, torch.uint64
-)  # fmt: skip
+INTEGERS = (torch.int8, torch.int16, torch.int32, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 SCHEDULE = NoiseSchedule.linear(300)
 
 

@@ -150,9 +150,13 @@ def test_decoupled_is_the_papers_formula(kind: str) -> None:
     for dtype in DTYPES:
         for reduction in ("mean", "none"):
             compare(
-                decoupled_dmd_loss, reference.decoupled_dmd_loss, p.x.to(dtype), *pairs(p, q, dtype, kind),
-                reduction=reduction, **kw,
-            )  # fmt: skip
+                decoupled_dmd_loss,
+                reference.decoupled_dmd_loss,
+                p.x.to(dtype),
+                *pairs(p, q, dtype, kind),
+                reduction=reduction,
+                **kw,
+            )
 
 
 def test_decoupled_with_a_fake_network_of_another_type() -> None:

@@ -71,9 +71,15 @@ def test_weights_and_masks(dtype: torch.dtype) -> None:
     compare(sds_loss, reference.sds_loss, p.x.to(dtype), p.real.to(dtype), p.noise.to(dtype), weight=weight_map)
     dm, ca = pairs(p, Problem(seed=1), dtype)
     compare(
-        decoupled_dmd_loss, reference.decoupled_dmd_loss, p.x.to(dtype), dm, ca, guidance_scale=3.0, mask=wide_mask,
+        decoupled_dmd_loss,
+        reference.decoupled_dmd_loss,
+        p.x.to(dtype),
+        dm,
+        ca,
+        guidance_scale=3.0,
+        mask=wide_mask,
         weight=p.sigma,
-    )  # fmt: skip
+    )
 
 
 def test_the_mean_is_over_the_masks_elements_and_the_normaliser_over_all() -> None:
@@ -166,9 +172,18 @@ LAYOUTS = {
     seed=st.integers(0, 1000),
 )
 def test_any_shape_dtype_and_layout(
-    shape: tuple[int, ...], batch: int, dtype: torch.dtype, mixed: torch.dtype, layout: str, kind: str, scale: float,
-    guided: bool, masked: bool, reduction: str, seed: int,
-) -> None:  # fmt: skip
+    shape: tuple[int, ...],
+    batch: int,
+    dtype: torch.dtype,
+    mixed: torch.dtype,
+    layout: str,
+    kind: str,
+    scale: float,
+    guided: bool,
+    masked: bool,
+    reduction: str,
+    seed: int,
+) -> None:
     p = Problem((batch, *shape), seed)
     for name in ("x", "x_t", "real", "uncond", "fake"):
         setattr(p, name, scale * getattr(p, name))

@@ -57,9 +57,14 @@ def test_by_hand(backend, device):
     assert logprob.item() == pytest.approx(math.log(0.25), rel=1e-6)
     logits, ref = torch.stack([t, s]), torch.stack([s, t])
     loss, delta = fastgen.sequence_ddo_loss(
-        logits, ref, torch.zeros(2, 1, dtype=torch.int64, device=device), torch.tensor([True, False], device=device),
-        alpha=3.0, beta=2.0, return_delta=True,
-    )  # fmt: skip
+        logits,
+        ref,
+        torch.zeros(2, 1, dtype=torch.int64, device=device),
+        torch.tensor([True, False], device=device),
+        alpha=3.0,
+        beta=2.0,
+        return_delta=True,
+    )
     torch.testing.assert_close(delta.cpu(), torch.tensor([math.log(1.5), -math.log(1.5)]))
     assert loss.item() == pytest.approx(4 * math.log1p(1.5**-2), rel=1e-6)
     assert not delta.requires_grad

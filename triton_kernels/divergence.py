@@ -36,9 +36,16 @@ class Args(NamedTuple):
 
 
 def _args(
-    dtype: torch.dtype, labels: Tensor | None, ignore_index: int, factor: Tensor | None, grad: Tensor | None,
-    loss: Tensor | None, stats: Tensor, beta: float, temperature: float,
-) -> Args:  # fmt: skip
+    dtype: torch.dtype,
+    labels: Tensor | None,
+    ignore_index: int,
+    factor: Tensor | None,
+    grad: Tensor | None,
+    loss: Tensor | None,
+    stats: Tensor,
+    beta: float,
+    temperature: float,
+) -> Args:
     numbers = [scalar.argument(x, dtype) for x in (1 / temperature, LOG2E.value / temperature, temperature)]
     mixture = [None if beta in (0, 1) else scalar.argument(x, dtype) for x in (beta, 1 - beta)]
     labels = None if labels is None else labels.contiguous()
@@ -202,9 +209,16 @@ def _rows(student: Tensor, teacher: Tensor, out: Tensor | None) -> LogitRows:
 
 
 def generalized_jsd(
-    student: Tensor, teacher: Tensor, labels: Tensor | None, scale: Tensor | None, beta: float, temperature: float,
-    ignore_index: int, reduction: str, with_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    scale: Tensor | None,
+    beta: float,
+    temperature: float,
+    ignore_index: int,
+    reduction: str,
+    with_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     grad = student.new_empty(student.shape if with_grad else (0,))
     rows = _rows(student, teacher, grad if with_grad else None)
     shape = student.shape[:-1]
@@ -215,9 +229,15 @@ def generalized_jsd(
 
 
 def generalized_jsd_backward(
-    grad: Tensor, student: Tensor, teacher: Tensor, labels: Tensor | None, stats: Tensor, beta: float,
-    temperature: float, ignore_index: int,
-) -> Tensor:  # fmt: skip
+    grad: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    stats: Tensor,
+    beta: float,
+    temperature: float,
+    ignore_index: int,
+) -> Tensor:
     out = student.new_empty(student.shape)
     rows = _rows(student, teacher, out)
     args = _args(rows.dtype, labels, ignore_index, None, rows.scalars(grad), None, stats, beta, temperature)

@@ -34,6 +34,15 @@ def scale_gradient_(grad: Tensor, scale: Tensor) -> None:
     block, num_warps, programs = flat_plan(size, grad.element_size(), grad.device)
     unit = unit_of((size,), grad.element_size())
     rowwise.launch(
-        _scale_in_place, programs, grad, grad, scale, size // unit, BLOCK=block, UNIT=unit,
-        INDEX=offsets_type(size), T=tl.float64 if grad.dtype == torch.float64 else tl.float32, num_warps=num_warps,
-    )  # fmt: skip
+        _scale_in_place,
+        programs,
+        grad,
+        grad,
+        scale,
+        size // unit,
+        BLOCK=block,
+        UNIT=unit,
+        INDEX=offsets_type(size),
+        T=tl.float64 if grad.dtype == torch.float64 else tl.float32,
+        num_warps=num_warps,
+    )

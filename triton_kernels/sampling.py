@@ -133,10 +133,22 @@ def _numbers(rows: Rows, t: Tensor | None) -> Numbers | None:
 
 
 def _step(
-    out: Tensor | None, x_t: Tensor, cond: Tensor, uncond: Tensor | None, noise: Tensor | None, alpha_t: Tensor,
-    sigma_t: Tensor, k_x0: Tensor, k_x_t: Tensor, k_eps: Tensor | None, k_noise: Tensor | None,
-    guidance_scale: Tensor | None, prediction_type: str, low: float, high: float,
-) -> Tensor:  # fmt: skip
+    out: Tensor | None,
+    x_t: Tensor,
+    cond: Tensor,
+    uncond: Tensor | None,
+    noise: Tensor | None,
+    alpha_t: Tensor,
+    sigma_t: Tensor,
+    k_x0: Tensor,
+    k_x_t: Tensor,
+    k_eps: Tensor | None,
+    k_noise: Tensor | None,
+    guidance_scale: Tensor | None,
+    prediction_type: str,
+    low: float,
+    high: float,
+) -> Tensor:
     rows = Rows(x_t, cond, uncond, noise)
     if out is not None and (rows.first is not x_t or (rows.count > 1 and x_t.stride(0) != rows.size)):
         raise ValueError("reverse_step_: x_t must be packed, and the other tensors laid out like it")

@@ -44,9 +44,14 @@ class TokenArgs(NamedTuple):
 
 
 def _token_args(
-    rows: LogitRows, tokens: Tensor, ignore_index: int, grad: Tensor | None, logprob: Tensor | None, stats: Tensor,
+    rows: LogitRows,
+    tokens: Tensor,
+    ignore_index: int,
+    grad: Tensor | None,
+    logprob: Tensor | None,
+    stats: Tensor,
     temperature: float,
-) -> TokenArgs:  # fmt: skip
+) -> TokenArgs:
     numbers = [scalar.argument(x / temperature, rows.dtype) for x in (1.0, LOG2E.value)]
     return TokenArgs(tokens.contiguous(), ignore_index, rows.size, grad, logprob, stats.contiguous(), *numbers)
 
@@ -169,9 +174,15 @@ SEQUENCE_DDO = Formula(Functions(_ddo_row, _accumulate_difference, _ddo_epilogue
 
 
 def sequence_ddo_loss(
-    logprob: Tensor, ref_logprob: Tensor, is_real: Tensor, counts: Tensor | None, alpha: float, beta: float,
-    scale: float, reduction: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    logprob: Tensor,
+    ref_logprob: Tensor,
+    is_real: Tensor,
+    counts: Tensor | None,
+    alpha: float,
+    beta: float,
+    scale: float,
+    reduction: str,
+) -> tuple[Tensor, Tensor, Tensor]:
     rows = Rows(logprob, ref_logprob)
     term, delta, slope = (rows.new_vector(rows.count) for _ in range(3))
     link = ddo_link(rows, is_real, counts, alpha, beta, 1.0, reduction)

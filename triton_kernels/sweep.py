@@ -221,9 +221,15 @@ def sweep_map(formula: Formula, rows: LogitRows, args: Any) -> None:
 
 
 def _launch(
-    formula: Formula, rows: LogitRows, plan: Plan, args: Any, first: Any, last: Any, split: Any = None,
+    formula: Formula,
+    rows: LogitRows,
+    plan: Plan,
+    args: Any,
+    first: Any,
+    last: Any,
+    split: Any = None,
     shares: int | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Steps `first` to `last`, by `shares` programs a row."""
     if rows.count == 0:
         return
@@ -232,12 +238,29 @@ def _launch(
     T = tl.float64 if rows.dtype == torch.float64 else tl.float32
     tile = plan.lanes, plan.tiles, rows.width, rows.edges
     rowwise.launch(
-        _sweep, rows.count * shares, rows.first, formula.functions, rows.data, rows.places, rows.inner, rows.size,
-        rows.out_size, args, rows.count, split, plan.segment, plan.segments, shares, FIRST=first, LAST=last,
-        AT_ONCE=formula.maps_at_once, SEGMENTS=triton.next_power_of_2(plan.segments) if split else 1,
+        _sweep,
+        rows.count * shares,
+        rows.first,
+        formula.functions,
+        rows.data,
+        rows.places,
+        rows.inner,
+        rows.size,
+        rows.out_size,
+        args,
+        rows.count,
+        split,
+        plan.segment,
+        plan.segments,
+        shares,
+        FIRST=first,
+        LAST=last,
+        AT_ONCE=formula.maps_at_once,
+        SEGMENTS=triton.next_power_of_2(plan.segments) if split else 1,
         S=Shape(rows.streams, formula.sums, *tile, offsets_type(rows.size), T),
-        num_warps=1 if alone else plan.num_warps, maxnreg=WIDE_REGISTERS if plan.lanes >= WIDE and not alone else None,
-    )  # fmt: skip
+        num_warps=1 if alone else plan.num_warps,
+        maxnreg=WIDE_REGISTERS if plan.lanes >= WIDE and not alone else None,
+    )
 
 
 # -- In kernels
@@ -262,9 +285,16 @@ def row_span(start, size, WIDTH: tl.constexpr, EDGES: tl.constexpr, INDEX: tl.co
 
 @triton.jit
 def load_tiles(
-    data, start, first, end, AGAIN: tl.constexpr,
-    LANES: tl.constexpr, TILES: tl.constexpr, WIDTH: tl.constexpr, T: tl.constexpr,
-):  # fmt: skip
+    data,
+    start,
+    first,
+    end,
+    AGAIN: tl.constexpr,
+    LANES: tl.constexpr,
+    TILES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    T: tl.constexpr,
+):
     """Chunks [first, end) of the row at `start`, as far as the tiles go; -inf from there. AGAIN: not the last read."""
     base = data + (start + (WIDTH - 1)) // WIDTH * WIDTH  # the compiler cannot know that this divides the start
     lanes = tl.arange(0, LANES)
@@ -273,17 +303,17 @@ def load_tiles(
         chunk = first + i * LANES + lanes
         element = chunk[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
         tile = tl.load(
-            base + element, mask=(chunk < end)[:, None], other=float("-inf"),
+            base + element,
+            mask=(chunk < end)[:, None],
+            other=float("-inf"),
             eviction_policy="" if AGAIN else "evict_first",
-        )  # fmt: skip
+        )
         tiles = tiles + (tile.to(T),)
     return tiles
 
 
 @triton.jit
-def store_tiles(
-    data, start, first, end, tiles, LANES: tl.constexpr, TILES: tl.constexpr, WIDTH: tl.constexpr
-):  # fmt: skip
+def store_tiles(data, start, first, end, tiles, LANES: tl.constexpr, TILES: tl.constexpr, WIDTH: tl.constexpr):
     """Past the caches as far as that goes: they are for rows that are read again."""
     base = data + (start + (WIDTH - 1)) // WIDTH * WIDTH
     lanes = tl.arange(0, LANES)
@@ -375,9 +405,8 @@ def segment_of(segment, index, span):
 def _load(data, starts, first, end, AGAIN: tl.constexpr, S: tl.constexpr):
     """The tiles of every stream."""
     return [
-        load_tiles(data[s], starts[s], first, end, AGAIN, S.LANES, S.TILES, S.WIDTH, S.T)
-        for s in (0, 1)[: S.STREAMS]
-    ]  # fmt: skip
+        load_tiles(data[s], starts[s], first, end, AGAIN, S.LANES, S.TILES, S.WIDTH, S.T) for s in (0, 1)[: S.STREAMS]
+    ]
 
 
 @triton.jit
@@ -415,9 +444,22 @@ def _elements(
 
 @triton.jit
 def _pass(
-    functions, data, starts, span, begin, end, read, edge, constants, picked,
-    BACKWARDS: tl.constexpr, AGAIN: tl.constexpr, SUM: tl.constexpr, MAPS: tl.constexpr, S: tl.constexpr,
-):  # fmt: skip
+    functions,
+    data,
+    starts,
+    span,
+    begin,
+    end,
+    read,
+    edge,
+    constants,
+    picked,
+    BACKWARDS: tl.constexpr,
+    AGAIN: tl.constexpr,
+    SUM: tl.constexpr,
+    MAPS: tl.constexpr,
+    S: tl.constexpr,
+):
     """The sums of chunks [begin, end) and, where `edge`, the edges (SUM), and their map (MAPS).
 
     A row that is not to be read counts as -inf, whose probability is 0."""
@@ -456,9 +498,24 @@ def _picked(functions, args, data, start, size, row, read, T: tl.constexpr):
 
 @triton.jit(do_not_specialize=PLAIN)
 def _sweep(
-    functions, data, places, inner, size, out_size, args, rows, split, segment, segments, shares,
-    FIRST: tl.constexpr, LAST: tl.constexpr, AT_ONCE: tl.constexpr, SEGMENTS: tl.constexpr, S: tl.constexpr,
-):  # fmt: skip
+    functions,
+    data,
+    places,
+    inner,
+    size,
+    out_size,
+    args,
+    rows,
+    split,
+    segment,
+    segments,
+    shares,
+    FIRST: tl.constexpr,
+    LAST: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    S: tl.constexpr,
+):
     """Steps FIRST to LAST of a segment of a row per program. What earlier steps found of its segments is in `split`:
     normalizers [row, segment, stream, 2] and sums [row, segment, sum]."""
     program = tl.program_id(0)
@@ -489,9 +546,22 @@ def _sweep(
         sums = ()
         if S.SUMS > 0 and FIRST <= SUMS:
             sums = _pass(
-                functions, data, starts, span, begin, end, read, edge, constants, picked,
-                True, LATER or LAST == SUMS, True, LAST == MAP and not LATER, S,
-            )  # fmt: skip
+                functions,
+                data,
+                starts,
+                span,
+                begin,
+                end,
+                read,
+                edge,
+                constants,
+                picked,
+                True,
+                LATER or LAST == SUMS,
+                True,
+                LAST == MAP and not LATER,
+                S,
+            )
         elif FIRST == RESULTS:
             place = tl.arange(0, SEGMENTS)
             part, mask = split[1] + (row * segments + place) * S.SUMS, place < segments
@@ -507,9 +577,22 @@ def _sweep(
             if functions.map_picked is not None:
                 picked = picked[0], functions.map_picked(constants, picked[1])
             _pass(
-                functions, data, starts, span, begin, end, read, edge, constants, picked,
-                False, False, False, True, S,
-            )  # fmt: skip
+                functions,
+                data,
+                starts,
+                span,
+                begin,
+                end,
+                read,
+                edge,
+                constants,
+                picked,
+                False,
+                False,
+                False,
+                True,
+                S,
+            )
         if LAST == MAP:
             out, last = data[S.STREAMS] + starts[S.STREAMS], tl.where(program % shares == shares - 1, out_size, 0)
             for first in range(size.to(S.INDEX), last.to(S.INDEX), S.LANES):  # beyond the narrower stream

@@ -50,7 +50,7 @@ def _problem(cost, h, problem, points, first, FACTORED: tl.constexpr):
 @triton.jit(do_not_specialize=["k", "first"])
 def _next_layer(
     cost, h, table, k, layers, points, first, FACTORED: tl.constexpr, NODES: tl.constexpr, SCAN: tl.constexpr
-):  # fmt: skip
+):
     """``C[k, t] = min over k - 1 <= s < t of C[k-1, s] + F[s, t]`` for a block of nodes t of one problem."""
     nodes = points - first
     blocks = tl.cdiv(nodes, NODES)
@@ -70,9 +70,7 @@ def _next_layer(
 
 
 @triton.jit(do_not_specialize=["edges", "first"])
-def _path(
-    cost, h, table, steps, edges, layers, points, first, FACTORED: tl.constexpr, SCAN: tl.constexpr
-):  # fmt: skip
+def _path(cost, h, table, steps, edges, layers, points, first, FACTORED: tl.constexpr, SCAN: tl.constexpr):
     """Walks one problem's path back: the predecessor is the lowest s that gives the table's value."""
     nodes = points - first
     problem = tl.program_id(0)
@@ -138,9 +136,21 @@ def trajectory_table(cost: Tensor, h: Tensor | None, first: int, edges: int, mon
     table[:, 0, 0] = 0 if h is None else 1
     for k in range(1, edges + 1) if problems else ():
         rowwise.launch(
-            _next_layer, problems * triton.cdiv(nodes, NODES), cost, cost, cost if h is None else h, table, k,
-            edges + 1, points, first, FACTORED=h is not None, NODES=NODES, SCAN=SCAN, num_warps=4,
-        )  # fmt: skip
+            _next_layer,
+            problems * triton.cdiv(nodes, NODES),
+            cost,
+            cost,
+            cost if h is None else h,
+            table,
+            k,
+            edges + 1,
+            points,
+            first,
+            FACTORED=h is not None,
+            NODES=NODES,
+            SCAN=SCAN,
+            num_warps=4,
+        )
     return table[:, :, -1].clone(), table.reshape(-1)
 
 
@@ -149,10 +159,21 @@ def trajectory_path(cost: Tensor, h: Tensor | None, table: Tensor, first: int, e
     steps = cost.new_empty((problems, edges + 1), dtype=torch.int64)
     if problems:
         rowwise.launch(
-            _path, problems, cost, cost, cost if h is None else h, table, steps, edges,
-            table.numel() // (problems * (points - first)), points, first, FACTORED=h is not None, SCAN=1024,
+            _path,
+            problems,
+            cost,
+            cost,
+            cost if h is None else h,
+            table,
+            steps,
+            edges,
+            table.numel() // (problems * (points - first)),
+            points,
+            first,
+            FACTORED=h is not None,
+            SCAN=1024,
             num_warps=8,
-        )  # fmt: skip
+        )
     return steps
 
 

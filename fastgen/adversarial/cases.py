@@ -28,7 +28,9 @@ CASES = (
     case("feature_distance", LAYERS, "first second", _layers),
     case("feature_distance-turned", PAIR, "feature", _turned),
     case(
-        "pix2pix_loss", {"fake_logits": per_row, "output": stream, "target": stream, "feature": stream},
-        "fake_logits output feature", _pix2pix,
+        "pix2pix_loss",
+        {"fake_logits": per_row, "output": stream, "target": stream, "feature": stream},
+        "fake_logits output feature",
+        _pix2pix,
     ),
-)  # fmt: skip
+)

@@ -215,14 +215,22 @@ def trajectory_cost(schedule: NoiseSchedule, ms_eps: Tensor) -> FactoredCost:
 
 @overload
 def analytic_trajectory(
-    schedule: NoiseSchedule, ms_eps: Tensor, num_steps: int, *,
-    convention: Literal["nodes", "edges"] = ..., data_range: DataRange = ...,
-) -> Trajectory[Tensor]: ...  # fmt: skip
+    schedule: NoiseSchedule,
+    ms_eps: Tensor,
+    num_steps: int,
+    *,
+    convention: Literal["nodes", "edges"] = ...,
+    data_range: DataRange = ...,
+) -> Trajectory[Tensor]: ...
 @overload
 def analytic_trajectory(
-    schedule: NoiseSchedule, ms_eps: Tensor, num_steps: Sequence[int] | Literal["all"], *,
-    convention: Literal["nodes", "edges"] = ..., data_range: DataRange = ...,
-) -> Trajectory[Mapping[int, Tensor]]: ...  # fmt: skip
+    schedule: NoiseSchedule,
+    ms_eps: Tensor,
+    num_steps: Sequence[int] | Literal["all"],
+    *,
+    convention: Literal["nodes", "edges"] = ...,
+    data_range: DataRange = ...,
+) -> Trajectory[Mapping[int, Tensor]]: ...
 def analytic_trajectory(
     schedule: NoiseSchedule,
     ms_eps: Tensor,

@@ -35,8 +35,11 @@ def classify(
             for n in sorted(grid - evaluated):
                 x, e, a, s = x0[b, None], noise[n, None], alpha_t[n, None], sigma_t[n, None]
                 target = {
-                    "epsilon": e, "sample": x, "v_prediction": add_noise(e, x, a, -s), "flow_prediction": e - x,
-                }[prediction_type]  # fmt: skip
+                    "epsilon": e,
+                    "sample": x,
+                    "v_prediction": add_noise(e, x, a, -s),
+                    "flow_prediction": e - x,
+                }[prediction_type]
                 for c in remaining:
                     pred = model(add_noise(x, e, a, s), times[n, None], conditions[c, None])
                     w = None if weight is None else weight[n, None]

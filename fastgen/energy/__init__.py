@@ -150,9 +150,13 @@ def joint_energy_loss(
     backend = dispatch.backend_for("token_logprob", logits_real.device.type)
     if backend == "reference":
         return reference.joint_energy_loss(
-            logits_real, labels, logits_fake, energy_weight=energy_weight, ignore_index=ignore_index,
+            logits_real,
+            labels,
+            logits_fake,
+            energy_weight=energy_weight,
+            ignore_index=ignore_index,
             return_energies=return_energies,
-        )  # fmt: skip
+        )
     arguments: dict[str, Any] = {"real": logits_real, "labels": labels, "fake": logits_fake}
     arguments |= {"weight": energy_weight, "ignore_index": ignore_index}
     results = autograd.apply(_joint_energy, backend, False, (logits_real, logits_fake), arguments)

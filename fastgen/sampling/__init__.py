@@ -94,9 +94,15 @@ def step_coefficients(
         if method == "ddim" and variance != "beta_tilde":
             raise ValueError("variance 'beta' is DDPM's; DDIM's is set by eta")
     k = reference.step_coefficients(
-        schedule, s, t, method=method, eta=eta, variance=variance, use_clipped_model_output=use_clipped_model_output,
+        schedule,
+        s,
+        t,
+        method=method,
+        eta=eta,
+        variance=variance,
+        use_clipped_model_output=use_clipped_model_output,
         dtype=dtype,
-    )  # fmt: skip
+    )
     return k if device is None else StepCoefficients(*(v.to(device) for v in k))
 
 
@@ -151,13 +157,27 @@ def reverse_step(
     backend = dispatch.backend_for("reverse_step", x_t.device.type)
     if backend == "reference" or _needs_grad(streams, coefficients, guidance_scale):
         return reference.reverse_step(
-            x_t, cond, coefficients, prediction_type=prediction_type, uncond=uncond, guidance_scale=guidance_scale,
-            noise=noise, clamp=clamp,
-        )  # fmt: skip
+            x_t,
+            cond,
+            coefficients,
+            prediction_type=prediction_type,
+            uncond=uncond,
+            guidance_scale=guidance_scale,
+            noise=noise,
+            clamp=clamp,
+        )
     return operators.launch_step(
-        operators.reverse_step, backend, x_t, cond, coefficients, prediction_type=prediction_type, uncond=uncond,
-        guidance_scale=operators.scale_vector(guidance_scale, uncond, streams), noise=noise, clamp=clamp,
-    )  # fmt: skip
+        operators.reverse_step,
+        backend,
+        x_t,
+        cond,
+        coefficients,
+        prediction_type=prediction_type,
+        uncond=uncond,
+        guidance_scale=operators.scale_vector(guidance_scale, uncond, streams),
+        noise=noise,
+        clamp=clamp,
+    )
 
 
 def _needs_grad(streams: list[Tensor], coefficients: StepCoefficients, guidance_scale: float | Tensor) -> bool:
@@ -204,14 +224,28 @@ def reverse_step_(
     backend = dispatch.backend_for("reverse_step_", x_t.device.type)
     if backend == "reference" or not operators.in_place(*streams):
         x_s = reverse_step(
-            x_t, cond, coefficients, prediction_type=prediction_type, uncond=uncond, guidance_scale=guidance_scale,
-            noise=noise, clamp=clamp,
-        )  # fmt: skip
+            x_t,
+            cond,
+            coefficients,
+            prediction_type=prediction_type,
+            uncond=uncond,
+            guidance_scale=guidance_scale,
+            noise=noise,
+            clamp=clamp,
+        )
         return x_t.copy_(x_s)
     operators.launch_step(
-        operators.reverse_step_, backend, x_t, cond, coefficients, prediction_type=prediction_type, uncond=uncond,
-        guidance_scale=operators.scale_vector(guidance_scale, uncond, streams), noise=noise, clamp=clamp,
-    )  # fmt: skip
+        operators.reverse_step_,
+        backend,
+        x_t,
+        cond,
+        coefficients,
+        prediction_type=prediction_type,
+        uncond=uncond,
+        guidance_scale=operators.scale_vector(guidance_scale, uncond, streams),
+        noise=noise,
+        clamp=clamp,
+    )
     _tell_autograd(x_t)
     return x_t
 

@@ -47,26 +47,35 @@ CASES = (
     case("guidance-number", {"cond": stream, "uncond": stream}, "cond uncond", scale=7.5),
     *(
         case(
-            f"reverse_step-{kind}", GUIDED | EACH_ROW, " ".join(GUIDED | EACH_ROW), _reverse_step,
-            prediction_type=kind, clamp=(-1.0, 1.0),
+            f"reverse_step-{kind}",
+            GUIDED | EACH_ROW,
+            " ".join(GUIDED | EACH_ROW),
+            _reverse_step,
+            prediction_type=kind,
+            clamp=(-1.0, 1.0),
         )
         for kind in PREDICTION_TYPES
     ),
     *(
         case(
-            f"reverse_step-plain-{kind}", IMAGES | ALL_ROWS, "x_t cond k_alpha_t k_sigma_t k_x0 k_x_t k_eps",
-            _reverse_step, prediction_type=kind,
+            f"reverse_step-plain-{kind}",
+            IMAGES | ALL_ROWS,
+            "x_t cond k_alpha_t k_sigma_t k_x0 k_x_t k_eps",
+            _reverse_step,
+            prediction_type=kind,
         )
         for kind in PREDICTION_TYPES
     ),
     *(
-        case(
-            f"reverse_step_-{kind}", GUIDED | EACH_ROW, "", _reverse_step_, prediction_type=kind, clamp=(-1.0, 1.0)
-        )
+        case(f"reverse_step_-{kind}", GUIDED | EACH_ROW, "", _reverse_step_, prediction_type=kind, clamp=(-1.0, 1.0))
         for kind in PREDICTION_TYPES
     ),
-    case("posterior_sample", {"x0": stream, "x_t": stream, "t": times, "noise": stream}, "x0 x_t noise",
-         _posterior_sample),
+    case(
+        "posterior_sample",
+        {"x0": stream, "x_t": stream, "t": times, "noise": stream},
+        "x0 x_t noise",
+        _posterior_sample,
+    ),
     case("langevin_step", CHAIN | {"step_size": per_row, "noise_scale": falling}),
     case("langevin_step_", CHAIN, "", _langevin_step_, step_size=0.5, noise_scale=0.1),
-)  # fmt: skip
+)

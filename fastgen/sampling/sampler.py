@@ -92,9 +92,16 @@ def sample(
         raise ValueError(f"guidance_scale = {guidance:g} needs uncond_model; without it only 1 makes sense")
     nodes = _nodes(schedule, steps)
     plan = plan_steps(
-        schedule, nodes, method=method, eta=eta, variance=variance, ms_eps=ms_eps, max_last_std=max_last_std,
-        data_range=data_range, dtype=torch.float64 if noise.dtype == torch.float64 else torch.float32,
-    )  # fmt: skip
+        schedule,
+        nodes,
+        method=method,
+        eta=eta,
+        variance=variance,
+        ms_eps=ms_eps,
+        max_last_std=max_last_std,
+        data_range=data_range,
+        dtype=torch.float64 if noise.dtype == torch.float64 else torch.float32,
+    )
     on_device = StepCoefficients(*(k.to(noise.device) for k in plan))
     times = (nodes - 1).to(noise.device)
     # A step reads one number of each coefficient, in place: no copy to the device in the loop.
@@ -105,10 +112,15 @@ def sample(
         for i in reversed(range(len(nodes))):
             t = times[i].expand(x.shape[0])
             reverse_step_(
-                x, model(x, t), numbers[i], prediction_type=prediction_type,
-                uncond=None if uncond_model is None else uncond_model(x, t), guidance_scale=guidance,
-                noise=randn_like(x, generator) if noisy[i] else None, clamp=data_range,
-            )  # fmt: skip
+                x,
+                model(x, t),
+                numbers[i],
+                prediction_type=prediction_type,
+                uncond=None if uncond_model is None else uncond_model(x, t),
+                guidance_scale=guidance,
+                noise=randn_like(x, generator) if noisy[i] else None,
+                clamp=data_range,
+            )
             bar.update()
     return x
 
@@ -143,9 +155,15 @@ def plan_steps(
     elif ms_eps is not None:
         raise ValueError(f"ms_eps is for the analytic methods, and method is {method!r}")
     k = step_coefficients(
-        schedule, before - 1, nodes - 1, method=mean, eta=eta, variance=given,  # type: ignore[arg-type]
-        use_clipped_model_output=use_clipped_model_output, dtype=torch.float64,
-    )  # fmt: skip
+        schedule,
+        before - 1,
+        nodes - 1,
+        method=mean,
+        eta=eta,
+        variance=given,  # type: ignore[arg-type]
+        use_clipped_model_output=use_clipped_model_output,
+        dtype=torch.float64,
+    )
     if max_last_std is not None:
         checks.number("max_last_std", max_last_std, low=0)
         k.noise[1:2].clamp_(max=max_last_std)

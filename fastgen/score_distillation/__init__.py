@@ -27,22 +27,43 @@ DMD_REDUCTIONS = ("mean", "sum", "none")
 
 @overload
 def sds_loss(
-    x: Tensor, pred_cond: Tensor, noise: Tensor, *, pred_uncond: Tensor | None = ..., guidance_scale: float = ...,
-    weight: Tensor | None = ..., reduction: Literal["sum_per_batch", "mean", "sum", "none"] = ...,
-    grad_clip: float | None = ..., return_stats: Literal[False] = ...,
-) -> Tensor: ...  # fmt: skip
+    x: Tensor,
+    pred_cond: Tensor,
+    noise: Tensor,
+    *,
+    pred_uncond: Tensor | None = ...,
+    guidance_scale: float = ...,
+    weight: Tensor | None = ...,
+    reduction: Literal["sum_per_batch", "mean", "sum", "none"] = ...,
+    grad_clip: float | None = ...,
+    return_stats: Literal[False] = ...,
+) -> Tensor: ...
 @overload
 def sds_loss(
-    x: Tensor, pred_cond: Tensor, noise: Tensor, *, pred_uncond: Tensor | None = ..., guidance_scale: float = ...,
-    weight: Tensor | None = ..., reduction: Literal["sum_per_batch", "mean", "sum", "none"] = ...,
-    grad_clip: float | None = ..., return_stats: Literal[True],
-) -> tuple[Tensor, DistillationStats]: ...  # fmt: skip
+    x: Tensor,
+    pred_cond: Tensor,
+    noise: Tensor,
+    *,
+    pred_uncond: Tensor | None = ...,
+    guidance_scale: float = ...,
+    weight: Tensor | None = ...,
+    reduction: Literal["sum_per_batch", "mean", "sum", "none"] = ...,
+    grad_clip: float | None = ...,
+    return_stats: Literal[True],
+) -> tuple[Tensor, DistillationStats]: ...
 @overload
 def sds_loss(
-    x: Tensor, pred_cond: Tensor, noise: Tensor, *, pred_uncond: Tensor | None = ..., guidance_scale: float = ...,
-    weight: Tensor | None = ..., reduction: Literal["sum_per_batch", "mean", "sum", "none"] = ...,
-    grad_clip: float | None = ..., return_stats: bool,
-) -> Tensor | tuple[Tensor, DistillationStats]: ...  # fmt: skip
+    x: Tensor,
+    pred_cond: Tensor,
+    noise: Tensor,
+    *,
+    pred_uncond: Tensor | None = ...,
+    guidance_scale: float = ...,
+    weight: Tensor | None = ...,
+    reduction: Literal["sum_per_batch", "mean", "sum", "none"] = ...,
+    grad_clip: float | None = ...,
+    return_stats: bool,
+) -> Tensor | tuple[Tensor, DistillationStats]: ...
 def sds_loss(
     x: Tensor,
     pred_cond: Tensor,
@@ -92,29 +113,59 @@ def sds_loss(
     """
     names = {"pred_cond": pred_cond, "noise": noise, "pred_uncond": pred_uncond}
     return _score_loss(
-        reference.sds_loss, names, x, pred_cond, noise, pred_uncond, guidance_scale, weight, reduction, grad_clip,
+        reference.sds_loss,
+        names,
+        x,
+        pred_cond,
+        noise,
+        pred_uncond,
+        guidance_scale,
+        weight,
+        reduction,
+        grad_clip,
         return_stats,
-    )  # fmt: skip
+    )
 
 
 @overload
 def vsd_loss(
-    x: Tensor, real_cond: Tensor, fake: Tensor, *, real_uncond: Tensor | None = ..., guidance_scale: float = ...,
-    weight: Tensor | None = ..., reduction: Literal["sum_per_batch", "mean", "sum", "none"] = ...,
-    grad_clip: float | None = ..., return_stats: Literal[False] = ...,
-) -> Tensor: ...  # fmt: skip
+    x: Tensor,
+    real_cond: Tensor,
+    fake: Tensor,
+    *,
+    real_uncond: Tensor | None = ...,
+    guidance_scale: float = ...,
+    weight: Tensor | None = ...,
+    reduction: Literal["sum_per_batch", "mean", "sum", "none"] = ...,
+    grad_clip: float | None = ...,
+    return_stats: Literal[False] = ...,
+) -> Tensor: ...
 @overload
 def vsd_loss(
-    x: Tensor, real_cond: Tensor, fake: Tensor, *, real_uncond: Tensor | None = ..., guidance_scale: float = ...,
-    weight: Tensor | None = ..., reduction: Literal["sum_per_batch", "mean", "sum", "none"] = ...,
-    grad_clip: float | None = ..., return_stats: Literal[True],
-) -> tuple[Tensor, DistillationStats]: ...  # fmt: skip
+    x: Tensor,
+    real_cond: Tensor,
+    fake: Tensor,
+    *,
+    real_uncond: Tensor | None = ...,
+    guidance_scale: float = ...,
+    weight: Tensor | None = ...,
+    reduction: Literal["sum_per_batch", "mean", "sum", "none"] = ...,
+    grad_clip: float | None = ...,
+    return_stats: Literal[True],
+) -> tuple[Tensor, DistillationStats]: ...
 @overload
 def vsd_loss(
-    x: Tensor, real_cond: Tensor, fake: Tensor, *, real_uncond: Tensor | None = ..., guidance_scale: float = ...,
-    weight: Tensor | None = ..., reduction: Literal["sum_per_batch", "mean", "sum", "none"] = ...,
-    grad_clip: float | None = ..., return_stats: bool,
-) -> Tensor | tuple[Tensor, DistillationStats]: ...  # fmt: skip
+    x: Tensor,
+    real_cond: Tensor,
+    fake: Tensor,
+    *,
+    real_uncond: Tensor | None = ...,
+    guidance_scale: float = ...,
+    weight: Tensor | None = ...,
+    reduction: Literal["sum_per_batch", "mean", "sum", "none"] = ...,
+    grad_clip: float | None = ...,
+    return_stats: bool,
+) -> Tensor | tuple[Tensor, DistillationStats]: ...
 def vsd_loss(
     x: Tensor,
     real_cond: Tensor,
@@ -152,38 +203,86 @@ def vsd_loss(
     """
     names = {"real_cond": real_cond, "fake": fake, "real_uncond": real_uncond}
     return _score_loss(
-        reference.vsd_loss, names, x, real_cond, fake, real_uncond, guidance_scale, weight, reduction, grad_clip,
+        reference.vsd_loss,
+        names,
+        x,
+        real_cond,
+        fake,
+        real_uncond,
+        guidance_scale,
+        weight,
+        reduction,
+        grad_clip,
         return_stats,
-    )  # fmt: skip
+    )
 
 
 @overload
 def dmd_loss(
-    x: Tensor, x_t: Tensor, real_cond: Tensor, fake: Tensor, *, alpha_t: Tensor, sigma_t: Tensor,
-    prediction_type: str = ..., fake_prediction_type: str | None = ...,
-    real_uncond: Tensor | None = ..., guidance_scale: float = ...,
-    normalizer: Literal["x0_l1"] | None = ..., normalizer_eps: float = ..., normalizer_min: float = ...,
-    normalizer_dims: Literal["sample", "frame"] = ..., weight: Tensor | None = ..., mask: Tensor | None = ...,
-    reduction: Literal["mean", "sum", "none"] = ..., return_stats: Literal[False] = ...,
-) -> Tensor: ...  # fmt: skip
+    x: Tensor,
+    x_t: Tensor,
+    real_cond: Tensor,
+    fake: Tensor,
+    *,
+    alpha_t: Tensor,
+    sigma_t: Tensor,
+    prediction_type: str = ...,
+    fake_prediction_type: str | None = ...,
+    real_uncond: Tensor | None = ...,
+    guidance_scale: float = ...,
+    normalizer: Literal["x0_l1"] | None = ...,
+    normalizer_eps: float = ...,
+    normalizer_min: float = ...,
+    normalizer_dims: Literal["sample", "frame"] = ...,
+    weight: Tensor | None = ...,
+    mask: Tensor | None = ...,
+    reduction: Literal["mean", "sum", "none"] = ...,
+    return_stats: Literal[False] = ...,
+) -> Tensor: ...
 @overload
 def dmd_loss(
-    x: Tensor, x_t: Tensor, real_cond: Tensor, fake: Tensor, *, alpha_t: Tensor, sigma_t: Tensor,
-    prediction_type: str = ..., fake_prediction_type: str | None = ...,
-    real_uncond: Tensor | None = ..., guidance_scale: float = ...,
-    normalizer: Literal["x0_l1"] | None = ..., normalizer_eps: float = ..., normalizer_min: float = ...,
-    normalizer_dims: Literal["sample", "frame"] = ..., weight: Tensor | None = ..., mask: Tensor | None = ...,
-    reduction: Literal["mean", "sum", "none"] = ..., return_stats: Literal[True],
-) -> tuple[Tensor, DistillationStats]: ...  # fmt: skip
+    x: Tensor,
+    x_t: Tensor,
+    real_cond: Tensor,
+    fake: Tensor,
+    *,
+    alpha_t: Tensor,
+    sigma_t: Tensor,
+    prediction_type: str = ...,
+    fake_prediction_type: str | None = ...,
+    real_uncond: Tensor | None = ...,
+    guidance_scale: float = ...,
+    normalizer: Literal["x0_l1"] | None = ...,
+    normalizer_eps: float = ...,
+    normalizer_min: float = ...,
+    normalizer_dims: Literal["sample", "frame"] = ...,
+    weight: Tensor | None = ...,
+    mask: Tensor | None = ...,
+    reduction: Literal["mean", "sum", "none"] = ...,
+    return_stats: Literal[True],
+) -> tuple[Tensor, DistillationStats]: ...
 @overload
 def dmd_loss(
-    x: Tensor, x_t: Tensor, real_cond: Tensor, fake: Tensor, *, alpha_t: Tensor, sigma_t: Tensor,
-    prediction_type: str = ..., fake_prediction_type: str | None = ...,
-    real_uncond: Tensor | None = ..., guidance_scale: float = ...,
-    normalizer: Literal["x0_l1"] | None = ..., normalizer_eps: float = ..., normalizer_min: float = ...,
-    normalizer_dims: Literal["sample", "frame"] = ..., weight: Tensor | None = ..., mask: Tensor | None = ...,
-    reduction: Literal["mean", "sum", "none"] = ..., return_stats: bool,
-) -> Tensor | tuple[Tensor, DistillationStats]: ...  # fmt: skip
+    x: Tensor,
+    x_t: Tensor,
+    real_cond: Tensor,
+    fake: Tensor,
+    *,
+    alpha_t: Tensor,
+    sigma_t: Tensor,
+    prediction_type: str = ...,
+    fake_prediction_type: str | None = ...,
+    real_uncond: Tensor | None = ...,
+    guidance_scale: float = ...,
+    normalizer: Literal["x0_l1"] | None = ...,
+    normalizer_eps: float = ...,
+    normalizer_min: float = ...,
+    normalizer_dims: Literal["sample", "frame"] = ...,
+    weight: Tensor | None = ...,
+    mask: Tensor | None = ...,
+    reduction: Literal["mean", "sum", "none"] = ...,
+    return_stats: bool,
+) -> Tensor | tuple[Tensor, DistillationStats]: ...
 def dmd_loss(
     x: Tensor,
     x_t: Tensor,
@@ -258,18 +357,36 @@ def dmd_loss(
     checks.local("x", x)
     guidance = _guidance(guidance_scale, real_uncond, "real_uncond")
     common = _common(
-        x, weight, mask, prediction_type, fake_prediction_type, normalizer, normalizer_eps, normalizer_min,
-        normalizer_dims, reduction,
-    )  # fmt: skip
+        x,
+        weight,
+        mask,
+        prediction_type,
+        fake_prediction_type,
+        normalizer,
+        normalizer_eps,
+        normalizer_min,
+        normalizer_dims,
+        reduction,
+    )
     for name, value in (("alpha_t", alpha_t), ("sigma_t", sigma_t)):
         checks.per_frame(name, value, x)
     backend = dispatch.backend_for(operators.dmd.name, x.device.type)
     if backend == "reference":
         return reference.dmd_loss(
-            x, x_t, real_cond, fake, alpha_t=alpha_t, sigma_t=sigma_t, real_uncond=real_uncond,
-            guidance_scale=guidance, weight=weight, mask=mask, reduction=reduction, return_stats=return_stats,
+            x,
+            x_t,
+            real_cond,
+            fake,
+            alpha_t=alpha_t,
+            sigma_t=sigma_t,
+            real_uncond=real_uncond,
+            guidance_scale=guidance,
+            weight=weight,
+            mask=mask,
+            reduction=reduction,
+            return_stats=return_stats,
             **common,
-        )  # fmt: skip
+        )
     rows = operators.rows_of(x, normalizer_dims, weight, alpha_t, sigma_t)
     gate, count = operators.gate_of(x, weight, mask)
     divisor = count if reduction == "mean" else None
@@ -300,28 +417,58 @@ def dmd_loss(
 
 @overload
 def decoupled_dmd_loss(
-    x: Tensor, dm: ScorePair, ca: ScorePair, *, guidance_scale: float,
-    prediction_type: str = ..., fake_prediction_type: str | None = ...,
-    normalizer: Literal["x0_l1"] | None = ..., normalizer_eps: float = ..., normalizer_min: float = ...,
-    normalizer_dims: Literal["sample", "frame"] = ..., weight: Tensor | None = ..., mask: Tensor | None = ...,
-    reduction: Literal["mean", "sum", "none"] = ..., return_stats: Literal[False] = ...,
-) -> Tensor: ...  # fmt: skip
+    x: Tensor,
+    dm: ScorePair,
+    ca: ScorePair,
+    *,
+    guidance_scale: float,
+    prediction_type: str = ...,
+    fake_prediction_type: str | None = ...,
+    normalizer: Literal["x0_l1"] | None = ...,
+    normalizer_eps: float = ...,
+    normalizer_min: float = ...,
+    normalizer_dims: Literal["sample", "frame"] = ...,
+    weight: Tensor | None = ...,
+    mask: Tensor | None = ...,
+    reduction: Literal["mean", "sum", "none"] = ...,
+    return_stats: Literal[False] = ...,
+) -> Tensor: ...
 @overload
 def decoupled_dmd_loss(
-    x: Tensor, dm: ScorePair, ca: ScorePair, *, guidance_scale: float,
-    prediction_type: str = ..., fake_prediction_type: str | None = ...,
-    normalizer: Literal["x0_l1"] | None = ..., normalizer_eps: float = ..., normalizer_min: float = ...,
-    normalizer_dims: Literal["sample", "frame"] = ..., weight: Tensor | None = ..., mask: Tensor | None = ...,
-    reduction: Literal["mean", "sum", "none"] = ..., return_stats: Literal[True],
-) -> tuple[Tensor, DistillationStats]: ...  # fmt: skip
+    x: Tensor,
+    dm: ScorePair,
+    ca: ScorePair,
+    *,
+    guidance_scale: float,
+    prediction_type: str = ...,
+    fake_prediction_type: str | None = ...,
+    normalizer: Literal["x0_l1"] | None = ...,
+    normalizer_eps: float = ...,
+    normalizer_min: float = ...,
+    normalizer_dims: Literal["sample", "frame"] = ...,
+    weight: Tensor | None = ...,
+    mask: Tensor | None = ...,
+    reduction: Literal["mean", "sum", "none"] = ...,
+    return_stats: Literal[True],
+) -> tuple[Tensor, DistillationStats]: ...
 @overload
 def decoupled_dmd_loss(
-    x: Tensor, dm: ScorePair, ca: ScorePair, *, guidance_scale: float,
-    prediction_type: str = ..., fake_prediction_type: str | None = ...,
-    normalizer: Literal["x0_l1"] | None = ..., normalizer_eps: float = ..., normalizer_min: float = ...,
-    normalizer_dims: Literal["sample", "frame"] = ..., weight: Tensor | None = ..., mask: Tensor | None = ...,
-    reduction: Literal["mean", "sum", "none"] = ..., return_stats: bool,
-) -> Tensor | tuple[Tensor, DistillationStats]: ...  # fmt: skip
+    x: Tensor,
+    dm: ScorePair,
+    ca: ScorePair,
+    *,
+    guidance_scale: float,
+    prediction_type: str = ...,
+    fake_prediction_type: str | None = ...,
+    normalizer: Literal["x0_l1"] | None = ...,
+    normalizer_eps: float = ...,
+    normalizer_min: float = ...,
+    normalizer_dims: Literal["sample", "frame"] = ...,
+    weight: Tensor | None = ...,
+    mask: Tensor | None = ...,
+    reduction: Literal["mean", "sum", "none"] = ...,
+    return_stats: bool,
+) -> Tensor | tuple[Tensor, DistillationStats]: ...
 def decoupled_dmd_loss(
     x: Tensor,
     dm: ScorePair,
@@ -379,18 +526,33 @@ def decoupled_dmd_loss(
     checks.local("x", x)
     guidance = checks.number("guidance_scale", guidance_scale)
     common = _common(
-        x, weight, mask, prediction_type, fake_prediction_type, normalizer, normalizer_eps, normalizer_min,
-        normalizer_dims, reduction,
-    )  # fmt: skip
+        x,
+        weight,
+        mask,
+        prediction_type,
+        fake_prediction_type,
+        normalizer,
+        normalizer_eps,
+        normalizer_min,
+        normalizer_dims,
+        reduction,
+    )
     times = {"dm.alpha_t": dm.alpha_t, "dm.sigma_t": dm.sigma_t, "ca.alpha_t": ca.alpha_t, "ca.sigma_t": ca.sigma_t}
     for name, value in times.items():
         checks.per_frame(name, value, x)
     backend = dispatch.backend_for(operators.decoupled_dmd.name, x.device.type)
     if backend == "reference":
         return reference.decoupled_dmd_loss(
-            x, dm, ca, guidance_scale=guidance, weight=weight, mask=mask, reduction=reduction,
-            return_stats=return_stats, **common,
-        )  # fmt: skip
+            x,
+            dm,
+            ca,
+            guidance_scale=guidance,
+            weight=weight,
+            mask=mask,
+            reduction=reduction,
+            return_stats=return_stats,
+            **common,
+        )
     rows = operators.rows_of(x, normalizer_dims, weight, *times.values())
     gate, count = operators.gate_of(x, weight, mask)
     divisor = count if reduction == "mean" else None
@@ -503,9 +665,16 @@ def _score_loss(
     backend = dispatch.backend_for(operators.score_difference.name, x.device.type)
     if backend == "reference":
         return written_out(
-            x, pred, target, guidance_scale=guidance, weight=weight, reduction=reduction, grad_clip=grad_clip,
-            return_stats=return_stats, **{uncond_name: uncond},
-        )  # fmt: skip
+            x,
+            pred,
+            target,
+            guidance_scale=guidance,
+            weight=weight,
+            reduction=reduction,
+            grad_clip=grad_clip,
+            return_stats=return_stats,
+            **{uncond_name: uncond},
+        )
     gate, _ = operators.gate_of(x, weight, None)
     loss, stats = operators.score_difference(
         backend,

@@ -91,9 +91,16 @@ def vsd_loss(
 ) -> Any:
     """``G = w (e_real_cfg - e_fake)``: SDS with the fake network's prediction in the place of the noise."""
     return sds_loss(
-        x, real_cond, fake, pred_uncond=real_uncond, guidance_scale=guidance_scale, weight=weight,
-        reduction=reduction, grad_clip=grad_clip, return_stats=return_stats,
-    )  # fmt: skip
+        x,
+        real_cond,
+        fake,
+        pred_uncond=real_uncond,
+        guidance_scale=guidance_scale,
+        weight=weight,
+        reduction=reduction,
+        grad_clip=grad_clip,
+        return_stats=return_stats,
+    )
 
 
 def dmd_loss(

@@ -185,9 +185,18 @@ def sequence_ddo_loss(
     backend = dispatch.backend_for("sequence_ddo_loss", logits.device.type)
     if backend == "reference":
         return reference.sequence_ddo_loss(
-            logits, ref_logits, tokens, is_real, mask=mask, alpha=alpha, beta=beta, normalize=normalize,
-            reduction=reduction, return_delta=return_delta, group=group,
-        )  # fmt: skip
+            logits,
+            ref_logits,
+            tokens,
+            is_real,
+            mask=mask,
+            alpha=alpha,
+            beta=beta,
+            normalize=normalize,
+            reduction=reduction,
+            return_delta=return_delta,
+            group=group,
+        )
     if mask is not None:
         tokens = torch.where(mask, tokens, IGNORE_INDEX)
     counts = distributed.loss_counts(is_real, group) if reduction == "mean" else None
@@ -284,9 +293,15 @@ def generalized_jsd_loss(
     backend = dispatch.backend_for("generalized_jsd", student_logits.device.type)
     if backend == "reference":
         return reference.generalized_jsd_loss(
-            student_logits, teacher_logits, labels, beta=beta, temperature=temperature, reduction=reduction,
-            num_items=num_items, ignore_index=ignore_index,
-        )  # fmt: skip
+            student_logits,
+            teacher_logits,
+            labels,
+            beta=beta,
+            temperature=temperature,
+            reduction=reduction,
+            num_items=num_items,
+            ignore_index=ignore_index,
+        )
     scale = _scale(student_logits, teacher_logits, labels, reduction, num_items, ignore_index, vocabulary)
     return operators.generalized_jsd(
         backend,
@@ -359,9 +374,14 @@ def linear_token_logprob(
     backend = dispatch.backend_for("token_logprob", hidden.device.type)
     if backend == "reference":
         return reference.linear_token_logprob(
-            hidden, weight, tokens, bias=bias, temperature=temperature, ignore_index=ignore_index,
+            hidden,
+            weight,
+            tokens,
+            bias=bias,
+            temperature=temperature,
+            ignore_index=ignore_index,
             round_logits=round_logits,
-        )  # fmt: skip
+        )
     head = linear.flat_head(hidden, weight, bias)
     logprob = linear.run(
         linear.token_logprob,
@@ -457,10 +477,20 @@ def linear_generalized_jsd_loss(
     backend = dispatch.backend_for("generalized_jsd", student_hidden.device.type)
     if backend == "reference":
         return reference.linear_generalized_jsd_loss(
-            student_hidden, student_weight, teacher_hidden, teacher_weight, labels, student_bias=student_bias,
-            teacher_bias=teacher_bias, beta=beta, temperature=temperature, reduction=reduction, num_items=num_items,
-            ignore_index=ignore_index, round_logits=round_logits,
-        )  # fmt: skip
+            student_hidden,
+            student_weight,
+            teacher_hidden,
+            teacher_weight,
+            labels,
+            student_bias=student_bias,
+            teacher_bias=teacher_bias,
+            beta=beta,
+            temperature=temperature,
+            reduction=reduction,
+            num_items=num_items,
+            ignore_index=ignore_index,
+            round_logits=round_logits,
+        )
     vocabulary = min(student_weight.shape[0], teacher_weight.shape[0])
     scale = _scale(student_hidden, teacher_hidden, labels, reduction, num_items, ignore_index, vocabulary)
     student = linear.flat_head(student_hidden, student_weight, student_bias)
@@ -481,9 +511,15 @@ def linear_generalized_jsd_loss(
 
 
 def _check_divergence(
-    student: Tensor, teacher: Tensor, labels: Tensor | None, beta: float, temperature: float, reduction: str,
-    num_items: int | Tensor | None, ignore_index: int,
-) -> int:  # fmt: skip
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    beta: float,
+    temperature: float,
+    reduction: str,
+    num_items: int | Tensor | None,
+    ignore_index: int,
+) -> int:
     """The size of the vocabulary that both have."""
     checks.logits(student_logits=student, teacher_logits=teacher)
     checks.choice("reduction", reduction, TOKEN_REDUCTIONS)
@@ -492,9 +528,14 @@ def _check_divergence(
 
 
 def _check_options(
-    rows: Tensor, labels: Tensor | None, beta: float, temperature: float, reduction: str,
-    num_items: int | Tensor | None, ignore_index: int,
-) -> None:  # fmt: skip
+    rows: Tensor,
+    labels: Tensor | None,
+    beta: float,
+    temperature: float,
+    reduction: str,
+    num_items: int | Tensor | None,
+    ignore_index: int,
+) -> None:
     if labels is not None:
         checks.row_indices("labels", labels, rows)
     if checks.number("beta", beta, low=0) > 1:
@@ -521,9 +562,14 @@ def _check_rounding(round_logits: bool, name: str, hidden: Tensor) -> None:
 
 
 def _scale(
-    student: Tensor, teacher: Tensor, labels: Tensor | None, reduction: str, num_items: int | Tensor | None,
-    ignore_index: int, vocabulary: int,
-) -> Tensor | None:  # fmt: skip
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    reduction: str,
+    num_items: int | Tensor | None,
+    ignore_index: int,
+    vocabulary: int,
+) -> Tensor | None:
     """What the sum over rows is multiplied by, 0-dimensional: no value on the device is read."""
     if reduction in ("sum", "none"):
         return None

@@ -38,9 +38,15 @@ def head(model: int, *width: int) -> Role:
 
 
 def _sequence_ddo(
-    m: ModuleType, logits: Tensor, ref_logits: Tensor, tokens: Tensor, is_real: Tensor, *, mask: Tensor | None = None,
+    m: ModuleType,
+    logits: Tensor,
+    ref_logits: Tensor,
+    tokens: Tensor,
+    is_real: Tensor,
+    *,
+    mask: Tensor | None = None,
     **options: Any,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     # [B, T, V], whatever lies between the first dimension and the vocabulary.
     logits, ref_logits = (t.reshape(len(t), -1, t.shape[-1]) for t in (logits, ref_logits))
     tokens, mask = tokens.reshape(len(logits), -1), None if mask is None else mask.reshape(len(logits), -1)
@@ -65,7 +71,12 @@ CASES = (
     case("token_logprob-cold", TOKENS, "logits", temperature=0.5),
     case("sequence_ddo_loss", DDO, "logits", _sequence_ddo, alpha=2.0, beta=0.05),
     case(
-        "sequence_ddo_loss-masked", DDO | {"mask": counted}, "logits", _sequence_ddo, alpha=3.0, normalize=True,
+        "sequence_ddo_loss-masked",
+        DDO | {"mask": counted},
+        "logits",
+        _sequence_ddo,
+        alpha=3.0,
+        normalize=True,
         reduction="sum",
     ),
     case("sequence_ddo_loss-none", DDO, "logits", _sequence_ddo, beta=0.01, reduction="none"),
@@ -79,19 +90,28 @@ CASES = (
     case("generalized_jsd_loss-reverse-none", LABELLED, "student_logits", beta=1.0, reduction="none"),
     case("generalized_jsd_loss-reverse-sum", LABELLED, "student_logits", beta=1.0, reduction="sum"),
     case(
-        "generalized_jsd_loss-mean", LABELLED | {"num_items": items}, "student_logits", temperature=0.7,
+        "generalized_jsd_loss-mean",
+        LABELLED | {"num_items": items},
+        "student_logits",
+        temperature=0.7,
         reduction="mean",
     ),
     case(
-        "linear_token_logprob", {"hidden": hidden(0), "weight": head(0, WIDTH), "bias": head(0), "tokens": tokens},
-        "hidden weight bias", temperature=2.0,
+        "linear_token_logprob",
+        {"hidden": hidden(0), "weight": head(0, WIDTH), "bias": head(0), "tokens": tokens},
+        "hidden weight bias",
+        temperature=2.0,
     ),
     case(
-        "linear_generalized_jsd_loss", STUDENT | TEACHER | {"labels": tokens},
-        "student_hidden student_weight student_bias", beta=0.5,
+        "linear_generalized_jsd_loss",
+        STUDENT | TEACHER | {"labels": tokens},
+        "student_hidden student_weight student_bias",
+        beta=0.5,
     ),
     case(
-        "joint_energy_loss", {"logits_real": stream, "labels": tokens, "logits_fake": stream},
-        "logits_real logits_fake", _joint_energy,
+        "joint_energy_loss",
+        {"logits_real": stream, "labels": tokens, "logits_fake": stream},
+        "logits_real logits_fake",
+        _joint_energy,
     ),
-)  # fmt: skip
+)

@@ -125,9 +125,15 @@ def linear_generalized_jsd_loss(
     with torch.no_grad():
         teacher_logits = linear_logits(teacher_hidden, teacher_weight, teacher_bias, round_logits)
     return generalized_jsd_loss(
-        linear_logits(student_hidden, student_weight, student_bias, round_logits), teacher_logits, labels, beta=beta,
-        temperature=temperature, reduction=reduction, num_items=num_items, ignore_index=ignore_index,
-    )  # fmt: skip
+        linear_logits(student_hidden, student_weight, student_bias, round_logits),
+        teacher_logits,
+        labels,
+        beta=beta,
+        temperature=temperature,
+        reduction=reduction,
+        num_items=num_items,
+        ignore_index=ignore_index,
+    )
 
 
 def linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, round_logits: bool) -> Tensor:

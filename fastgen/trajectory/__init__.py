@@ -177,14 +177,20 @@ class Trajectory(Generic[Steps]):
 
 @overload
 def optimal_trajectory(
-    cost: Tensor | FactoredCost, num_steps: int, *,
-    convention: Literal["edges", "nodes"] = ..., method: Literal["auto", "exact", "monge"] = ...,
-) -> Trajectory[Tensor]: ...  # fmt: skip
+    cost: Tensor | FactoredCost,
+    num_steps: int,
+    *,
+    convention: Literal["edges", "nodes"] = ...,
+    method: Literal["auto", "exact", "monge"] = ...,
+) -> Trajectory[Tensor]: ...
 @overload
 def optimal_trajectory(
-    cost: Tensor | FactoredCost, num_steps: Sequence[int] | Literal["all"], *,
-    convention: Literal["edges", "nodes"] = ..., method: Literal["auto", "exact", "monge"] = ...,
-) -> Trajectory[Mapping[int, Tensor]]: ...  # fmt: skip
+    cost: Tensor | FactoredCost,
+    num_steps: Sequence[int] | Literal["all"],
+    *,
+    convention: Literal["edges", "nodes"] = ...,
+    method: Literal["auto", "exact", "monge"] = ...,
+) -> Trajectory[Mapping[int, Tensor]]: ...
 def optimal_trajectory(
     cost: Tensor | FactoredCost,
     num_steps: int | Sequence[int] | Literal["all"],
