@@ -7,7 +7,7 @@ The floor is student and teacher read once, the gradient written once. A row of 
 512 KB, more than a multiprocessor's registers and shared memory, so a program sweeps it again for each number that the
 next sweep needs: the two normalizers, then the divergence of Q (with the gradient for β = 0), then the gradient. Each
 sweep runs against the direction of the one before and finds what that read last in the caches. CUDA's clusters
-(``csrc/cuda/sweep.cuh``) keep the row.
+(``csrc/skeleton/sweep.cuh``) keep the row.
 """
 
 from __future__ import annotations
