@@ -86,7 +86,8 @@ def build_emulated(folder: Path) -> Path:
     command = [COMPILER, "-std=c++20", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-Wno-unknown-pragmas"]
     command += ["-fsanitize=alignment,bounds", "-fsanitize-undefined-trap-on-error"]
     command += [flag for flag in aot_cuda.compiler_flags() if flag.startswith("-D")]
-    command += [f"-I{p}" for p in (EMULATOR, folder, folder / "csrc", *include_paths())] + [str(EMULATOR / "emulated.cpp")]
+    command += [f"-I{p}" for p in (EMULATOR, folder, folder / "csrc", *include_paths())]
+    command.append(str(EMULATOR / "emulated.cpp"))
     for path in library_paths():
         command += [f"-L{path}", f"-Wl,-rpath,{path}"]
     subprocess.run([*command, "-ltorch_cpu", "-lc10", "-o", str(library)], check=True)
