@@ -17,11 +17,9 @@ struct Loading {
   ScalarType dtype;
   int64_t offset, n;
   T* to;
-  bool ahead;
 };
 
-// Asks meanwhile for the lines of the next chunk: where streams take turns, the hardware's prefetchers lose track.
-template <bool kAhead, class T, class From, class Convert>
+template <class T, class From, class Convert>
 FASTGEN_HD void convert(const Loading<T>& job, const Convert& element) {
   constexpr int64_t kLine = 64 / sizeof(From);
   const From* from = static_cast<const From*>(job.data) + job.offset;
@@ -29,7 +27,7 @@ FASTGEN_HD void convert(const Loading<T>& job, const Convert& element) {
   T* to = job.to;
   int64_t i = 0;
   for (; i + kLine <= n; i += kLine) {
-    if constexpr (kAhead) __builtin_prefetch(from + i + kChunk);
+    __builtin_prefetch(from + i + kChunk);
     for (int64_t j = i; j < i + kLine; ++j) to[j] = static_cast<T>(element(from[j]));
   }
   for (; i < n; ++i) to[i] = static_cast<T>(element(from[i]));
@@ -38,17 +36,11 @@ FASTGEN_HD void convert(const Loading<T>& job, const Convert& element) {
 struct Load {
   template <class T>
   static FASTGEN_HD void run(const Loading<T>& job) {
-    if (job.ahead) run<true>(job);
-    else run<false>(job);
-  }
-
-  template <bool kAhead, class T>
-  static FASTGEN_HD void run(const Loading<T>& job) {
     switch (job.dtype) {
-      case ScalarType::Float: return convert<kAhead, T, float>(job, [](float v) { return v; });
-      case ScalarType::BFloat16: return convert<kAhead, T, uint16_t>(job, bfloat16_to_float);
-      case ScalarType::Half: return convert<kAhead, T, uint16_t>(job, float16_to_float);
-      case ScalarType::Bool: return convert<kAhead, T, uint8_t>(job, [](uint8_t v) { return v != 0; });
+      case ScalarType::Float: return convert<T, float>(job, [](float v) { return v; });
+      case ScalarType::BFloat16: return convert<T, uint16_t>(job, bfloat16_to_float);
+      case ScalarType::Half: return convert<T, uint16_t>(job, float16_to_float);
+      case ScalarType::Bool: return convert<T, uint8_t>(job, [](uint8_t v) { return v != 0; });
       default: return;  // float64 into float does not occur: one float64 input makes the arithmetic float64
     }
   }
@@ -102,8 +94,8 @@ void stream_bytes(void* to, const void* from, int64_t bytes) {
 }  // namespace
 
 template <class T>
-void load_converted(const void* data, ScalarType dtype, int64_t offset, int64_t n, T* buffer, bool ahead) {
-  run<Load>(Loading<T>{data, dtype, offset, n, buffer, ahead});
+void load_converted(const void* data, ScalarType dtype, int64_t offset, int64_t n, T* buffer) {
+  run<Load>(Loading<T>{data, dtype, offset, n, buffer});
 }
 
 template <class T>
@@ -126,8 +118,8 @@ void stream_fence() {
 #endif
 }
 
-template void load_converted(const void*, ScalarType, int64_t, int64_t, float*, bool);
-template void load_converted(const void*, ScalarType, int64_t, int64_t, double*, bool);
+template void load_converted(const void*, ScalarType, int64_t, int64_t, float*);
+template void load_converted(const void*, ScalarType, int64_t, int64_t, double*);
 template void store(void*, ScalarType, int64_t, int64_t, const float*, bool);
 template void store(void*, ScalarType, int64_t, int64_t, const double*, bool);
 

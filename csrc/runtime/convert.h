@@ -74,10 +74,10 @@ FASTGEN_HD void prefetch(const Brain& in, int64_t i) {
 
 constexpr int64_t kChunk = 1024;  // elements converted and summed at a time: streams stay in L1
 
-// n elements from `data` + offset, of another dtype than T's own, into `buffer`. ahead: the next call is for the kChunk
-// elements that follow.
+// n elements from `data` + offset, of another dtype than T's own, into `buffer`. Asks meanwhile for the kChunk elements
+// that follow: where streams take turns, the hardware's prefetchers lose track.
 template <class T>
-void load_converted(const void* data, ScalarType dtype, int64_t offset, int64_t n, T* buffer, bool ahead);
+void load_converted(const void* data, ScalarType dtype, int64_t offset, int64_t n, T* buffer);
 
 // n <= kChunk elements of T to `data` + offset in `dtype`; past the cache if `streaming`.
 template <class T>
@@ -88,9 +88,9 @@ void stream_fence();
 
 // n elements from `data` + offset as T: in place where the dtype is T's own, else converted into `buffer`.
 template <class T>
-FASTGEN_HD const T* load(const void* data, ScalarType dtype, int64_t offset, int64_t n, T* buffer, bool ahead) {
+FASTGEN_HD const T* load(const void* data, ScalarType dtype, int64_t offset, int64_t n, T* buffer) {
   if (dtype == dtype_of<T>()) return static_cast<const T*>(data) + offset;
-  load_converted<T>(data, dtype, offset, n, buffer, ahead);
+  load_converted<T>(data, dtype, offset, n, buffer);
   return buffer;
 }
 

@@ -81,7 +81,7 @@ FASTGEN_HD void with_chunk(const RowwiseJob<F, T, N>& job, int64_t row, int64_t 
     }
   const T* in[kCount];
   for (int s = 0; s < kCount; ++s)
-    in[s] = load(job.in[s].data, job.in[s].dtype, row * job.in[s].row_stride + i, n, buffers[s], true);
+    in[s] = load(job.in[s].data, job.in[s].dtype, row * job.in[s].row_stride + i, n, buffers[s]);
   use(in);
 }
 

@@ -38,7 +38,7 @@ struct Chunk {
 template <class T>
 FASTGEN_HD Chunk<T> load_chunk(const TokenStream& in, int64_t row, int64_t begin, int64_t size, T* buffer) {
   const int64_t n = std::min(kChunk, size - begin), padded = (n + kLanes - 1) / kLanes * kLanes;
-  const T* values = load(in.data, in.dtype, in.offset(row) + begin, n, buffer, false);
+  const T* values = load(in.data, in.dtype, in.offset(row) + begin, n, buffer);
   if (padded == n) return {values, n};
   if (values != buffer) std::memcpy(buffer, values, n * sizeof(T));
   for (int64_t i = n; i < padded; ++i) buffer[i] = -static_cast<T>(INFINITY);
@@ -101,7 +101,7 @@ struct Normalize {
 template <class T>
 FASTGEN_HD T element_at(const TokenStream& in, int64_t row, int64_t column) {
   T one = T(0);
-  return *load(in.data, in.dtype, in.offset(row) + column, 1, &one, false);
+  return *load(in.data, in.dtype, in.offset(row) + column, 1, &one);
 }
 
 // Runs the formula over a chunk's elements. parts[k] + i is where part k of element i goes.
