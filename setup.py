@@ -7,6 +7,7 @@ alone, and does not depend on what is built.
 
 import importlib.metadata
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,8 @@ from setuptools import Command, Extension, setup
 TORCH_TARGET = "0x020b000000000000"
 CUDA_ARCHITECTURES = (os.environ.get("FASTGEN_CUDA_ARCHITECTURES") or "80;90a;100").split(";")
 HEADERS = sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", recursive=True))
+CSRC = Path(__file__).resolve().parent / "csrc"
+write_units = runpy.run_path(str(CSRC / "units.py"))["write"]
 
 
 def compiler_works() -> bool:
@@ -66,8 +69,8 @@ def cpu_extension(flags: list[str]) -> Extension:
 
     return CppExtension(
         "fastgen._C",
-        ["csrc/module.cpp", *sorted(glob("csrc/cpu/*.cpp"))],
-        include_dirs=[pybind11.get_include()],
+        ["csrc/runtime/cpu_module.cpp", *(f"csrc/runtime/{name}.cpp" for name in ("convert", "isa", "pool"))],
+        include_dirs=[str(CSRC), pybind11.get_include()],
         define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET), ("FASTGEN_FLAGS", f'"{" ".join(flags)}"')],
         extra_compile_args=flags,
         depends=HEADERS,
@@ -84,8 +87,8 @@ def cuda_extension(flags: list[str], home: str) -> Extension:
     arch = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES]
     extension = cpp_extension.CUDAExtension(
         "fastgen._C_cuda",
-        ["csrc/cuda/module.cpp", *sorted(glob("csrc/cuda/*.cu"))],
-        include_dirs=[pybind11.get_include()],
+        ["csrc/runtime/cuda_module.cpp"],
+        include_dirs=[str(CSRC), pybind11.get_include()],
         define_macros=[
             ("TORCH_TARGET_VERSION", TORCH_TARGET),
             ("FASTGEN_CUDA_ARCHITECTURES", f'"{";".join(CUDA_ARCHITECTURES)}"'),
@@ -120,8 +123,17 @@ def extensions() -> tuple[list[Extension], dict[str, type[Command]]]:
         return [], {}
     from torch.utils.cpp_extension import BuildExtension
 
+    class Build(BuildExtension):
+        """Adds the generated units, which are no part of a source distribution."""
+
+        def build_extensions(self) -> None:
+            for extension in self.extensions:
+                device = "CUDA" if extension.name == "fastgen._C_cuda" else "CPU"
+                extension.sources += map(str, write_units(Path("build", "units", device.lower()), device))
+            super().build_extensions()
+
     find_ninja()
-    return modules, {"build_ext": BuildExtension}
+    return modules, {"build_ext": Build}
 
 
 ext_modules, cmdclass = extensions()

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from tqdm import tqdm
@@ -41,6 +43,16 @@ def cuda_home() -> Path | None:
     return None
 
 
+def units() -> ModuleType:
+    """csrc/units.py, which is no part of the package."""
+    spec = importlib.util.spec_from_file_location("units", ROOT / "csrc" / "units.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def compiler_flags() -> list[str]:
     """What setup.py passes to compile against torch's stable ABI."""
     from torch.utils.cpp_extension import include_paths
@@ -48,7 +60,8 @@ def compiler_flags() -> list[str]:
     setup = (ROOT / "setup.py").read_text()
     target = re.search(r'TORCH_TARGET = "(\w+)"', setup)
     assert target is not None
-    return ["-std=c++20", f"-DTORCH_TARGET_VERSION={target[1]}", "-DUSE_CUDA", *(f"-I{p}" for p in include_paths())]
+    includes = [f"-I{p}" for p in (ROOT / "csrc", *include_paths())]
+    return ["-std=c++20", f"-DTORCH_TARGET_VERSION={target[1]}", "-DUSE_CUDA", *includes]
 
 
 def _readable(symbols: Sequence[str]) -> dict[str, str]:
@@ -110,7 +123,7 @@ def architectures(wanted: Sequence[int] | None) -> Sequence[str]:
 
 
 def cuda_report(architectures: Sequence[str] = ARCHITECTURES, only: str = "", jobs: int = 2) -> list[dict[str, Any]]:
-    """One row per kernel and architecture, in the order of the files, of those whose names match the pattern `only`.
+    """One row per kernel and architecture, in the order of the units, of those whose names match the pattern `only`.
 
     Raises:
         FileNotFoundError: where there is no CUDA toolkit.
@@ -120,9 +133,9 @@ def cuda_report(architectures: Sequence[str] = ARCHITECTURES, only: str = "", jo
     if home is None:
         raise FileNotFoundError("no nvcc: install a CUDA toolkit and set CUDA_HOME to its root")
     flags = compiler_flags()
-    sources = sorted(path for path in (ROOT / "csrc" / "cuda").glob("*.cu") if re.search(only, path.stem))
     nvcc = home / "bin" / "nvcc"
-    with ThreadPoolExecutor(jobs) as pool:
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
+        sources = [path for path in units().write(Path(folder), "CUDA") if re.search(only, path.stem)]
         tasks = [pool.submit(_compile, nvcc, source, arch, flags) for source in sources for arch in architectures]
         return [row for task in tqdm(tasks, "CUDA", unit="file", leave=False, disable=None) for row in task.result()]
 

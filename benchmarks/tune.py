@@ -2,7 +2,8 @@
 
 Each of the numbers that decide how a call is cut up is moved alone, for a few operators and shapes of each skeleton.
 What wins by more than the default's own spread is a candidate for ``MEASURED`` in ``triton_kernels/plan.py``, or for
-the constants of ``csrc/cuda/partition.h``. Stops when its time is over; what was measured by then is printed and kept.
+the constants of ``csrc/runtime/partition.h``. Stops when its time is over; what was measured by then is printed and
+kept.
 """
 
 from __future__ import annotations

@@ -76,15 +76,18 @@ def build_emulated(folder: Path) -> Path:
     """The kernels as a library for CPU tensors. Shared memory has no C++ spelling that means one per block: its two
     declarations are rewritten, in a copy; all else compiles as it stands."""
     shutil.copytree(ROOT / "csrc", folder / "csrc")
-    for header in (folder / "csrc" / "cuda").glob("*.cuh"):
+    for header in (folder / "csrc").rglob("*.cuh"):
         text = header.read_text()
         text = re.sub(r"extern __shared__ (.+) (\w+)\[\];", r"\1* \2 = emulator::dynamic_shared<\1>();", text)
         header.write_text(re.sub(r"__shared__ (.+) (\w+);", r"\1& \2 = emulator::shared<\1>();", text))
+    units = aot_cuda.units()
+    (folder / "units.inc").write_text(units.text(list(units.parts()), "CUDA", key="CPU"))
     library = folder / "emulated.so"
     command = [COMPILER, "-std=c++20", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-Wno-unknown-pragmas"]
     command += ["-fsanitize=alignment,bounds", "-fsanitize-undefined-trap-on-error"]
     command += [flag for flag in aot_cuda.compiler_flags() if flag.startswith("-D")]
-    command += [f"-I{p}" for p in (EMULATOR, folder / "csrc", *include_paths())] + [str(EMULATOR / "emulated.cpp")]
+    command += [f"-I{p}" for p in (EMULATOR, folder, folder / "csrc", *include_paths())]
+    command.append(str(EMULATOR / "emulated.cpp"))
     for path in library_paths():
         command += [f"-L{path}", f"-Wl,-rpath,{path}"]
     subprocess.run([*command, "-ltorch_cpu", "-lc10", "-o", str(library)], check=True)

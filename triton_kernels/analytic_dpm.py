@@ -1,4 +1,4 @@
-"""The moments of Analytic-DPM (arXiv 2201.06503). The formula is that of ``csrc/formulas/analytic_dpm.h``."""
+"""The moments of Analytic-DPM (arXiv 2201.06503). The formula is that of ``csrc/analytic_dpm.h``."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """ELBO differences: DDO (arXiv 2503.01103), Diffusion-DPO (arXiv 2311.12908) and the errors they are made of.
 
-Streams: prediction p, target y, frozen reference prediction q. The formulas are those of ``csrc/formulas/elbo.h``.
+Streams: prediction p, target y, frozen reference prediction q. The formulas are those of ``csrc/elbo.h``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How outputs are laid out: the Python side of ``csrc/rows.h``, for fake implementations and Triton launchers.
+"""How outputs are laid out: the Python side of ``csrc/runtime/rows.h``, for fake implementations and Triton launchers.
 
 Plain PyTorch, and here because Triton files never import fastgen while fastgen may import this folder: nothing in it
 but the kernels needs Triton itself.

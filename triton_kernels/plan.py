@@ -37,7 +37,7 @@ class Tuning(NamedTuple):
 
 # What was measured, by torch.cuda.get_device_name(): ``python -m benchmarks.tune`` prints candidates. Empty, because
 # nothing has been measured yet; every device gets the defaults. (What the CUDA kernels take is in
-# csrc/cuda/partition.h, and which backend serves in fastgen/core/dispatch.py.)
+# csrc/runtime/partition.h, and which backend serves in fastgen/core/dispatch.py.)
 MEASURED: dict[str, Tuning] = {}
 
 FEW_TILES = 4

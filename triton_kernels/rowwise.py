@@ -1,6 +1,7 @@
 """The row-wise skeleton in Triton: reduce a row to a few sums, run the epilogue, map the row while it is on chip.
 
-The counterpart of ``csrc/formulas/formula.h`` and ``csrc/cpu/rowwise.h``. A family brings ``@triton.jit`` functions:
+The counterpart of ``csrc/skeleton/formula.h`` and ``csrc/skeleton/rowwise.h``. A family brings ``@triton.jit``
+functions:
 
     row(args, row, rank, T) -> (scale, ...)      constants of a row; its sums enter the group's times the first one
     accumulate(constants, v) -> (share, ...)     what one element of the streams v adds to each sum

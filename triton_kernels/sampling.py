@@ -1,4 +1,4 @@
-"""Reverse diffusion steps and guidance, as in ``csrc/formulas/sampling.h``."""
+"""Reverse diffusion steps and guidance, as in ``csrc/sampling.h``."""
 
 from __future__ import annotations
 

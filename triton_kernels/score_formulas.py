@@ -1,5 +1,5 @@
 """The formulas of score distillation: SDS (arXiv 2209.14988), VSD (arXiv 2305.16213), DMD (arXiv 2311.18828,
-2405.14867) and Decoupled DMD (arXiv 2511.22677), as in ``csrc/formulas/score_distillation.h``.
+2405.14867) and Decoupled DMD (arXiv 2511.22677), as in ``csrc/score_distillation.h``.
 
 Each is a gradient field G, whose loss is G²/2. A stream `uncond` is for guidance; a stream `gate`, a mask or a map of
 weights, multiplies G: where it is 0, G is 0 whatever the rest is. Both are decided at compile time.

@@ -1,6 +1,6 @@
 """The skeleton for rows of logits: sweeps over long rows in 16-byte pieces, and an online log-sum-exp.
 
-The counterpart of ``csrc/formulas/sequence.h`` and ``csrc/cpu/sweep.h``. A family brings ``@triton.jit`` functions:
+The counterpart of ``csrc/sequence.h`` and ``csrc/skeleton/sweep.h``. A family brings ``@triton.jit`` functions:
 
     ignored(args, row) -> bool                      the row is not read; its output is 0
     row(args, rows, row, normals, read, T) -> constants         of a row
@@ -27,7 +27,7 @@ single elements, and the rest is chunks. Elsewhere WIDTH is 1.
 The floor is every stream read once, the output written once. A row of 128 256 bfloat16 logits of two models is 512 KB,
 more than a multiprocessor's registers and shared memory, so a program sweeps it again for each number that the next
 sweep needs: the normalizers, the sums, the map. Each sweep runs against the direction of the one before and finds what
-that read last in the caches. CUDA's clusters (``csrc/cuda/sweep.cuh``) keep the row.
+that read last in the caches. CUDA's clusters (``csrc/skeleton/sweep.cuh``) keep the row.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The trajectory solver as a plain sweep: one launch a layer of the table, its nodes t in parallel.
 
-With `h`, `cost` is v and paths carry ``exp(cost)``, as in ``csrc/formulas/trajectory.h``. The table is [problem, k, t].
+With `h`, `cost` is v and paths carry ``exp(cost)``, as in ``csrc/skeleton/costs.h``. The table is [problem, k, t].
 """
 
 from __future__ import annotations

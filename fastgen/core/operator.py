@@ -67,7 +67,7 @@ Loss = Annotated[Tensor, Role.LOSS]
 Gradient = Annotated[Tensor, Role.GRADIENT]  # has the dtype of the first stream, or that of an argument `dtype`
 Output = Annotated[Tensor, Role.OUTPUT]
 
-# The order is the kernels': csrc/operators/options.h.
+# The order is the kernels': csrc/runtime/options.h.
 Reduction = Literal["mean", "sum", "none", "sum_per_batch"]
 PredictionType = Literal["epsilon", "sample", "v_prediction", "flow_prediction"]
 

@@ -2,7 +2,7 @@
 
 Every loss here reduces a row to one number and hands the numbers of a group of rows to a scalar function, so all of
 them share one shape: the loss, the group's ELBO difference, d loss / d error of each row, and the gradient, from one
-pass. The kernels are in ``csrc/formulas/elbo.h`` and ``triton_kernels/elbo.py``.
+pass. The kernels are in ``csrc/elbo.h`` and ``triton_kernels/elbo.py``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Operators of ``sampling``, and the checks of their arguments.
 
 A step's coefficients are vectors of the rows' number, or of one element, for all rows. The kernels are in
-``csrc/formulas/sampling.h`` and ``triton_kernels/sampling.py``.
+``csrc/sampling.h`` and ``triton_kernels/sampling.py``.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 An operator returns ``(loss, coefficients, stats, grad)`` from one pass: ``grad`` is the gradient if asked for,
 ``coefficients`` (one a row; two for the decoupled loss) are what its backward operator needs to make it again, and
 ``stats`` has one column per group of rows that share a normaliser. The kernels are in
-``csrc/formulas/score_distillation.h``.
+``csrc/score_distillation.h``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Cheapest trajectories: which K of N timesteps to keep, by dynamic programming.
 
-The exhaustive solver's skeleton is ``csrc/cpu/minplus.h``, the divide-and-conquer one's ``csrc/cpu/monge.h``; both work
-on the semirings of ``csrc/formulas/trajectory.h``.
+The exhaustive solver's skeleton is ``csrc/skeleton/minplus.h``, the divide-and-conquer one's
+``csrc/skeleton/monge.h``; both work on the semirings of ``csrc/skeleton/costs.h``.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 #pragma once
 
-#include "cpu/convert.h"
+#include "runtime/convert.h"
 #include "emulator.h"
 
 struct __half {

@@ -1,4 +1,4 @@
-// The part of the CUDA runtime that csrc/cuda/launch.h uses. EMULATED_GPU = "multiprocessors,shared bytes,cluster".
+// The part of the CUDA runtime that csrc/runtime/launch.h uses. EMULATED_GPU = "multiprocessors,shared bytes,cluster".
 #pragma once
 
 #include <tuple>

@@ -1,6 +1,6 @@
-// Checks csrc/cuda/partition.h on many shapes: every element is in one vector, every vector with one thread, and a plan
+// Checks csrc/runtime/partition.h on many shapes: every element is in one vector, every vector with one thread, and a plan
 // stays within what the device allows.
-#include "cuda/partition.h"
+#include "runtime/partition.h"
 
 #include <cstdio>
 #include <cstdlib>
@@ -37,7 +37,7 @@ static void check_peeled_spans(int64_t size, int head, int width) {
 }
 
 static void check_plan(int64_t groups, int64_t vectors, int held_bytes, const Limits& limits) {
-  const Plan plan = plan_groups(groups, vectors, held_bytes, limits);
+  const GroupPlan plan = plan_groups(groups, vectors, held_bytes, limits);
   if (!plan.on_chip) return;
   CHECK(plan.cluster >= 1 && plan.cluster <= limits.cluster && (plan.cluster & (plan.cluster - 1)) == 0);
   CHECK(int64_t{1} * plan.cluster * plan.share >= vectors);

@@ -1,0 +1,346 @@
+// ELBO differences: DDO (arXiv 2503.01103), Diffusion-DPO (arXiv 2311.12908) and the errors they are made of.
+// Streams: prediction p, target y, frozen reference prediction q.
+#pragma once
+
+#include <tuple>
+
+#include "runtime/device.h"
+#include "runtime/options.h"
+
+namespace fastgen {
+
+template <class T>
+FASTGEN_HD T softplus(T x) {
+  return (x > T(0) ? x : T(0)) + std::log1p(std::exp(-std::abs(x)));
+}
+
+template <class T>
+FASTGEN_HD T sigmoid(T x) {
+  const T e = std::exp(-std::abs(x));
+  return (x >= T(0) ? T(1) : e) / (T(1) + e);
+}
+
+enum class Penalty : int64_t { l2, l1, huber };
+
+// Penalties on d = p - y: value and derivative. NaN stays NaN.
+struct L2 {
+  template <class T> FASTGEN_HD static T value(T d) { return d * d; }
+  template <class T> FASTGEN_HD static T slope(T d) { return T(2) * d; }
+};
+struct L1 {
+  template <class T> FASTGEN_HD static T value(T d) { return std::abs(d); }
+  template <class T> FASTGEN_HD static T slope(T d) {
+    const T sign = d > T(0) ? T(1) : d;  // as in clamped()
+    return d < T(0) ? T(-1) : sign;
+  }
+};
+struct Huber {  // threshold 1, as torch.nn.functional.huber_loss
+  template <class T> FASTGEN_HD static T value(T d) {
+    const T a = std::abs(d);
+    return a < T(1) ? T(0.5) * d * d : a - T(0.5);
+  }
+  template <class T> FASTGEN_HD static T slope(T d) { return clamped(d, T(-1), T(1)); }
+};
+
+template <class T>
+struct ScaledRow {
+  T scale;
+};
+
+// error[i] = w_i * scale * sum_D penalty(p - y)
+template <class T, class Penalty>
+struct ElboError {
+  static constexpr int kStreams = 2, kSums = 1, kMapStreams = 0;
+  using Row = ScaledRow<T>;
+  const T* weight;  // may be null: 1
+  T scale;          // 1, or 1/D for the mean over elements
+  T* error;
+
+  FASTGEN_HD Row row(int64_t row, int64_t) const { return {weight ? weight[row] * scale : scale}; }
+  FASTGEN_HD void accumulate(const Row&, const T* v, T* sums) const { sums[0] += Penalty::value(v[0] - v[1]); }
+  FASTGEN_HD T epilogue(int64_t group, const T* sums) const { return error[group] = sums[0]; }
+};
+
+// d error[i] / d p, times grad[i]
+template <class T, class Penalty>
+struct ElboErrorBackward {
+  static constexpr int kStreams = 2, kSums = 0, kMapStreams = 2;
+  using Row = ScaledRow<T>;
+  const T* grad;
+  const T* weight;
+  T scale;
+
+  FASTGEN_HD Row row(int64_t row, int64_t) const { return {grad[row] * (weight ? weight[row] * scale : scale)}; }
+  FASTGEN_HD T coefficient(int64_t, int64_t, const Row& row, T) const { return row.scale; }
+  FASTGEN_HD T map(const Row&, T coefficient, const T* v) const { return coefficient * Penalty::slope(v[0] - v[1]); }
+};
+
+// The errors, which a loss adds up as they are, and d error[i] / d p in the same pass.
+template <class T, class Penalty>
+struct ElboErrorLoss : ElboError<T, Penalty> {
+  static constexpr int kMapStreams = 2;
+  static constexpr bool kMapsAtOnce = true;
+
+  FASTGEN_HD T coefficient(int64_t, int64_t, const ScaledRow<T>& row, T) const { return row.scale; }
+  FASTGEN_HD T map(const ScaledRow<T>&, T coefficient, const T* v) const {
+    return coefficient * Penalty::slope(v[0] - v[1]);
+  }
+};
+
+// The share of one element in sum_D (p - y)^2 - (q - y)^2, negated. Factored: the difference of the two sums cancels.
+template <class T>
+FASTGEN_HD T elbo_difference_element(T p, T y, T q) {
+  return (q - p) * ((q - y) + (p - y));
+}
+
+// delta[i] = w_i * scale * sum_D (q - p)(q + p - 2y)
+template <class T>
+struct ElboDifference {
+  static constexpr int kStreams = 3, kSums = 1, kMapStreams = 0;
+  using Row = ScaledRow<T>;
+  const T* weight;
+  T scale;
+  T* delta;
+
+  FASTGEN_HD Row row(int64_t row, int64_t) const { return {weight ? weight[row] * scale : scale}; }
+  FASTGEN_HD void accumulate(const Row&, const T* v, T* sums) const {
+    sums[0] += elbo_difference_element(v[0], v[1], v[2]);
+  }
+  FASTGEN_HD T epilogue(int64_t group, const T* sums) const { return delta[group] = sums[0]; }
+};
+
+// A loss of the group's m = sum_r share_r * delta_r. Link: share(rank), and term(group, m, slope), which sets
+// d term / d m.
+// Everything in one pass: terms, m, the slope of every row's error (for a later backward), and the gradient.
+template <class T, class Link>
+struct ElboDifferenceLoss {
+  static constexpr int kStreams = 3, kSums = 1, kMapStreams = 2;
+  using Row = ScaledRow<T>;
+  Link link;
+  Groups groups;
+  const T* weight;
+  T scale;
+  T* term;         // [groups]
+  T* delta;        // [groups]
+  T* error_slope;  // [rows]: d term / d error_r, where error_r = w_r * scale * sum_D (p - y)^2
+
+  FASTGEN_HD Row row(int64_t row, int64_t rank) const {
+    return {link.share(rank) * (weight ? weight[row] * scale : scale)};
+  }
+  FASTGEN_HD void accumulate(const Row&, const T* v, T* sums) const {
+    sums[0] += elbo_difference_element(v[0], v[1], v[2]);
+  }
+  FASTGEN_HD T epilogue(int64_t group, const T* sums) const {
+    T slope;
+    delta[group] = sums[0];
+    term[group] = link.term(group, sums[0], &slope);
+    for (int64_t r = 0; r < groups.rows; ++r) error_slope[groups.row(group, r)] = -slope * link.share(r);
+    return slope;
+  }
+  FASTGEN_HD T coefficient(int64_t, int64_t, const Row& constants, T slope) const { return -slope * constants.scale; }
+  FASTGEN_HD T map(const Row&, T coefficient, const T* v) const { return coefficient * L2::slope(v[0] - v[1]); }
+};
+
+// Real images: softplus(-beta m) / n_real. Fakes: alpha softplus(beta m) / n_fake. m is the mean over an image's rows.
+template <class T>
+struct DdoLink {
+  const uint8_t* is_real;  // any byte but 0
+  const T* counts;  // {n_real, n_fake}; null: no division
+  T alpha, beta, row_share;
+
+  FASTGEN_HD T share(int64_t) const { return row_share; }
+  FASTGEN_HD T term(int64_t group, T m, T* slope) const {
+    const bool real = is_real[group] != 0;
+    const T weight = (real ? T(1) : alpha) / (counts ? counts[real ? 0 : 1] : T(1));  // a row present is counted: > 0
+    const T signed_beta = real ? -beta : beta;
+    *slope = weight * signed_beta * sigmoid(signed_beta * m);
+    return weight * softplus(signed_beta * m);
+  }
+};
+
+enum class Preference : int { sigmoid, ipo, hinge };
+
+// A preference loss of m = delta_winner - delta_loser, scaled by 1/pairs for the mean.
+template <class T>
+struct PreferenceLink {
+  Preference kind;
+  T beta, scale;
+
+  FASTGEN_HD T share(int64_t rank) const { return rank == 0 ? T(1) : T(-1); }
+  FASTGEN_HD T term(int64_t, T m, T* slope) const {
+    switch (kind) {
+      case Preference::sigmoid:
+        *slope = scale * T(-0.5) * beta * sigmoid(T(-0.5) * beta * m);
+        return scale * softplus(T(-0.5) * beta * m);
+      case Preference::ipo: {
+        const T d = m - T(0.5) / beta;
+        *slope = scale * T(2) * d;
+        return scale * d * d;
+      }
+      default: {
+        const T d = T(1) - beta * m;
+        const bool flat = d <= T(0);  // false for NaN, which must stay NaN
+        *slope = flat ? T(0) : -scale * beta + T(0) * d;
+        return flat ? T(0) : scale * d;
+      }
+    }
+  }
+};
+
+template <class F>
+void with_penalty(int64_t loss, const F& f) {
+  switch (option<Penalty>(loss)) {
+    case Penalty::l2: return f(L2{});
+    case Penalty::l1: return f(L1{});
+    default: return f(Huber{});
+  }
+}
+
+inline double element_scale(bool element_mean, int64_t size) {
+  return element_mean ? 1.0 / static_cast<double>(size) : 1.0;
+}
+
+template <class Device>
+Tensor elbo_error(const Tensor& pred, const Tensor& target, std::optional<Tensor> weight, int64_t loss,
+                  bool element_mean) {
+  const Rows<2> rows({pred, target});
+  const auto dtype = rows.arithmetic();
+  weight = row_scalars(weight, dtype);
+  const Tensor error = new_vector(pred, rows.count, dtype);
+  with_arithmetic(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    with_penalty(loss, [&](auto penalty) {
+      const ElboError<T, decltype(penalty)> formula{data_or_null<T>(weight), T(element_scale(element_mean, rows.size)),
+                                                    mutable_data<T>(error)};
+      Device::template rowwise<T>(formula, Groups::single(rows.count), rows);
+    });
+  });
+  return error;
+}
+
+template <class Device>
+Tensor elbo_error_backward(const Tensor& grad, const Tensor& pred, const Tensor& target, std::optional<Tensor> weight,
+                           int64_t loss, bool element_mean) {
+  const Rows<2> rows({pred, target});
+  const auto dtype = rows.arithmetic();
+  weight = row_scalars(weight, dtype);
+  const auto row_grad = row_scalars(grad, dtype);
+  const Tensor grad_pred = Device::new_output(rows, pred.scalar_type());
+  with_arithmetic(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    with_penalty(loss, [&](auto penalty) {
+      const ElboErrorBackward<T, decltype(penalty)> formula{data_or_null<T>(row_grad), data_or_null<T>(weight),
+                                                            T(element_scale(element_mean, rows.size))};
+      Device::template rowwise<T>(formula, Groups::single(rows.count), rows,
+                                  {grad_pred.mutable_data_ptr(), pred.scalar_type()});
+    });
+  });
+  return grad_pred;
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor> l1_distance(const Tensor& pred, const Tensor& target, double scale, bool with_grad) {
+  const Rows<2> rows({pred, target});
+  const auto dtype = rows.arithmetic();
+  const Tensor term = new_vector(pred, rows.count, dtype);
+  const Tensor grad_pred =
+      with_grad ? Device::new_output(rows, pred.scalar_type()) : new_vector(pred, 0, pred.scalar_type());
+  return with_arithmetic(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const ElboErrorLoss<T, L1> formula{{nullptr, T(scale), mutable_data<T>(term)}};
+    Device::template rowwise<T>(formula, Groups::single(rows.count), rows,
+                                {with_grad ? grad_pred.mutable_data_ptr() : nullptr, pred.scalar_type()});
+    return std::tuple(Device::template sum<T>(term), grad_pred);
+  });
+}
+
+template <class Device>
+Tensor elbo_difference(const Tensor& pred, const Tensor& ref_pred, const Tensor& target, std::optional<Tensor> weight,
+                       bool element_mean) {
+  const Rows<3> rows({pred, target, ref_pred});
+  const auto dtype = rows.arithmetic();
+  weight = row_scalars(weight, dtype);
+  const Tensor delta = new_vector(pred, rows.count, dtype);
+  with_arithmetic(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const ElboDifference<T> formula{data_or_null<T>(weight), T(element_scale(element_mean, rows.size)),
+                                    mutable_data<T>(delta)};
+    Device::template rowwise<T>(formula, Groups::single(rows.count), rows);
+  });
+  return delta;
+}
+
+using LossOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // loss, delta, error_slope, grad_pred
+
+// One pass of an ELBO-difference loss: terms, deltas, slopes, and the gradient if asked for.
+template <class Device, class T, class Link>
+LossOutputs elbo_difference_loss(const Rows<3>& rows, const Groups& groups, std::optional<Tensor> weight,
+                                 bool element_mean, int64_t reduction, bool with_grad, const Link& link) {
+  const bool reduce = option<Reduction>(reduction) != Reduction::none;
+  const auto dtype = rows.arithmetic();
+  const Tensor& pred = rows.tensors[0];
+  weight = row_scalars(weight, dtype);
+  const Tensor term = new_vector(pred, groups.count, dtype);
+  const Tensor delta = new_vector(pred, groups.count, dtype);
+  const Tensor error_slope = new_vector(pred, rows.count, dtype);
+  const Tensor grad_pred =
+      with_grad ? Device::new_output(rows, pred.scalar_type()) : new_vector(pred, 0, pred.scalar_type());
+  const ElboDifferenceLoss<T, Link> formula{link,
+                                            groups,
+                                            data_or_null<T>(weight),
+                                            T(element_scale(element_mean, rows.size)),
+                                            mutable_data<T>(term),
+                                            mutable_data<T>(delta),
+                                            mutable_data<T>(error_slope)};
+  Device::template rowwise<T>(formula, groups, rows,
+                              {with_grad ? grad_pred.mutable_data_ptr() : nullptr, pred.scalar_type()});
+  return {reduce ? Device::template sum<T>(term) : term, delta, error_slope, grad_pred};
+}
+
+template <class Device>
+LossOutputs ddo_loss(const Tensor& pred, const Tensor& ref_pred, const Tensor& target,
+                     const std::optional<Tensor>& weight, bool element_mean, int64_t reduction,
+                     bool with_grad, const Tensor& is_real, std::optional<Tensor> counts, double alpha, double beta,
+                     int64_t mc_samples) {
+  const Rows<3> rows({pred, target, ref_pred});
+  const Groups groups = Groups::consecutive(rows.count, mc_samples);
+  const Tensor real = made_contiguous(is_real);
+  counts = row_scalars(counts, rows.arithmetic());
+  return with_arithmetic(rows.arithmetic(), [&](auto zero) {
+    using T = decltype(zero);
+    const bool mean = option<Reduction>(reduction) == Reduction::mean;
+    std::optional<typename Device::template FlagCounts<T>> own_counts;
+    if (mean && !counts) own_counts.emplace(real);
+    const T* n = !mean ? nullptr : counts ? data_or_null<T>(counts) : own_counts->data();
+    const DdoLink<T> link{flag_bytes(real), n, T(alpha), T(beta),
+                          T(1.0 / static_cast<double>(mc_samples))};
+    return elbo_difference_loss<Device, T>(rows, groups, weight, element_mean, reduction, with_grad, link);
+  });
+}
+
+template <class Device>
+LossOutputs diffusion_dpo_loss(const Tensor& pred, const Tensor& ref_pred, const Tensor& target,
+                               const std::optional<Tensor>& weight, bool element_mean, int64_t reduction,
+                               bool with_grad, double beta, int64_t kind) {
+  const Rows<3> rows({pred, target, ref_pred});
+  const Groups groups = Groups::halves(rows.count);
+  const bool mean = option<Reduction>(reduction) == Reduction::mean;
+  const double scale = mean ? 1.0 / static_cast<double>(std::max<int64_t>(groups.count, 1)) : 1.0;
+  return with_arithmetic(rows.arithmetic(), [&](auto zero) {
+    using T = decltype(zero);
+    const PreferenceLink<T> link{option<Preference>(kind), T(beta), T(scale)};
+    return elbo_difference_loss<Device, T>(rows, groups, weight, element_mean, reduction, with_grad, link);
+  });
+}
+
+template <class Device>
+void register_elbo(torch::stable::detail::StableLibrary& m) {
+  m.impl("elbo_error", TORCH_BOX(&elbo_error<Device>));
+  m.impl("elbo_error_backward", TORCH_BOX(&elbo_error_backward<Device>));
+  m.impl("l1_distance", TORCH_BOX(&l1_distance<Device>));
+  m.impl("elbo_difference", TORCH_BOX(&elbo_difference<Device>));
+  m.impl("ddo_loss", TORCH_BOX(&ddo_loss<Device>));
+  m.impl("diffusion_dpo_loss", TORCH_BOX(&diffusion_dpo_loss<Device>));
+}
+
+}  // namespace fastgen

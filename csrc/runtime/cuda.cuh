@@ -1,0 +1,96 @@
+// A GPU as device.h describes a device.
+#pragma once
+
+#include "../skeleton/paths.cuh"
+#include "../skeleton/rowwise.cuh"
+#include "../skeleton/sweep.cuh"
+
+namespace fastgen {
+
+namespace cuda {
+
+// One block each: these vectors have one number per group. In float64, in a fixed order.
+template <class T>
+__global__ void __launch_bounds__(kMaxThreads) sum_vector(const T* terms, int64_t n, T* out) {
+  __shared__ Exchange<double, 1> exchange;
+  double total[1] = {0};
+  for (int64_t i = threadIdx.x; i < n; i += kMaxThreads) total[0] += static_cast<double>(terms[i]);
+  block_sum(total, exchange);
+  if (threadIdx.x == 0) *out = static_cast<T>(total[0]);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kMaxThreads) count_flags(const uint8_t* flags, int64_t n, T* counts) {
+  __shared__ Exchange<int64_t, 1> exchange;
+  int64_t set[1] = {0};
+  for (int64_t i = threadIdx.x; i < n; i += kMaxThreads) set[0] += flags[i] != 0;
+  block_sum(set, exchange);
+  if (threadIdx.x == 0) {
+    counts[0] = static_cast<T>(set[0]);
+    counts[1] = static_cast<T>(n - set[0]);
+  }
+}
+
+}  // namespace cuda
+
+struct Cuda {
+  template <class T, class F, int N>
+  static void rowwise(const F& formula, const Groups& groups, const Rows<N>& rows, Output out = {}) {
+    cuda::rowwise<T>(formula, groups, rows, out);
+  }
+
+  template <int N>
+  static Tensor new_output(const Rows<N>& rows, ScalarType dtype) {
+    return empty_strided(rows.tensors[0], rows.tensors[0].sizes(), rows.out_strides, dtype);
+  }
+
+  static Tensor new_logits(const Tensor& logits) {
+    return empty_strided(logits, logits.sizes(), contiguous_strides(logits.sizes()), logits.scalar_type());
+  }
+
+  template <class T, class F, int N>
+  static void sweep(const F& formula, const TokenRows<N>& rows, Output out, int64_t width) {
+    cuda::sweep<T>(formula, rows, out, width);
+  }
+
+  template <class Costs, class T>
+  static Tensor solve_paths(const Costs& costs, const Tensor& like, int64_t nodes, int64_t edges, bool use_monge,
+                            T* totals) {
+    return cuda::solve_paths(costs, like, nodes, edges, use_monge, totals);
+  }
+
+  template <class Costs>
+  static void find_paths(const Costs& costs, const Tensor& table, int64_t problems, int64_t nodes, int64_t edges,
+                         bool use_monge, int64_t* steps) {
+    cuda::find_paths(costs, table, problems, nodes, edges, use_monge, steps);
+  }
+
+  template <class Costs>
+  static void inspect_costs(const Costs& costs, const Tensor& like, int64_t problems, int64_t nodes, bool certify,
+                            int64_t* status) {
+    cuda::inspect_costs(costs, like, problems, nodes, certify, status);
+  }
+
+  template <class T>
+  static Tensor sum(const Tensor& terms) {
+    const Tensor out = new_scalar(terms, terms.scalar_type());
+    cuda::Launch{terms}(&cuda::sum_vector<T>, 1, dim3(cuda::kMaxThreads), 0, 1,
+                        static_cast<const T*>(terms.const_data_ptr()), terms.numel(), mutable_data<T>(out));
+    return out;
+  }
+
+  // Counted on the device: the formula that divides by them runs there too, later on the same stream.
+  template <class T>
+  struct FlagCounts {
+    Tensor counts;
+
+    explicit FlagCounts(const Tensor& flags)
+        : counts(new_vector(flags, 2, sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float)) {
+      cuda::Launch{flags}(&cuda::count_flags<T>, 1, dim3(cuda::kMaxThreads), 0, 1, flag_bytes(flags),
+                          flags.numel(), mutable_data<T>(counts));
+    }
+    const T* data() const { return static_cast<const T*>(counts.const_data_ptr()); }
+  };
+};
+
+}  // namespace fastgen

@@ -1,0 +1,34 @@
+// What an operator asks of a device. The operators of a family are written once, in csrc/<family>.h, over a `Device`,
+// which is `Cpu` (cpu.h) or `Cuda` (cuda.cuh):
+//
+//   struct Device {
+//     // The skeletons (skeleton/formula.h): run `formula` over the first F::kStreams streams of `rows`, writing to
+//     // `out` if it has data. A sweep's output is [..., width].
+//     template <class T, class F, int N>
+//     static void rowwise(const F& formula, const Groups&, const Rows<N>& rows, Output out = {});
+//     template <class T, class F, int N>
+//     static void sweep(const F& formula, const TokenRows<N>& rows, Output out, int64_t width);
+//     // The (min, +) skeleton, over Costs (skeleton/costs.h): skeleton/paths.h says what each does.
+//     static Tensor solve_paths(costs, like, nodes, edges, use_monge, totals);
+//     static void find_paths(costs, table, problems, nodes, edges, use_monge, steps);
+//     static void inspect_costs(costs, like, problems, nodes, certify, status);
+//     // An output of the rows' shape and layout; a contiguous one of the shape of `logits`.
+//     template <int N> static Tensor new_output(const Rows<N>&, ScalarType);
+//     static Tensor new_logits(const Tensor& logits);
+//     // The sum of a vector, 0-dimensional; 0 for an empty one.
+//     template <class T> static Tensor sum(const Tensor& terms);
+//     // {true flags, false flags} of a bool vector, where the device's formulas can read them.
+//     template <class T> struct FlagCounts { explicit FlagCounts(const Tensor& flags); const T* data() const; };
+//   };
+#pragma once
+
+#include "../skeleton/formula.h"
+#include "rows.h"
+
+namespace fastgen {
+
+// A formula with `bool idle() const` may find, from numbers on its device, that it has nothing to do.
+template <class F>
+concept MayBeIdle = requires(const F& formula) { formula.idle(); };
+
+}  // namespace fastgen

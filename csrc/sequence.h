@@ -1,0 +1,419 @@
+// Losses over rows of logits.
+#pragma once
+
+#include <tuple>
+
+#include "elbo.h"
+#include "runtime/device.h"
+#include "runtime/options.h"
+#include "runtime/token_rows.h"
+#include "skeleton/exp.h"
+
+namespace fastgen {
+
+template <class T>
+struct Tokens {
+  const int64_t* token;
+  int64_t ignore_index, vocabulary;
+
+  FASTGEN_HD bool ignored(int64_t row) const { return token[row] == ignore_index; }
+  FASTGEN_HD bool inside(int64_t row) const { return token[row] >= 0 && token[row] < vocabulary; }
+};
+
+// logprob[row] = (v_token - max) / temperature - log sum
+template <class T>
+struct TokenLogprob {
+  static constexpr int kStreams = 1, kSums = 0, kParts = 0;
+  static constexpr bool kNormalizes = true;
+  using Row = Softmax<T>;
+  Tokens<T> tokens;
+  T inverse_temperature;
+  T* logprob;
+  Softmax<T*> saved;
+
+  FASTGEN_HD bool ignored(int64_t row) const { return tokens.ignored(row); }
+  FASTGEN_HD void ignore(int64_t row) const { logprob[row] = saved.max[row] = saved.sum[row] = T(0); }
+  FASTGEN_HD Row row(int64_t, const Softmax<T>* streams) const { return streams[0]; }
+  FASTGEN_HD void epilogue(int64_t row, Row& constants, const T*) const {
+    saved.max[row] = constants.max, saved.sum[row] = constants.sum;
+    if (!tokens.inside(row)) logprob[row] = static_cast<T>(NAN);
+  }
+  FASTGEN_HD int64_t picked(int64_t row) const { return tokens.token[row]; }
+  FASTGEN_HD void pick(int64_t row, const Row& constants, T v) const {
+    logprob[row] = (v - base_of(constants.max)) * inverse_temperature - std::log(constants.sum);
+  }
+};
+
+// grad[row] * (onehot - softmax) / temperature
+template <class T>
+struct TokenLogprobBackward {
+  static constexpr int kStreams = 1, kSums = 0, kParts = 1;
+  static constexpr bool kNormalizes = false;
+  struct Row {
+    T max, coefficient, share, log_sum;
+  };
+  Tokens<T> tokens;
+  T inverse_temperature;
+  const T* grad;
+  Softmax<const T*> saved;
+
+  FASTGEN_HD bool ignored(int64_t row) const { return tokens.ignored(row) || !tokens.inside(row); }
+  FASTGEN_HD void ignore(int64_t) const {}
+  FASTGEN_HD Row row(int64_t row, const Softmax<T>*) const {
+    const T coefficient = grad[row] * inverse_temperature, sum = saved.sum[row];
+    return {base_of(saved.max[row]), coefficient, -coefficient / sum, std::log(sum)};
+  }
+  FASTGEN_HD T scaled(const Row& row, T v) const { return (v - row.max) * inverse_temperature; }
+  FASTGEN_HD void element(const Row& row, const T* v, T* parts, T*) const { parts[0] = exp_of(scaled(row, v[0])); }
+  FASTGEN_HD void epilogue(int64_t, Row&, const T*) const {}
+  FASTGEN_HD T map(const Row& row, const T* parts) const { return row.share * parts[0]; }
+  FASTGEN_HD int64_t picked(int64_t row) const { return tokens.token[row]; }
+  FASTGEN_HD T map_picked(const Row& row, T v) const {
+    return -row.coefficient * exponential(scaled(row, v) - row.log_sum).minus_one;
+  }
+};
+
+// DDO over sequences: delta[i] = Σ_t logprob - ref_logprob. A row-wise formula (formula.h), not a sweep.
+template <class T>
+struct SequenceDdoLoss {
+  static constexpr int kStreams = 2, kSums = 1, kMapStreams = 0;
+  using Row = ScaledRow<T>;
+  DdoLink<T> link;
+  T scale;
+  T* term;
+  T* delta;
+  T* slope;  // d term / d delta
+
+  FASTGEN_HD Row row(int64_t, int64_t) const { return {T(1)}; }
+  FASTGEN_HD void accumulate(const Row&, const T* v, T* sums) const { sums[0] += v[0] - v[1]; }
+  FASTGEN_HD T epilogue(int64_t group, const T* sums) const {
+    T s;
+    delta[group] = sums[0];
+    term[group] = scale * link.term(group, sums[0], &s);
+    return slope[group] = scale * s;
+  }
+};
+
+// Between a teacher P and a student Q, M = beta P + (1 - beta) Q.
+enum class Divergence {
+  forward,  // KL(P‖Q)
+  mixed,    // beta KL(P‖M) + (1 - beta) KL(Q‖M)
+  reverse,  // KL(Q‖P)
+};
+
+template <class T>
+struct JsdRow {
+  T student_offset, teacher_offset;                          // one of them is 0
+  T student_max, student_share, teacher_max, teacher_share;  // without the offsets; share: 1 / sum
+  T shift;  // teacher - student: of the maxima without the offsets / temperature + the logarithms of the sums
+  T coefficient, center;
+};
+
+// What `high` lies above `low`, rounded to a multiple of the last place of all logits of these maxima that matter (from
+// 16 temperatures below): it can be subtracted from the logits of larger magnitude without rounding them.
+template <class T>
+FASTGEN_HD T exact_offset(T high, T low, T inverse_temperature) {
+  const T largest = std::abs(high) > std::abs(low) ? std::abs(high) : std::abs(low);
+  const T reach = largest + T(16) / inverse_temperature;
+  const T grain = T(24) * (reach < T(1e29) ? reach : T(1e29));  // adding it rounds to its last place, 16 to 32 of reach's
+  return ((high - low) + grain) - grain;
+}
+
+// What both the loss and its backward do with a pair of logits.
+//
+// With x = log Q, y = log P everything follows from d = y - x, the larger of the two probabilities and the ratio
+// e^-|d| of the smaller to it: nothing overflows, log(M / larger) is a log1p, and where the student is close to the
+// teacher no digits cancel. (Logits of close models subtract exactly, so d is formed of the logits themselves. What the
+// one row lies above the other, which means nothing, is first taken from the row of the larger logits, exactly too.)
+//
+//             gradient / coefficient       loss
+//   forward   Q - P                        Σ P d + (Q - P)
+//   mixed     Q (a - Σ Q a), a = x - log M   Σ beta P (y - log M) + (1 - beta) Q a
+//   reverse   Q (a - Σ Q a), a = x - y       Σ Q a - (Q - P)
+//
+// In the loss Q - P, which sums to 0, makes every summand non-negative and cancels what the rounding of the sums adds.
+// 0 log 0 = 0.
+template <class T, Divergence D>
+struct JsdElement {
+  static constexpr int kParts = D == Divergence::forward ? 1 : 2;  // Q - P; or Q and a
+  T beta, rest;  // rest: 1 - beta, which float would round
+  T inverse_temperature;
+
+  FASTGEN_HD JsdRow<T> row(const Softmax<T>& student, const Softmax<T>& teacher, T coefficient, T center) const {
+    T s = base_of(student.max), t = base_of(teacher.max);
+    const T above = exact_offset(t, s, inverse_temperature);
+    const bool of_teacher = std::abs(t) > std::abs(s);
+    const T student_offset = of_teacher ? T(0) : -above, teacher_offset = of_teacher ? above : T(0);
+    s -= student_offset, t -= teacher_offset;
+    const T shift = (t - s) * inverse_temperature + std::log(teacher.sum / student.sum);
+    return {student_offset, teacher_offset, s, T(1) / student.sum, t, T(1) / teacher.sum, shift, coefficient, center};
+  }
+
+  FASTGEN_HD void element(const JsdRow<T>& row, const T* v, T* parts, T* sums) const {
+    const T s = v[0] - row.student_offset, t = v[1] - row.teacher_offset;
+    // Equal logits may both be -inf.
+    const T d = (s == t ? T(0) : t - s) * inverse_temperature - row.shift;
+    const bool teacher_larger = d > T(0);
+    // Finite, so that what has probability 0 adds 0 without a mask; the ends of beta can be infinite and need d itself.
+    const T gap = -std::abs(d) < T(-1e30) ? T(-1e30) : -std::abs(d);
+    const T above = teacher_larger ? t - row.teacher_max : s - row.student_max;
+    const T larger = exp_of(above * inverse_temperature) * (teacher_larger ? row.teacher_share : row.student_share);
+    const Exponential<T> ratio = exponential(gap);
+    const T smaller = larger * ratio.value;
+    if constexpr (D == Divergence::mixed) {
+      const T of_larger = teacher_larger ? beta : rest, of_smaller = teacher_larger ? rest : beta;
+      const T log_m = log_of(of_larger + of_smaller * ratio.value, of_smaller * ratio.minus_one);  // log(M / larger)
+      const T log_smaller = gap - log_m;  // log(smaller / M)
+      const T a = larger * -log_m, b = smaller * log_smaller;
+      parts[0] = teacher_larger ? smaller : larger, parts[1] = teacher_larger ? log_smaller : -log_m;
+      sums[0] += of_larger * a + of_smaller * b, sums[1] += teacher_larger ? b : a;
+    } else {
+      const T difference = larger * (teacher_larger ? ratio.minus_one : -ratio.minus_one);  // Q - P
+      if constexpr (D == Divergence::forward) {
+        const T p = teacher_larger ? larger : smaller;
+        parts[0] = difference;
+        sums[0] += (p == T(0) ? T(0) : p * d) + difference;
+      } else {
+        const T q = teacher_larger ? smaller : larger, a = q == T(0) ? T(0) : -d;
+        parts[0] = q, parts[1] = a;
+        sums[0] += q * a - difference, sums[1] += q * a;
+      }
+    }
+  }
+
+  FASTGEN_HD T gradient(const JsdRow<T>& row, const T* parts) const {
+    if constexpr (D == Divergence::forward) return row.coefficient * parts[0];
+    else return row.coefficient * (parts[0] * (parts[1] - row.center));
+  }
+
+  FASTGEN_HD T gradient_scale() const {
+    return (D == Divergence::mixed ? rest : T(1)) * inverse_temperature;
+  }
+};
+
+// Where the row statistics of a divergence lie: five vectors.
+template <class T>
+struct JsdStats {
+  Softmax<T*> student, teacher;
+  T* center;
+
+  FASTGEN_HD void store(int64_t row, const Softmax<T>& s, const Softmax<T>& t, T c) const {
+    student.max[row] = s.max, student.sum[row] = s.sum;
+    teacher.max[row] = t.max, teacher.sum[row] = t.sum;
+    center[row] = c;
+  }
+};
+
+template <class T>
+FASTGEN_HD bool label_ignored(const int64_t* labels, int64_t ignore_index, int64_t row) {
+  return labels != nullptr && labels[row] == ignore_index;
+}
+
+template <class T, Divergence D>
+struct GeneralizedJsd {
+  static constexpr int kStreams = 2, kSums = 2, kParts = JsdElement<T, D>::kParts;
+  static constexpr bool kNormalizes = true;
+  struct Row {
+    JsdRow<T> of;
+    Softmax<T> student, teacher;
+  };
+  JsdElement<T, D> of;
+  T inverse_temperature;
+  const int64_t* labels;  // may be null
+  int64_t ignore_index;
+  const T* scale;  // one number; may be null: 1
+  T* loss;
+  JsdStats<T> stats;
+
+  FASTGEN_HD bool ignored(int64_t row) const { return label_ignored<T>(labels, ignore_index, row); }
+  FASTGEN_HD void ignore(int64_t row) const {
+    loss[row] = T(0);
+    stats.store(row, {}, {}, T(0));
+  }
+  FASTGEN_HD Row row(int64_t, const Softmax<T>* streams) const {
+    const T coefficient = (scale ? *scale : T(1)) * of.gradient_scale();
+    return {of.row(streams[0], streams[1], coefficient, T(0)), streams[0], streams[1]};
+  }
+  FASTGEN_HD void element(const Row& row, const T* v, T* parts, T* sums) const { of.element(row.of, v, parts, sums); }
+  FASTGEN_HD void epilogue(int64_t row, Row& constants, const T* sums) const {
+    constants.of.center = D == Divergence::forward ? T(0) : sums[1];
+    loss[row] = (scale ? *scale : T(1)) * sums[0];
+    stats.store(row, constants.student, constants.teacher, constants.of.center);
+  }
+  FASTGEN_HD T map(const Row& row, const T* parts) const { return of.gradient(row.of, parts); }
+};
+
+template <class T, Divergence D>
+struct GeneralizedJsdBackward {
+  static constexpr int kStreams = 2, kSums = 0, kParts = JsdElement<T, D>::kParts;
+  static constexpr bool kNormalizes = false;
+  using Row = JsdRow<T>;
+  JsdElement<T, D> of;
+  T inverse_temperature;
+  const int64_t* labels;
+  int64_t ignore_index;
+  const T* grad;  // one number a row
+  JsdStats<T> stats;
+
+  FASTGEN_HD bool ignored(int64_t row) const { return label_ignored<T>(labels, ignore_index, row); }
+  FASTGEN_HD void ignore(int64_t) const {}
+  FASTGEN_HD Row row(int64_t row, const Softmax<T>*) const {
+    return of.row({stats.student.max[row], stats.student.sum[row]}, {stats.teacher.max[row], stats.teacher.sum[row]},
+                  grad[row] * of.gradient_scale(), stats.center[row]);
+  }
+  FASTGEN_HD void element(const Row& row, const T* v, T* parts, T*) const {
+    T unused[2] = {};
+    of.element(row, v, parts, unused);
+  }
+  FASTGEN_HD void epilogue(int64_t, Row&, const T*) const {}
+  FASTGEN_HD T map(const Row& row, const T* parts) const { return of.gradient(row, parts); }
+};
+
+template <class T>
+Tokens<T> tokens_of(const Tensor& contiguous_tokens, const Tensor& logits, int64_t ignore_index) {
+  return {static_cast<const int64_t*>(contiguous_tokens.const_data_ptr()), ignore_index, logits.size(-1)};
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor> token_logprob(const Tensor& logits, const Tensor& tokens, double temperature,
+                                         int64_t ignore_index) {
+  const TokenRows<1> rows({logits});
+  const auto dtype = rows.arithmetic();
+  const Tensor indices = made_contiguous(tokens);
+  const Tensor logprob = new_per_row(logits, dtype), stats = new_per_row(logits, dtype, 2);
+  with_arithmetic(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    T* saved = mutable_data<T>(stats);
+    const TokenLogprob<T> formula{tokens_of<T>(indices, logits, ignore_index), T(1 / temperature),
+                                  mutable_data<T>(logprob), {saved, saved + rows.count}};
+    Device::template sweep<T>(formula, rows, Output{}, 0);
+  });
+  return {logprob, stats};
+}
+
+template <class Device>
+Tensor token_logprob_backward(const Tensor& grad, const Tensor& logits, const Tensor& tokens, const Tensor& stats,
+                              double temperature, int64_t ignore_index) {
+  const TokenRows<1> rows({logits});
+  const auto dtype = rows.arithmetic();
+  const Tensor indices = made_contiguous(tokens), saved = made_contiguous(stats);
+  const auto row_grad = row_scalars(grad, dtype);
+  const Tensor grad_logits = Device::new_logits(logits);
+  with_arithmetic(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const T* s = static_cast<const T*>(saved.const_data_ptr());
+    const TokenLogprobBackward<T> formula{tokens_of<T>(indices, logits, ignore_index), T(1 / temperature),
+                                          data_or_null<T>(row_grad), {s, s + rows.count}};
+    Device::template sweep<T>(formula, rows, Output{grad_logits.mutable_data_ptr(), logits.scalar_type()},
+                              logits.size(-1));
+  });
+  return grad_logits;
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor> sequence_ddo_loss(const Tensor& logprob, const Tensor& ref_logprob,
+                                                     const Tensor& is_real, std::optional<Tensor> counts, double alpha,
+                                                     double beta, double scale, int64_t reduction) {
+  const Rows<2> rows({logprob, ref_logprob});
+  const auto dtype = rows.arithmetic();
+  const Tensor real = made_contiguous(is_real);
+  counts = row_scalars(counts, dtype);
+  const Tensor term = new_vector(logprob, rows.count, dtype), delta = new_vector(logprob, rows.count, dtype);
+  const Tensor slope = new_vector(logprob, rows.count, dtype);
+  const Tensor loss = with_arithmetic(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    std::optional<typename Device::template FlagCounts<T>> own_counts;
+    const bool mean = option<Reduction>(reduction) == Reduction::mean;
+    if (mean && !counts) own_counts.emplace(real);
+    const T* n = !mean ? nullptr : counts ? data_or_null<T>(counts) : own_counts->data();
+    const SequenceDdoLoss<T> formula{{flag_bytes(real), n, T(alpha), T(beta), T(1)},
+                                     T(scale),
+                                     mutable_data<T>(term),
+                                     mutable_data<T>(delta),
+                                     mutable_data<T>(slope)};
+    Device::template rowwise<T>(formula, Groups::single(rows.count), rows);
+    return option<Reduction>(reduction) == Reduction::none ? term : Device::template sum<T>(term);
+  });
+  return {loss, delta, slope};
+}
+
+template <class F>
+void with_divergence(double beta, const F& f) {
+  if (beta == 0) f(std::integral_constant<Divergence, Divergence::forward>{});
+  else if (beta == 1) f(std::integral_constant<Divergence, Divergence::reverse>{});
+  else f(std::integral_constant<Divergence, Divergence::mixed>{});
+}
+
+template <class T>
+JsdStats<T> jsd_stats(const Tensor& stats, int64_t rows) {
+  T* s = mutable_data<T>(stats);
+  return {{s, s + rows}, {s + 2 * rows, s + 3 * rows}, s + 4 * rows};
+}
+
+inline const int64_t* labels_or_null(const std::optional<Tensor>& labels) {
+  return labels ? static_cast<const int64_t*>(labels->const_data_ptr()) : nullptr;
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor> generalized_jsd(const Tensor& student, const Tensor& teacher,
+                                                   std::optional<Tensor> labels, const std::optional<Tensor>& scale,
+                                                   double beta, double temperature, int64_t ignore_index,
+                                                   int64_t reduction, bool with_grad) {
+  const TokenRows<2> rows({student, teacher});
+  const auto dtype = rows.arithmetic();
+  if (labels) labels = made_contiguous(*labels);
+  const auto factor = row_scalars(scale, dtype);
+  const Tensor loss = new_per_row(student, dtype), stats = new_per_row(student, dtype, 5);
+  const Tensor grad = with_grad ? Device::new_logits(student) : new_vector(student, 0, student.scalar_type());
+  return with_arithmetic(dtype, [&](auto zero) -> std::tuple<Tensor, Tensor, Tensor> {
+    using T = decltype(zero);
+    with_divergence(beta, [&](auto divergence) {
+      constexpr Divergence D = decltype(divergence)::value;
+      const T inverse = T(1 / temperature);
+      const GeneralizedJsd<T, D> formula{{T(beta), T(1 - beta), inverse},        inverse,
+                                         labels_or_null(labels),    ignore_index,
+                                         data_or_null<T>(factor),   mutable_data<T>(loss),
+                                         jsd_stats<T>(stats, rows.count)};
+      Device::template sweep<T>(formula, rows,
+                                Output{with_grad ? grad.mutable_data_ptr() : nullptr, student.scalar_type()},
+                                student.size(-1));
+    });
+    return {option<Reduction>(reduction) == Reduction::none ? loss : Device::template sum<T>(loss), stats, grad};
+  });
+}
+
+template <class Device>
+Tensor generalized_jsd_backward(const Tensor& grad, const Tensor& student, const Tensor& teacher,
+                                std::optional<Tensor> labels, const Tensor& stats, double beta, double temperature,
+                                int64_t ignore_index) {
+  const TokenRows<2> rows({student, teacher});
+  const auto dtype = rows.arithmetic();
+  if (labels) labels = made_contiguous(*labels);
+  const auto row_grad = row_scalars(grad, dtype);
+  const Tensor saved = made_contiguous(stats);
+  const Tensor grad_student = Device::new_logits(student);
+  with_arithmetic(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    with_divergence(beta, [&](auto divergence) {
+      constexpr Divergence D = decltype(divergence)::value;
+      const T inverse = T(1 / temperature);
+      const GeneralizedJsdBackward<T, D> formula{{T(beta), T(1 - beta), inverse},         inverse,
+                                                 labels_or_null(labels),     ignore_index,
+                                                 data_or_null<T>(row_grad),  jsd_stats<T>(saved, rows.count)};
+      Device::template sweep<T>(formula, rows, Output{grad_student.mutable_data_ptr(), student.scalar_type()},
+                                student.size(-1));
+    });
+  });
+  return grad_student;
+}
+
+template <class Device>
+void register_sequence(torch::stable::detail::StableLibrary& m) {
+  m.impl("token_logprob", TORCH_BOX(&token_logprob<Device>));
+  m.impl("token_logprob_backward", TORCH_BOX(&token_logprob_backward<Device>));
+  m.impl("sequence_ddo_loss", TORCH_BOX(&sequence_ddo_loss<Device>));
+  m.impl("generalized_jsd", TORCH_BOX(&generalized_jsd<Device>));
+  m.impl("generalized_jsd_backward", TORCH_BOX(&generalized_jsd_backward<Device>));
+}
+
+}  // namespace fastgen
