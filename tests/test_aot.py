@@ -25,6 +25,7 @@ MORE_REGISTERS |= {"langevin_step_": 64, "sds_loss": 112, "vsd_loss": 112, "dmd_
 # Two whole rows of 16384 float32: 128 still let one program of 512 threads run. (Features come in rows of 4096.)
 MORE_REGISTERS["feature_distance"] = 128
 MORE_REGISTERS["_sweep normalizers to results generalized_jsd_loss"] = 128
+MORE_REGISTERS["fake_score_loss"] = 64  # its target, of a float32 and a half-precision stream
 # ptxas for sm_100 trades registers of a few looped kernels, of steps of four streams and of float32 beside bfloat16
 # logits, for occupancy. Triton 3.9 does so for sm_90 too, with 24 bytes in the gradient of a mixed divergence; 3.7 not.
 SPILL_BYTES = {80: 0, 90: 24, 100: 24}
@@ -52,7 +53,9 @@ def check(found):
     for r in found:
         what = f"{r['kernel']} ({r['variant']}) for sm_{r['arch']}"
         assert r["spill_bytes"] <= SPILL_BYTES[r["arch"]], f"{what} spills {r['spill_bytes']} bytes"
-        if " narrow" not in r["variant"]:  # rows that start at different places have single elements
+        # Rows that start at different places have single elements; log-probabilities of a sequence are few.
+        of_tokens = r["variant"].startswith("sequence_ddo_loss") and not r["kernel"].startswith("_sweep")
+        if " narrow" not in r["variant"] and not of_tokens:
             assert r["narrow_reads"] == r["narrow_writes"] == 0, f"{what}: loads {r['loads']}, stores {r['stores']}"
         function = re.match(r"\w+", r["variant"])[0]
         more = (MORE_REGISTERS.get(key, 0) for key in (function, f"{r['kernel']} {function}"))
