@@ -106,8 +106,13 @@ struct ElboDifference {
   FASTGEN_HD T epilogue(int64_t group, const T* sums) const { return delta[group] = sums[0]; }
 };
 
-// A loss of the group's m = sum_r share_r * delta_r. Link: share(rank), and term(group, m, slope), which sets d term/d m.
-// Everything in one pass: terms, m, the slope of every row's error (for a later backward), and the gradient.
+// A loss of the group's m = sum_r share_r * delta_r. Link: term(group, m, slope), which sets d term/d m; and share(rank),
+// where a group is not a row.
+// Everything in one pass: terms, m, the slope of every row's error (for a later backward), and the gradient. A link whose
+// members are its operator's own arguments, in their order, is all of it: see difference_loss() in operators/elbo.h.
+template <class Link>
+concept Shares = requires(const Link& link) { link.share(0); };
+
 template <class T, class Link>
 struct ElboDifferenceLoss {
   static constexpr int kStreams = 3, kSums = 1, kMapStreams = 2;
@@ -115,13 +120,19 @@ struct ElboDifferenceLoss {
   Link link;
   Groups groups;
   const T* weight;
-  T scale;
+  T scale, term_scale;  // of a row's sum, of a term in the loss
   T* term;         // [groups]
   T* delta;        // [groups]
   T* error_slope;  // [rows]: d term / d error_r, where error_r = w_r * scale * sum_D (p - y)^2
 
+  FASTGEN_HD T share(int64_t rank) const {
+    if constexpr (Shares<Link>)
+      return link.share(rank);
+    else
+      return T(1);
+  }
   FASTGEN_HD Row row(int64_t row, int64_t rank) const {
-    return {link.share(rank) * (weight ? weight[row] * scale : scale)};
+    return {share(rank) * (weight ? weight[row] * scale : scale)};
   }
   FASTGEN_HD void accumulate(const Row&, const T* v, T* sums) const {
     sums[0] += elbo_difference_element(v[0], v[1], v[2]);
@@ -129,8 +140,9 @@ struct ElboDifferenceLoss {
   FASTGEN_HD T epilogue(int64_t group, const T* sums) const {
     T slope;
     delta[group] = sums[0];
-    term[group] = link.term(group, sums[0], &slope);
-    for (int64_t r = 0; r < groups.rows; ++r) error_slope[groups.row(group, r)] = -slope * link.share(r);
+    term[group] = term_scale * link.term(group, sums[0], &slope);
+    slope *= term_scale;
+    for (int64_t r = 0; r < groups.rows; ++r) error_slope[groups.row(group, r)] = -slope * share(r);
     return slope;
   }
   FASTGEN_HD T coefficient(int64_t, int64_t, const Row& constants, T slope) const { return -slope * constants.scale; }
@@ -154,30 +166,31 @@ struct DdoLink {
   }
 };
 
-enum class Preference : int { sigmoid, ipo, hinge };
+enum class Preference : int64_t { sigmoid, ipo, hinge };
 
-// A preference loss of m = delta_winner - delta_loser, scaled by 1/pairs for the mean.
+// A preference loss of m = delta_winner - delta_loser.
 template <class T>
 struct PreferenceLink {
-  Preference kind;
-  T beta, scale;
+  T beta;
+  int64_t kind;
 
+  static Groups groups(int64_t rows) { return Groups::halves(rows); }
   FASTGEN_HD T share(int64_t rank) const { return rank == 0 ? T(1) : T(-1); }
   FASTGEN_HD T term(int64_t, T m, T* slope) const {
-    switch (kind) {
+    switch (static_cast<Preference>(kind)) {
       case Preference::sigmoid:
-        *slope = scale * T(-0.5) * beta * sigmoid(T(-0.5) * beta * m);
-        return scale * softplus(T(-0.5) * beta * m);
+        *slope = T(-0.5) * beta * sigmoid(T(-0.5) * beta * m);
+        return softplus(T(-0.5) * beta * m);
       case Preference::ipo: {
         const T d = m - T(0.5) / beta;
-        *slope = scale * T(2) * d;
-        return scale * d * d;
+        *slope = T(2) * d;
+        return d * d;
       }
       default: {
         const T d = T(1) - beta * m;
         const bool flat = d <= T(0);  // false for NaN, which must stay NaN
-        *slope = flat ? T(0) : -scale * beta + T(0) * d;
-        return flat ? T(0) : scale * d;
+        *slope = flat ? T(0) : -beta + T(0) * d;
+        return flat ? T(0) : d;
       }
     }
   }

@@ -97,7 +97,7 @@ using LossOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // loss, delta,
 // One pass of an ELBO-difference loss: terms, deltas, slopes, and the gradient if asked for.
 template <class Device, class T, class Link>
 LossOutputs elbo_difference_loss(const Rows<3>& rows, const Groups& groups, std::optional<Tensor> weight,
-                                 bool element_mean, bool reduce, bool with_grad, const Link& link) {
+                                 bool element_mean, int64_t reduction, double scale, bool with_grad, const Link& link) {
   const auto dtype = rows.arithmetic();
   const Tensor& pred = rows.tensors[0];
   weight = row_scalars(weight, dtype);
@@ -110,17 +110,19 @@ LossOutputs elbo_difference_loss(const Rows<3>& rows, const Groups& groups, std:
                                             groups,
                                             data_or_null<T>(weight),
                                             T(element_scale(element_mean, rows.size)),
+                                            T(scale),
                                             mutable_data<T>(term),
                                             mutable_data<T>(delta),
                                             mutable_data<T>(error_slope)};
   Device::template rowwise<T>(formula, groups, rows,
                               {with_grad ? grad_pred.mutable_data_ptr() : nullptr, pred.scalar_type()});
+  const bool reduce = option<Reduction>(reduction) != Reduction::none;
   return {reduce ? Device::template sum<T>(term) : term, delta, error_slope, grad_pred};
 }
 
 template <class Device>
 LossOutputs ddo_loss(const Tensor& pred, const Tensor& ref_pred, const Tensor& target,
-                     const std::optional<Tensor>& weight, bool element_mean, int64_t reduction,
+                     const std::optional<Tensor>& weight, bool element_mean, int64_t reduction, double scale,
                      bool with_grad, const Tensor& is_real, std::optional<Tensor> counts, double alpha, double beta,
                      int64_t mc_samples) {
   const Rows<3> rows({pred, target, ref_pred});
@@ -133,23 +135,43 @@ LossOutputs ddo_loss(const Tensor& pred, const Tensor& ref_pred, const Tensor& t
     std::optional<typename Device::template FlagCounts<T>> own_counts;
     if (mean && !counts) own_counts.emplace(real);
     const T* n = !mean ? nullptr : counts ? data_or_null<T>(counts) : own_counts->data();
-    const DdoLink<T> link{flag_bytes(real), n, T(alpha), T(beta),
-                          T(1.0 / static_cast<double>(mc_samples))};
-    return elbo_difference_loss<Device, T>(rows, groups, weight, element_mean, option<Reduction>(reduction) != Reduction::none, with_grad, link);
+    const DdoLink<T> link{flag_bytes(real), n, T(alpha), T(beta), T(1.0 / static_cast<double>(mc_samples))};
+    return elbo_difference_loss<Device, T>(rows, groups, weight, element_mean, reduction, scale, with_grad, link);
   });
 }
 
-template <class Device>
-LossOutputs diffusion_dpo_loss(const Tensor& pred, const Tensor& ref_pred, const Tensor& target,
-                               const std::optional<Tensor>& weight, bool element_mean, int64_t reduction,
-                               bool with_grad, double beta, int64_t kind) {
+// A tensor as a link's member: the bytes of flags, or numbers in the arithmetic type.
+template <class T>
+struct TensorMember {
+  const void* data;
+  operator const uint8_t*() const { return static_cast<const uint8_t*>(data); }
+  operator const T*() const { return static_cast<const T*>(data); }
+};
+template <class T> TensorMember<T> link_member(const Tensor& t) { return {t.const_data_ptr()}; }
+template <class T> T link_member(double number) { return static_cast<T>(number); }
+template <class T> int64_t link_member(int64_t option) { return option; }
+
+inline Tensor readable(const Tensor& t, ScalarType dtype) {
+  return t.scalar_type() == ScalarType::Bool ? made_contiguous(t) : *row_scalars(t, dtype);
+}
+template <class Number>
+Number readable(Number number, ScalarType) {
+  return number;
+}
+
+// A loss over ELBO differences that is its link: the operator's own arguments are the link's members, in their order.
+template <class Device, template <class> class Link, class... Own>
+LossOutputs difference_loss(const Tensor& pred, const Tensor& ref_pred, const Tensor& target,
+                            const std::optional<Tensor>& weight, bool element_mean, int64_t reduction, double scale,
+                            bool with_grad, Own... own) {
   const Rows<3> rows({pred, target, ref_pred});
-  const Groups groups = Groups::halves(rows.count);
-  const double scale = option<Reduction>(reduction) == Reduction::mean ? 1.0 / static_cast<double>(std::max<int64_t>(groups.count, 1)) : 1.0;
+  ((own = readable(own, rows.arithmetic())), ...);
   return with_arithmetic(rows.arithmetic(), [&](auto zero) {
     using T = decltype(zero);
-    const PreferenceLink<T> link{option<Preference>(kind), T(beta), T(scale)};
-    return elbo_difference_loss<Device, T>(rows, groups, weight, element_mean, option<Reduction>(reduction) != Reduction::none, with_grad, link);
+    const Link<T> link{link_member<T>(own)...};
+    Groups groups = Groups::single(rows.count);
+    if constexpr (Shares<Link<T>>) groups = Link<T>::groups(rows.count);
+    return elbo_difference_loss<Device, T>(rows, groups, weight, element_mean, reduction, scale, with_grad, link);
   });
 }
 
@@ -160,7 +182,7 @@ void register_elbo(torch::stable::detail::StableLibrary& m) {
   m.impl("l1_distance", TORCH_BOX(&l1_distance<Device>));
   m.impl("elbo_difference", TORCH_BOX(&elbo_difference<Device>));
   m.impl("ddo_loss", TORCH_BOX(&ddo_loss<Device>));
-  m.impl("diffusion_dpo_loss", TORCH_BOX(&diffusion_dpo_loss<Device>));
+  m.impl("diffusion_dpo_loss", TORCH_BOX((&difference_loss<Device, PreferenceLink, double, int64_t>)));
 }
 
 }  // namespace fastgen

@@ -10,6 +10,8 @@ from ..core import checks, dispatch, distributed
 from ..core.autograd import FusedLoss
 from . import operators, reference
 
+__all__ = ["ddo_loss", "diffusion_dpo_loss", "elbo_difference", "elbo_error"]
+
 REDUCTIONS = ("mean", "sum", "none")
 ELEMENT_REDUCTIONS = ("mean", "sum")
 
@@ -18,6 +20,40 @@ def _backend_of(op: FusedLoss, pred: Tensor) -> str:
     if distributed.is_dtensor(pred):
         distributed.register_sharding_rules()
     return dispatch.backend_for(op.name, pred.device.type)
+
+
+def _shared(
+    pred: Tensor, ref_pred: Tensor, target: Tensor, weight: Tensor | None, element_reduction: str, reduction: str
+) -> dict[str, Any]:
+    """What all losses over ELBO differences take, checked."""
+    checks.streams(pred=pred, ref_pred=ref_pred, target=target)
+    checks.per_row("weight", weight, pred)
+    checks.choice("element_reduction", element_reduction, ELEMENT_REDUCTIONS)
+    checks.choice("reduction", reduction, REDUCTIONS)
+    return {
+        "pred": pred,
+        "ref_pred": ref_pred,
+        "target": target,
+        "weight": weight,
+        "element_reduction": element_reduction,
+        "reduction": reduction,
+    }
+
+
+def _loss(op: FusedLoss, shared: dict[str, Any], terms: int, *, return_delta: bool = False, **own: Any) -> Any:
+    """The loss `op`, or its reference, of what :func:`_shared` gives and its own arguments.
+
+    `terms` are the mean's, in the whole batch; one that divides by numbers of its own has 1.
+    """
+    backend = _backend_of(op, shared["pred"])
+    if backend == "reference":
+        returned = {"return_delta": True} if return_delta else {}
+        return getattr(reference, op.name)(**shared, **own, **returned)
+    arguments = {name: value for name, value in shared.items() if name != "element_reduction"}
+    scale = 1 / max(terms, 1) if shared["reduction"] == "mean" else 1.0
+    element_mean = shared["element_reduction"] == "mean"
+    loss, delta = op(backend, **arguments, element_mean=element_mean, scale=scale, **own)
+    return (loss, delta) if return_delta else loss
 
 
 def elbo_error(
@@ -221,38 +257,19 @@ def ddo_loss(
         >>> print(f"{loss:.4f}")
         2.0794
     """
-    checks.streams(pred=pred, ref_pred=ref_pred, target=target)
+    shared = _shared(pred, ref_pred, target, weight, element_reduction, reduction)
     mc_samples = checks.positive_int("mc_samples", mc_samples)
     if pred.shape[0] % mc_samples:
         raise ValueError(f"mc_samples = {mc_samples} does not divide the {pred.shape[0]} rows of pred")
     checks.flags("is_real", is_real, pred.shape[0] // mc_samples, pred)
-    checks.per_row("weight", weight, pred)
     alpha = checks.number("alpha", alpha, low=0)
     beta = checks.number("beta", beta, low=0, open_low=True)
-    checks.choice("element_reduction", element_reduction, ELEMENT_REDUCTIONS)
-    checks.choice("reduction", reduction, REDUCTIONS)
-    backend = _backend_of(operators.ddo_loss, pred)
-    if backend == "reference":
-        return reference.ddo_loss(
-            pred, ref_pred, target, is_real, weight=weight, alpha=alpha, beta=beta, mc_samples=mc_samples,
-            element_reduction=element_reduction, reduction=reduction, return_delta=return_delta, group=group,
-        )  # fmt: skip
-    counts = distributed.loss_counts(is_real, group) if reduction == "mean" else None
-    loss, delta = operators.ddo_loss(
-        backend,
-        pred=pred,
-        ref_pred=ref_pred,
-        target=target,
-        weight=weight,
-        element_mean=element_reduction == "mean",
-        reduction=reduction,
-        is_real=is_real,
-        counts=counts,
-        alpha=alpha,
-        beta=beta,
-        mc_samples=mc_samples,
-    )
-    return (loss, delta) if return_delta else loss
+    own = {"is_real": is_real, "alpha": alpha, "beta": beta, "mc_samples": mc_samples}
+    if _backend_of(operators.ddo_loss, pred) == "reference":
+        own["group"] = group
+    else:
+        own["counts"] = distributed.loss_counts(is_real, group) if reduction == "mean" else None
+    return _loss(operators.ddo_loss, shared, 1, return_delta=return_delta, **own)
 
 
 @overload
@@ -339,29 +356,10 @@ def diffusion_dpo_loss(
         >>> print(f"{loss:.4f}")
         0.6931
     """
-    checks.streams(pred=pred, ref_pred=ref_pred, target=target)
+    shared = _shared(pred, ref_pred, target, weight, element_reduction, reduction)
     if pred.shape[0] % 2:
         raise ValueError(f"pred must hold winners and then as many losers, got {pred.shape[0]} rows")
-    checks.per_row("weight", weight, pred)
     beta = checks.number("beta", beta, low=0, open_low=True)
     checks.choice("kind", kind, ("sigmoid", "ipo", "hinge"))
-    checks.choice("element_reduction", element_reduction, ELEMENT_REDUCTIONS)
-    checks.choice("reduction", reduction, REDUCTIONS)
-    backend = _backend_of(operators.diffusion_dpo_loss, pred)
-    if backend == "reference":
-        return reference.diffusion_dpo_loss(
-            pred, ref_pred, target, weight=weight, beta=beta, kind=kind, element_reduction=element_reduction,
-            reduction=reduction, return_delta=return_delta,
-        )  # fmt: skip
-    loss, margin = operators.diffusion_dpo_loss(
-        backend,
-        pred=pred,
-        ref_pred=ref_pred,
-        target=target,
-        weight=weight,
-        element_mean=element_reduction == "mean",
-        reduction=reduction,
-        beta=beta,
-        kind=kind,
-    )
-    return (loss, margin) if return_delta else loss
+    pairs = pred.shape[0] // 2
+    return _loss(operators.diffusion_dpo_loss, shared, pairs, return_delta=return_delta, beta=beta, kind=kind)

@@ -27,8 +27,13 @@ CASES = (
     case("diffusion_dpo_loss-ipo", DIFFERENCE | WEIGHT, "pred", beta=2.0, kind="ipo"),
     case("diffusion_dpo_loss-ipo-none", DIFFERENCE, "pred", beta=2.0, kind="ipo", reduction="none"),
     case(
-        "diffusion_dpo_loss-hinge", DIFFERENCE | WEIGHT, "pred", beta=0.2, kind="hinge", element_reduction="sum",
+        "diffusion_dpo_loss-hinge",
+        DIFFERENCE | WEIGHT,
+        "pred",
+        beta=0.2,
+        kind="hinge",
+        element_reduction="sum",
         reduction="sum",
     ),
     case("fake_score_loss", DENOISING | WEIGHT, "pred", prediction_type="v_prediction"),
-)  # fmt: skip
+)
