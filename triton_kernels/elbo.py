@@ -418,3 +418,15 @@ def diffusion_dpo_loss(
     groups = Groups.halves(rows.count)
     link = PreferenceLink(scalar.argument(beta, rows.dtype))
     return _run_loss(PREFERENCE[kind], groups, rows, weight, element_mean, reduction, scale, with_grad, link)
+
+
+@triton.jit
+def _kto_epilogue(args, group, sums, T: tl.constexpr):
+    desirable = tl.load(args.link.is_desirable + group).to(tl.int32) != 0
+    weight = tl.where(desirable, number(args.link.desirable_weight, T), number(args.link.undesirable_weight, T))
+    rate = tl.where(desirable, 1.0, -1.0).to(T) * number(args.link.beta, T)
+    x = rate * (sums[0] - tl.load(args.link.baseline))
+    return _store_loss(args, group, sums[0], weight * sigmoid(-x), -weight * rate * sigmoid(x) * sigmoid(-x), T)
+
+
+diffusion_kto_loss = difference_loss(_kto_epilogue)

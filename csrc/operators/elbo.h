@@ -175,6 +175,22 @@ LossOutputs difference_loss(const Tensor& pred, const Tensor& ref_pred, const Te
   });
 }
 
+// Diffusion-KTO (arXiv 2404.04465): weight * (1 - sigmoid(+-beta (m - baseline))).
+template <class T>
+struct KtoLink {
+  const uint8_t* is_desirable;
+  const T* baseline;
+  T beta, desirable_weight, undesirable_weight;
+
+  FASTGEN_HD T term(int64_t row, T m, T* slope) const {
+    const bool desirable = is_desirable[row] != 0;
+    const T weight = desirable ? desirable_weight : undesirable_weight, rate = desirable ? beta : -beta;
+    const T x = rate * (m - *baseline);
+    *slope = -weight * rate * sigmoid(x) * sigmoid(-x);
+    return weight * sigmoid(-x);
+  }
+};
+
 template <class Device>
 void register_elbo(torch::stable::detail::StableLibrary& m) {
   m.impl("elbo_error", TORCH_BOX(&elbo_error<Device>));
@@ -183,6 +199,7 @@ void register_elbo(torch::stable::detail::StableLibrary& m) {
   m.impl("elbo_difference", TORCH_BOX(&elbo_difference<Device>));
   m.impl("ddo_loss", TORCH_BOX(&ddo_loss<Device>));
   m.impl("diffusion_dpo_loss", TORCH_BOX((&difference_loss<Device, PreferenceLink, double, int64_t>)));
+  m.impl("diffusion_kto_loss", TORCH_BOX((&difference_loss<Device, KtoLink, Tensor, Tensor, double, double, double>)));
 }
 
 }  // namespace fastgen

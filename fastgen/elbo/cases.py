@@ -9,6 +9,7 @@ ERROR = {"pred": stream, "target": stream}
 DIFFERENCE = {"pred": stream, "ref_pred": near, "target": stream}
 DDO = DIFFERENCE | {"is_real": flags}
 DDO_OF_PAIRS = DIFFERENCE | {"is_real": flags_of_pairs}
+KTO = DIFFERENCE | {"is_desirable": flags}
 DENOISING = {"pred": stream, "x0": stream, "noise": stream, "alpha_t": per_row, "sigma_t": falling}
 
 CASES = (
@@ -35,5 +36,7 @@ CASES = (
         element_reduction="sum",
         reduction="sum",
     ),
+    case("diffusion_kto_loss", KTO | WEIGHT, "pred", beta=5.0, desirable_weight=2.0),
+    case("diffusion_kto_loss-sum", KTO, "pred", beta=5.0, undesirable_weight=3.0, baseline=0.1, reduction="sum"),
     case("fake_score_loss", DENOISING | WEIGHT, "pred", prediction_type="v_prediction"),
 )

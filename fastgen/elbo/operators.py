@@ -92,3 +92,10 @@ def ddo_loss(
 @_difference_loss(paired=True)
 def diffusion_dpo_loss(of: Shared, beta: float, kind: Literal["sigmoid", "ipo", "hinge"]) -> DifferenceOutputs:
     """A preference loss of the difference of row i less that of row i + B/2."""
+
+
+@_difference_loss()
+def diffusion_kto_loss(
+    of: Shared, is_desirable: PerRow, baseline: Whole, beta: float, desirable_weight: float, undesirable_weight: float
+) -> DifferenceOutputs:
+    """``w (1 - sigmoid(±beta (delta - baseline)))``, the sign and the weight w by `is_desirable`."""

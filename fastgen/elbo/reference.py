@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core.distributed import group_counts
+from ..core.distributed import batch_mean, group_counts
 from ..schedule.reference import widened
 
-__all__ = ["ddo_loss", "diffusion_dpo_loss", "elbo_difference", "elbo_error"]
+__all__ = ["ddo_loss", "diffusion_dpo_loss", "diffusion_kto_loss", "elbo_difference", "elbo_error"]
 
 
 def elbo_error(
@@ -101,6 +101,23 @@ def diffusion_dpo_loss(delta: Tensor, *, beta: float = 5000.0, kind: str = "sigm
     if kind == "ipo":
         return (margin - 1 / (2 * beta)).square(), margin
     return F.relu(1 - beta * margin), margin
+
+
+@_of_difference("mean")
+def diffusion_kto_loss(
+    delta: Tensor,
+    is_desirable: Tensor,
+    *,
+    beta: float = 1000.0,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+    baseline: float | Tensor | None = None,
+    group: Any = None,
+) -> Tensor:
+    """``w (1 - sigmoid(±beta (delta - z)))``; z is `baseline`, or the batch's mean delta where that is positive."""
+    z = batch_mean(delta.detach(), group).clamp(min=0) if baseline is None else baseline
+    x = beta * (delta - z)
+    return torch.where(is_desirable, desirable_weight * torch.sigmoid(-x), undesirable_weight * torch.sigmoid(x))
 
 
 def softplus(x: Tensor) -> Tensor:
