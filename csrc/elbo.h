@@ -109,9 +109,13 @@ struct ElboDifference {
   FASTGEN_HD T epilogue(int64_t group, const T* sums) const { return delta[group] = sums[0]; }
 };
 
-// A loss of the group's m = sum_r share_r * delta_r. Link: share(rank), and term(group, m, slope), which sets
-// d term / d m.
-// Everything in one pass: terms, m, the slope of every row's error (for a later backward), and the gradient.
+// A loss of the group's m = sum_r share_r * delta_r. Link: term(group, m, slope), which sets d term / d m; and share(rank),
+// where a group is not a row.
+// Everything in one pass: terms, m, the slope of every row's error (for a later backward), and the gradient. A link whose
+// members are its operator's own arguments, in their order, is all of it: see difference_loss() below.
+template <class Link>
+concept Shares = requires(const Link& link) { link.share(0); };
+
 template <class T, class Link>
 struct ElboDifferenceLoss {
   static constexpr int kStreams = 3, kSums = 1, kMapStreams = 2;
@@ -119,13 +123,19 @@ struct ElboDifferenceLoss {
   Link link;
   Groups groups;
   const T* weight;
-  T scale;
+  T scale, term_scale;  // of a row's sum, of a term in the loss
   T* term;         // [groups]
   T* delta;        // [groups]
   T* error_slope;  // [rows]: d term / d error_r, where error_r = w_r * scale * sum_D (p - y)^2
 
+  FASTGEN_HD T share(int64_t rank) const {
+    if constexpr (Shares<Link>)
+      return link.share(rank);
+    else
+      return T(1);
+  }
   FASTGEN_HD Row row(int64_t row, int64_t rank) const {
-    return {link.share(rank) * (weight ? weight[row] * scale : scale)};
+    return {share(rank) * (weight ? weight[row] * scale : scale)};
   }
   FASTGEN_HD void accumulate(const Row&, const T* v, T* sums) const {
     sums[0] += elbo_difference_element(v[0], v[1], v[2]);
@@ -133,8 +143,9 @@ struct ElboDifferenceLoss {
   FASTGEN_HD T epilogue(int64_t group, const T* sums) const {
     T slope;
     delta[group] = sums[0];
-    term[group] = link.term(group, sums[0], &slope);
-    for (int64_t r = 0; r < groups.rows; ++r) error_slope[groups.row(group, r)] = -slope * link.share(r);
+    term[group] = term_scale * link.term(group, sums[0], &slope);
+    slope *= term_scale;
+    for (int64_t r = 0; r < groups.rows; ++r) error_slope[groups.row(group, r)] = -slope * share(r);
     return slope;
   }
   FASTGEN_HD T coefficient(int64_t, int64_t, const Row& constants, T slope) const { return -slope * constants.scale; }
@@ -158,30 +169,31 @@ struct DdoLink {
   }
 };
 
-enum class Preference : int { sigmoid, ipo, hinge };
+enum class Preference : int64_t { sigmoid, ipo, hinge };
 
-// A preference loss of m = delta_winner - delta_loser, scaled by 1/pairs for the mean.
+// A preference loss of m = delta_winner - delta_loser.
 template <class T>
 struct PreferenceLink {
-  Preference kind;
-  T beta, scale;
+  T beta;
+  int64_t kind;
 
+  static Groups groups(int64_t rows) { return Groups::halves(rows); }
   FASTGEN_HD T share(int64_t rank) const { return rank == 0 ? T(1) : T(-1); }
   FASTGEN_HD T term(int64_t, T m, T* slope) const {
-    switch (kind) {
+    switch (static_cast<Preference>(kind)) {
       case Preference::sigmoid:
-        *slope = scale * T(-0.5) * beta * sigmoid(T(-0.5) * beta * m);
-        return scale * softplus(T(-0.5) * beta * m);
+        *slope = T(-0.5) * beta * sigmoid(T(-0.5) * beta * m);
+        return softplus(T(-0.5) * beta * m);
       case Preference::ipo: {
         const T d = m - T(0.5) / beta;
-        *slope = scale * T(2) * d;
-        return scale * d * d;
+        *slope = T(2) * d;
+        return d * d;
       }
       default: {
         const T d = T(1) - beta * m;
         const bool flat = d <= T(0);  // false for NaN, which must stay NaN
-        *slope = flat ? T(0) : -scale * beta + T(0) * d;
-        return flat ? T(0) : scale * d;
+        *slope = flat ? T(0) : -beta + T(0) * d;
+        return flat ? T(0) : d;
       }
     }
   }
@@ -275,8 +287,7 @@ using LossOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // loss, delta,
 // One pass of an ELBO-difference loss: terms, deltas, slopes, and the gradient if asked for.
 template <class Device, class T, class Link>
 LossOutputs elbo_difference_loss(const Rows<3>& rows, const Groups& groups, std::optional<Tensor> weight,
-                                 bool element_mean, int64_t reduction, bool with_grad, const Link& link) {
-  const bool reduce = option<Reduction>(reduction) != Reduction::none;
+                                 bool element_mean, int64_t reduction, double scale, bool with_grad, const Link& link) {
   const auto dtype = rows.arithmetic();
   const Tensor& pred = rows.tensors[0];
   weight = row_scalars(weight, dtype);
@@ -289,17 +300,19 @@ LossOutputs elbo_difference_loss(const Rows<3>& rows, const Groups& groups, std:
                                             groups,
                                             data_or_null<T>(weight),
                                             T(element_scale(element_mean, rows.size)),
+                                            T(scale),
                                             mutable_data<T>(term),
                                             mutable_data<T>(delta),
                                             mutable_data<T>(error_slope)};
   Device::template rowwise<T>(formula, groups, rows,
                               {with_grad ? grad_pred.mutable_data_ptr() : nullptr, pred.scalar_type()});
+  const bool reduce = option<Reduction>(reduction) != Reduction::none;
   return {reduce ? Device::template sum<T>(term) : term, delta, error_slope, grad_pred};
 }
 
 template <class Device>
 LossOutputs ddo_loss(const Tensor& pred, const Tensor& ref_pred, const Tensor& target,
-                     const std::optional<Tensor>& weight, bool element_mean, int64_t reduction,
+                     const std::optional<Tensor>& weight, bool element_mean, int64_t reduction, double scale,
                      bool with_grad, const Tensor& is_real, std::optional<Tensor> counts, double alpha, double beta,
                      int64_t mc_samples) {
   const Rows<3> rows({pred, target, ref_pred});
@@ -312,26 +325,61 @@ LossOutputs ddo_loss(const Tensor& pred, const Tensor& ref_pred, const Tensor& t
     std::optional<typename Device::template FlagCounts<T>> own_counts;
     if (mean && !counts) own_counts.emplace(real);
     const T* n = !mean ? nullptr : counts ? data_or_null<T>(counts) : own_counts->data();
-    const DdoLink<T> link{flag_bytes(real), n, T(alpha), T(beta),
-                          T(1.0 / static_cast<double>(mc_samples))};
-    return elbo_difference_loss<Device, T>(rows, groups, weight, element_mean, reduction, with_grad, link);
+    const DdoLink<T> link{flag_bytes(real), n, T(alpha), T(beta), T(1.0 / static_cast<double>(mc_samples))};
+    return elbo_difference_loss<Device, T>(rows, groups, weight, element_mean, reduction, scale, with_grad, link);
   });
 }
 
-template <class Device>
-LossOutputs diffusion_dpo_loss(const Tensor& pred, const Tensor& ref_pred, const Tensor& target,
-                               const std::optional<Tensor>& weight, bool element_mean, int64_t reduction,
-                               bool with_grad, double beta, int64_t kind) {
+// A tensor as a link's member: the bytes of flags, or numbers in the arithmetic type.
+template <class T>
+struct TensorMember {
+  const void* data;
+  operator const uint8_t*() const { return static_cast<const uint8_t*>(data); }
+  operator const T*() const { return static_cast<const T*>(data); }
+};
+template <class T> TensorMember<T> link_member(const Tensor& t) { return {t.const_data_ptr()}; }
+template <class T> T link_member(double number) { return static_cast<T>(number); }
+template <class T> int64_t link_member(int64_t option) { return option; }
+
+inline Tensor readable(const Tensor& t, ScalarType dtype) {
+  return t.scalar_type() == ScalarType::Bool ? made_contiguous(t) : *row_scalars(t, dtype);
+}
+template <class Number>
+Number readable(Number number, ScalarType) {
+  return number;
+}
+
+// A loss over ELBO differences that is its link: the operator's own arguments are the link's members, in their order.
+template <class Device, template <class> class Link, class... Own>
+LossOutputs difference_loss(const Tensor& pred, const Tensor& ref_pred, const Tensor& target,
+                            const std::optional<Tensor>& weight, bool element_mean, int64_t reduction, double scale,
+                            bool with_grad, Own... own) {
   const Rows<3> rows({pred, target, ref_pred});
-  const Groups groups = Groups::halves(rows.count);
-  const bool mean = option<Reduction>(reduction) == Reduction::mean;
-  const double scale = mean ? 1.0 / static_cast<double>(std::max<int64_t>(groups.count, 1)) : 1.0;
+  ((own = readable(own, rows.arithmetic())), ...);
   return with_arithmetic(rows.arithmetic(), [&](auto zero) {
     using T = decltype(zero);
-    const PreferenceLink<T> link{option<Preference>(kind), T(beta), T(scale)};
-    return elbo_difference_loss<Device, T>(rows, groups, weight, element_mean, reduction, with_grad, link);
+    const Link<T> link{link_member<T>(own)...};
+    Groups groups = Groups::single(rows.count);
+    if constexpr (Shares<Link<T>>) groups = Link<T>::groups(rows.count);
+    return elbo_difference_loss<Device, T>(rows, groups, weight, element_mean, reduction, scale, with_grad, link);
   });
 }
+
+// Diffusion-KTO (arXiv 2404.04465): weight * (1 - sigmoid(+-beta (m - baseline))).
+template <class T>
+struct KtoLink {
+  const uint8_t* is_desirable;
+  const T* baseline;
+  T beta, desirable_weight, undesirable_weight;
+
+  FASTGEN_HD T term(int64_t row, T m, T* slope) const {
+    const bool desirable = is_desirable[row] != 0;
+    const T weight = desirable ? desirable_weight : undesirable_weight, rate = desirable ? beta : -beta;
+    const T x = rate * (m - *baseline);
+    *slope = -weight * rate * sigmoid(x) * sigmoid(-x);
+    return weight * sigmoid(-x);
+  }
+};
 
 template <class Device>
 void register_elbo(torch::stable::detail::StableLibrary& m) {
@@ -340,7 +388,8 @@ void register_elbo(torch::stable::detail::StableLibrary& m) {
   m.impl("l1_distance", TORCH_BOX(&l1_distance<Device>));
   m.impl("elbo_difference", TORCH_BOX(&elbo_difference<Device>));
   m.impl("ddo_loss", TORCH_BOX(&ddo_loss<Device>));
-  m.impl("diffusion_dpo_loss", TORCH_BOX(&diffusion_dpo_loss<Device>));
+  m.impl("diffusion_dpo_loss", TORCH_BOX((&difference_loss<Device, PreferenceLink, double, int64_t>)));
+  m.impl("diffusion_kto_loss", TORCH_BOX((&difference_loss<Device, KtoLink, Tensor, Tensor, double, double, double>)));
 }
 
 }  // namespace fastgen

@@ -5,6 +5,9 @@ Streams: prediction p, target y, frozen reference prediction q. The formulas are
 
 from __future__ import annotations
 
+import functools
+from collections import namedtuple
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -145,12 +148,13 @@ def _accumulate_difference(constants, v):
 ELBO_DIFFERENCE = Formula(Functions(_error_row, _accumulate_difference, _error_epilogue), sums=1)
 
 
-# -- Losses of a group's m = sum_r share_r * delta_r. A link gives the shares, and of m the term and its slope.
+# -- Losses of a group's m = sum_r share_r * delta_r. A link gives of m the term and its slope.
 
 
 class LossArgs(NamedTuple):
     weight: Tensor | None
     scale: float | int
+    term_scale: float | int  # of a term in the loss
     term: Tensor  # [groups]
     delta: Tensor  # [groups]
     error_slope: Tensor  # [rows]: d term / d error_r, where error_r = w_r * scale * sum_D (p - y)^2
@@ -168,25 +172,39 @@ class DdoLink(NamedTuple):
 
 class PreferenceLink(NamedTuple):
     beta: float | int
-    scale: float | int
 
 
 @triton.jit
-def _store_loss(args, group, m, term, slope):
+def _store_loss(args, group, m, term, slope, T: tl.constexpr):
     tl.store(args.delta + group, m)
-    tl.store(args.term + group, term)
-    return slope
+    tl.store(args.term + group, number(args.term_scale, T) * term)
+    return number(args.term_scale, T) * slope
+
+
+# The constants of a row: its share of m times its scale, and its share.
 
 
 @triton.jit
-def _loss_coefficient(args, row, share, constants, slope):
-    tl.store(args.error_slope + row, -slope * share)
-    return -slope * constants[0]
+def _single_row(args, row, rank, T: tl.constexpr):
+    return _row_scale(args, row, T), tl.full((), 1.0, T)
 
 
 @triton.jit
 def _ddo_row(args, row, rank, T: tl.constexpr):
-    return (number(args.link.row_share, T) * _row_scale(args, row, T),)
+    share = number(args.link.row_share, T)
+    return share * _row_scale(args, row, T), share
+
+
+@triton.jit
+def _pair_row(args, row, rank, T: tl.constexpr):
+    share = tl.where(rank == 0, 1.0, -1.0)
+    return share * _row_scale(args, row, T), share
+
+
+@triton.jit
+def _loss_coefficient(args, row, rank, constants, slope, T: tl.constexpr):
+    tl.store(args.error_slope + row, -slope * constants[1])
+    return -slope * constants[0]
 
 
 @triton.jit
@@ -216,61 +234,37 @@ def ddo_term(link, group, m, T: tl.constexpr):
 @triton.jit
 def _ddo_epilogue(args, group, sums, T: tl.constexpr):
     term, slope = ddo_term(args.link, group, sums[0], T)
-    return _store_loss(args, group, sums[0], term, slope)
-
-
-@triton.jit
-def _ddo_coefficient(args, row, rank, constants, slope, T: tl.constexpr):
-    return _loss_coefficient(args, row, number(args.link.row_share, T), constants, slope)
-
-
-@triton.jit
-def _preference_share(rank):
-    return tl.where(rank == 0, 1.0, -1.0)
-
-
-@triton.jit
-def _preference_row(args, row, rank, T: tl.constexpr):
-    return (_preference_share(rank) * _row_scale(args, row, T),)
-
-
-@triton.jit
-def _preference_coefficient(args, row, rank, constants, slope, T: tl.constexpr):
-    return _loss_coefficient(args, row, _preference_share(rank), constants, slope)
+    return _store_loss(args, group, sums[0], term, slope, T)
 
 
 @triton.jit
 def _sigmoid_epilogue(args, group, sums, T: tl.constexpr):
-    scale = number(args.link.scale, T)
     half = -0.5 * number(args.link.beta, T)
     x = half * sums[0]
-    return _store_loss(args, group, sums[0], scale * softplus(x), scale * half * sigmoid(x))
+    return _store_loss(args, group, sums[0], softplus(x), half * sigmoid(x), T)
 
 
 @triton.jit
 def _ipo_epilogue(args, group, sums, T: tl.constexpr):
-    scale = number(args.link.scale, T)
     d = sums[0] - divide(0.5, number(args.link.beta, T))
-    return _store_loss(args, group, sums[0], scale * d * d, scale * 2.0 * d)
+    return _store_loss(args, group, sums[0], d * d, 2.0 * d, T)
 
 
 @triton.jit
 def _hinge_epilogue(args, group, sums, T: tl.constexpr):
-    scale = number(args.link.scale, T)
     beta = number(args.link.beta, T)
     d = 1.0 - beta * sums[0]
     flat = d <= 0.0  # false for NaN, which must stay NaN
-    slope = tl.where(flat, 0.0, -scale * beta + 0.0 * d)
-    return _store_loss(args, group, sums[0], tl.where(flat, 0.0, scale * d), slope)
+    return _store_loss(args, group, sums[0], tl.where(flat, 0.0, d), tl.where(flat, 0.0, -beta + 0.0 * d), T)
 
 
-def _difference_loss(row: Any, epilogue: Any, coefficient: Any) -> Formula:
-    return Formula(Functions(row, _accumulate_difference, epilogue, coefficient, _map_l2), sums=1, map_streams=2)
+def _loss_formula(row: Any, epilogue: Any) -> Formula:
+    return Formula(Functions(row, _accumulate_difference, epilogue, _loss_coefficient, _map_l2), sums=1, map_streams=2)
 
 
-DDO = _difference_loss(_ddo_row, _ddo_epilogue, _ddo_coefficient)
+DDO = _loss_formula(_ddo_row, _ddo_epilogue)
 PREFERENCE = {
-    kind: _difference_loss(_preference_row, epilogue, _preference_coefficient)
+    kind: _loss_formula(_pair_row, epilogue)
     for kind, epilogue in (("sigmoid", _sigmoid_epilogue), ("ipo", _ipo_epilogue), ("hinge", _hinge_epilogue))
 }
 
@@ -320,17 +314,53 @@ def elbo_difference(
 
 
 def _run_loss(
-    formula: Formula, groups: Groups, rows: Rows, weight: Tensor | None, element_mean: bool, reduction: str,
-    with_grad: bool, link: Any,
-) -> LossOutputs:  # fmt: skip
+    formula: Formula,
+    groups: Groups,
+    rows: Rows,
+    weight: Tensor | None,
+    element_mean: bool,
+    reduction: str,
+    scale: float,
+    with_grad: bool,
+    link: Any,
+) -> LossOutputs:
     """One pass: terms, deltas, slopes, and the gradient if asked for."""
     pred = rows.tensors[0]
     term, delta, error_slope = (rows.new_vector(n) for n in (groups.count, groups.count, rows.count))
     grad_pred = rows.new_output(pred.dtype) if with_grad else None
-    args = LossArgs(rows.scalars(weight), _element_scale(rows, element_mean), term, delta, error_slope, link)
+    scales = _element_scale(rows, element_mean), scalar.argument(scale, rows.dtype)
+    args = LossArgs(rows.scalars(weight), *scales, term, delta, error_slope, link)
     run(formula, groups, rows, args, grad_pred)
     loss = term if reduction == "none" else term.sum()
     return loss, delta, error_slope, pred.new_empty((0,)) if grad_pred is None else grad_pred
+
+
+@functools.cache
+def _link_of(*names: str) -> Callable[..., Any]:
+    return namedtuple("Link", names)
+
+
+def difference_loss(epilogue: Any) -> Callable[..., LossOutputs]:
+    """The launcher of a loss of each row's delta. The operator's own arguments are the fields of ``args.link``."""
+    formula = _loss_formula(_single_row, epilogue)
+
+    def launch(
+        pred: Tensor,
+        ref_pred: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        element_mean: bool,
+        reduction: str,
+        scale: float,
+        with_grad: bool,
+        **own: Any,
+    ) -> LossOutputs:
+        rows = Rows(pred, target, ref_pred)
+        link = _link_of(*own)(*map(rows.argument, own.values()))
+        groups = Groups(rows.count)
+        return _run_loss(formula, groups, rows, weight, element_mean, reduction, scale, with_grad, link)
+
+    return launch
 
 
 def ddo_link(
@@ -352,21 +382,51 @@ def ddo_link(
 
 
 def ddo_loss(
-    pred: Tensor, ref_pred: Tensor, target: Tensor, weight: Tensor | None, element_mean: bool, reduction: str,
-    with_grad: bool, is_real: Tensor, counts: Tensor | None, alpha: float, beta: float, mc_samples: int,
-) -> LossOutputs:  # fmt: skip
+    pred: Tensor,
+    ref_pred: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    element_mean: bool,
+    reduction: str,
+    scale: float,
+    with_grad: bool,
+    is_real: Tensor,
+    counts: Tensor | None,
+    alpha: float,
+    beta: float,
+    mc_samples: int,
+) -> LossOutputs:
     rows = Rows(pred, target, ref_pred)
     groups = Groups.consecutive(rows.count, mc_samples)
     link = ddo_link(rows, is_real, counts, alpha, beta, 1 / mc_samples, reduction)
-    return _run_loss(DDO, groups, rows, weight, element_mean, reduction, with_grad, link)
+    return _run_loss(DDO, groups, rows, weight, element_mean, reduction, scale, with_grad, link)
 
 
 def diffusion_dpo_loss(
-    pred: Tensor, ref_pred: Tensor, target: Tensor, weight: Tensor | None, element_mean: bool, reduction: str,
-    with_grad: bool, beta: float, kind: str,
-) -> LossOutputs:  # fmt: skip
+    pred: Tensor,
+    ref_pred: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    element_mean: bool,
+    reduction: str,
+    scale: float,
+    with_grad: bool,
+    beta: float,
+    kind: str,
+) -> LossOutputs:
     rows = Rows(pred, target, ref_pred)
     groups = Groups.halves(rows.count)
-    scale = 1 / max(groups.count, 1) if reduction == "mean" else 1.0
-    link = PreferenceLink(scalar.argument(beta, rows.dtype), scalar.argument(scale, rows.dtype))
-    return _run_loss(PREFERENCE[kind], groups, rows, weight, element_mean, reduction, with_grad, link)
+    link = PreferenceLink(scalar.argument(beta, rows.dtype))
+    return _run_loss(PREFERENCE[kind], groups, rows, weight, element_mean, reduction, scale, with_grad, link)
+
+
+@triton.jit
+def _kto_epilogue(args, group, sums, T: tl.constexpr):
+    desirable = tl.load(args.link.is_desirable + group).to(tl.int32) != 0
+    weight = tl.where(desirable, number(args.link.desirable_weight, T), number(args.link.undesirable_weight, T))
+    rate = tl.where(desirable, 1.0, -1.0).to(T) * number(args.link.beta, T)
+    x = rate * (sums[0] - tl.load(args.link.baseline))
+    return _store_loss(args, group, sums[0], weight * sigmoid(-x), -weight * rate * sigmoid(x) * sigmoid(-x), T)
+
+
+diffusion_kto_loss = difference_loss(_kto_epilogue)

@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import layout
+from . import layout, scalar
 from .plan import Plan, groups_plan, map_plan, offsets_type, unit_of
 from .scalar import rounded
 
@@ -105,6 +105,12 @@ class Rows:
     def scalars(self, t: Tensor | None) -> Tensor | None:
         """Per-row numbers in the arithmetic dtype."""
         return None if t is None else t.to(self.dtype).contiguous()
+
+    def argument(self, value: Any) -> Any:
+        """An operator's argument as a kernel takes it: flags, numbers in the arithmetic dtype, an integer."""
+        if isinstance(value, Tensor):
+            return value.contiguous() if value.dtype == torch.bool else self.scalars(value)
+        return scalar.argument(value, self.dtype) if isinstance(value, float) else value
 
 
 def launch(kernel: Any, programs: int, like: Tensor, *args: Any, **constants: Any) -> None:

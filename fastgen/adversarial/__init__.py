@@ -15,6 +15,17 @@ from ..core import checks, dispatch
 from ..elbo import elbo_error
 from . import distance, reference
 
+__all__ = [
+    "approximate_r1_penalty",
+    "clip_weights_",
+    "discriminator_loss",
+    "feature_distance",
+    "generator_loss",
+    "gradient_penalty",
+    "pix2pix_loss",
+    "r1_penalty",
+]
+
 Logits = Tensor | Sequence[Tensor]
 Kind = Literal["non_saturating", "saturating", "kl", "wgan", "hinge", "relativistic"]
 KINDS = ("non_saturating", "saturating", "kl", "wgan", "hinge", "relativistic")

@@ -11,6 +11,18 @@ from torch import Tensor
 from ..elbo.reference import softplus
 from ..schedule.reference import widened
 
+__all__ = [
+    "approximate_r1_penalty",
+    "clip_weights_",
+    "discriminator_loss",
+    "feature_distance",
+    "generator_loss",
+    "gradient_penalty",
+    "input_gradient",
+    "pix2pix_loss",
+    "r1_penalty",
+]
+
 Logits = Tensor | Sequence[Tensor]
 
 

@@ -33,6 +33,17 @@ from .operators import (
     with_data_node,
 )
 
+__all__ = [
+    "ScoreMoments",
+    "VariationalBound",
+    "analytic_trajectory",
+    "pixel_reverse_variance",
+    "regularize_moments",
+    "reverse_variance",
+    "trajectory_cost",
+    "variational_bound",
+]
+
 VARIANCES = ("analytic", "beta", "beta_tilde")
 
 

@@ -6,6 +6,8 @@ from torch import Tensor
 
 from ..schedule.reference import widened
 
+__all__ = ["mean_square"]
+
 
 def mean_square(pred: Tensor) -> Tensor:
     """``Σ_D pred² / D`` of each row."""

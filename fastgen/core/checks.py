@@ -201,6 +201,20 @@ def number(name: str, value: float, *, low: float = -LARGEST, open_low: bool = F
     return float(value)
 
 
+def scalar(name: str, value: float | Tensor, like: Tensor) -> Tensor:
+    """A number or a 0-dimensional tensor, as a tensor beside `like` that has no gradient."""
+    if not isinstance(value, Tensor):
+        return like.new_full((), number(name, value), dtype=torch.float64)  # kernels round it to their arithmetic
+    real(name, value)
+    if value.dim() != 0:
+        raise ValueError(f"{name} must be a number or a 0-dimensional tensor, got shape {list(value.shape)}")
+    if value.device != like.device:
+        raise ValueError(f"{name} is on {value.device}, but the batch is on {like.device}")
+    if _is_dtensor(value) != _is_dtensor(like):
+        raise TypeError(f"{name} and the batch must both be DTensors or both plain tensors")
+    return value.detach()
+
+
 def _expected(value: float, low: float, open_low: bool) -> str:
     if isinstance(value, float) and not math.isfinite(value):
         return "finite"

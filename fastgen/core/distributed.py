@@ -79,6 +79,20 @@ def loss_counts(is_real: Tensor, group: Any) -> Tensor | None:
     return None if group is None else group_counts(is_real, group)
 
 
+def batch_mean(rows: Tensor, group: Any = None) -> Tensor:
+    """The mean of one number a row over the whole batch: all ranks of a process group, all shards of a DTensor."""
+    total, count = rows.sum(), rows.shape[0]
+    if is_dtensor(rows):
+        from torch.distributed.tensor import Replicate
+
+        total = total.redistribute(placements=[Replicate()] * rows.device_mesh.ndim)  # type: ignore[attr-defined]
+    elif group is not None:
+        sums = torch.stack([total, torch.full_like(total, count)])
+        torch.distributed.all_reduce(sums, group=group)
+        return sums[0] / sums[1].clamp(min=1)
+    return total / max(count, 1)
+
+
 def row_dim(role: Role | None, dims: int, batch: int | None = None, size: int | None = None) -> int | None:
     """The dimension of a tensor of this role that its rows, or groups of rows, lie in; None if in none."""
     if role in (Role.STACKED, Role.STACKED_GROUP):

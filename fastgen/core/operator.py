@@ -132,7 +132,8 @@ def operator(declaration: Callable[..., Any] | None = None, *, paired: bool = Fa
     The function's body gives the results' shapes, as tensors; where it returns nothing, they follow from the roles. The
     Triton implementation is the function of the same name, with the same arguments, in
     ``fastgen.triton_kernels.<family>``, where the family is the declaring module's. It is imported when first called:
-    importing Triton is slow.
+    importing Triton is slow. A parameter annotated with a NamedTuple stands for the fields of it, which operators may
+    have in common; the body is then empty.
 
     Args:
         paired: whether row i and row i + B/2 form a group.
@@ -148,7 +149,10 @@ def operator(declaration: Callable[..., Any] | None = None, *, paired: bool = Fa
         results = {n: _result(t) for n, t in typing.get_type_hints(outputs, include_extras=True).items()}
     else:
         results = {} if returned is type(None) else {"": _result(returned)}
-    parameters = {n: _parameter(n, t) for n, t in hints.items()}
+    shared = {n: typing.get_type_hints(t, include_extras=True) for n, t in hints.items() if hasattr(t, "_fields")}
+    flat = [item for n, t in hints.items() for item in shared.get(n, {n: t}).items()]
+    parameters = {n: _parameter(n, t) for n, t in flat}
+    shapes = None if shared else declaration
     made = " ".join(["(" + ", ".join(f"Tensor {n}".strip() for n in results) + ")"]) if outputs else None
     result_schema = made or ("Tensor" if results else "()")
     defined: Operator
@@ -160,9 +164,7 @@ def operator(declaration: Callable[..., Any] | None = None, *, paired: bool = Fa
         library.impl(name, torch_library.fallthrough_kernel, "Autograd")
         # What is_grads_batched=True and jacobian(vectorize=True) run a backward pass under.
         library.impl(name, _refuse_batches, "Batched")
-        torch_library.register_fake(
-            f"{namespace}::{name}", lambda *a, **k: _shapes(defined, declaration, a, k), lib=library
-        )
+        torch_library.register_fake(f"{namespace}::{name}", lambda *a, **k: _shapes(defined, shapes, a, k), lib=library)
 
     @functools.cache
     def launcher() -> Callable[..., Any]:
@@ -225,10 +227,10 @@ def _refuse_batches(*_: Any, **__: Any) -> Any:
     )
 
 
-def _shapes(op: Operator, declaration: Callable[..., Any], values: Any, named: Any) -> Any:
+def _shapes(op: Operator, declaration: Callable[..., Any] | None, values: Any, named: Any) -> Any:
     """The results of an operator on fake tensors."""
     bound = op.bind(*values, **named)
-    made = declaration(**bound)
+    made = None if declaration is None else declaration(**bound)
     if made is not None or not op.results:
         return made
     streams = [

@@ -17,6 +17,8 @@ from ..core import checks
 from ..elbo import elbo_error
 from ..schedule import PREDICTION_TYPES, NoiseSchedule, check_schedule, prediction_target
 
+__all__ = ["ClassifierStatistics", "DiffusionClassifier"]
+
 
 @dataclass
 class ClassifierStatistics:

@@ -10,6 +10,8 @@ from torch import Tensor
 from ..elbo.reference import elbo_error
 from ..schedule.reference import add_noise
 
+__all__ = ["classify"]
+
 
 def classify(
     model: Callable[[Tensor, Tensor, Tensor], Tensor],

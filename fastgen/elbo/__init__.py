@@ -10,6 +10,8 @@ from ..core import checks, dispatch, distributed
 from ..core.autograd import FusedLoss
 from . import operators, reference
 
+__all__ = ["ddo_loss", "diffusion_dpo_loss", "diffusion_kto_loss", "elbo_difference", "elbo_error"]
+
 REDUCTIONS = ("mean", "sum", "none")
 ELEMENT_REDUCTIONS = ("mean", "sum")
 
@@ -18,6 +20,40 @@ def _backend_of(op: FusedLoss, pred: Tensor) -> str:
     if distributed.is_dtensor(pred):
         distributed.register_sharding_rules()
     return dispatch.backend_for(op.name, pred.device.type)
+
+
+def _shared(
+    pred: Tensor, ref_pred: Tensor, target: Tensor, weight: Tensor | None, element_reduction: str, reduction: str
+) -> dict[str, Any]:
+    """What all losses over ELBO differences take, checked."""
+    checks.streams(pred=pred, ref_pred=ref_pred, target=target)
+    checks.per_row("weight", weight, pred)
+    checks.choice("element_reduction", element_reduction, ELEMENT_REDUCTIONS)
+    checks.choice("reduction", reduction, REDUCTIONS)
+    return {
+        "pred": pred,
+        "ref_pred": ref_pred,
+        "target": target,
+        "weight": weight,
+        "element_reduction": element_reduction,
+        "reduction": reduction,
+    }
+
+
+def _loss(op: FusedLoss, shared: dict[str, Any], terms: int, *, return_delta: bool = False, **own: Any) -> Any:
+    """The loss `op`, or its reference, of what :func:`_shared` gives and its own arguments.
+
+    `terms` are the mean's, in the whole batch; one that divides by numbers of its own has 1.
+    """
+    backend = _backend_of(op, shared["pred"])
+    if backend == "reference":
+        returned = {"return_delta": True} if return_delta else {}
+        return getattr(reference, op.name)(**shared, **own, **returned)
+    arguments = {name: value for name, value in shared.items() if name != "element_reduction"}
+    scale = 1 / max(terms, 1) if shared["reduction"] == "mean" else 1.0
+    element_mean = shared["element_reduction"] == "mean"
+    loss, delta = op(backend, **arguments, element_mean=element_mean, scale=scale, **own)
+    return (loss, delta) if return_delta else loss
 
 
 def elbo_error(
@@ -221,38 +257,19 @@ def ddo_loss(
         >>> print(f"{loss:.4f}")
         2.0794
     """
-    checks.streams(pred=pred, ref_pred=ref_pred, target=target)
+    shared = _shared(pred, ref_pred, target, weight, element_reduction, reduction)
     mc_samples = checks.positive_int("mc_samples", mc_samples)
     if pred.shape[0] % mc_samples:
         raise ValueError(f"mc_samples = {mc_samples} does not divide the {pred.shape[0]} rows of pred")
     checks.flags("is_real", is_real, pred.shape[0] // mc_samples, pred)
-    checks.per_row("weight", weight, pred)
     alpha = checks.number("alpha", alpha, low=0)
     beta = checks.number("beta", beta, low=0, open_low=True)
-    checks.choice("element_reduction", element_reduction, ELEMENT_REDUCTIONS)
-    checks.choice("reduction", reduction, REDUCTIONS)
-    backend = _backend_of(operators.ddo_loss, pred)
-    if backend == "reference":
-        return reference.ddo_loss(
-            pred, ref_pred, target, is_real, weight=weight, alpha=alpha, beta=beta, mc_samples=mc_samples,
-            element_reduction=element_reduction, reduction=reduction, return_delta=return_delta, group=group,
-        )  # fmt: skip
-    counts = distributed.loss_counts(is_real, group) if reduction == "mean" else None
-    loss, delta = operators.ddo_loss(
-        backend,
-        pred=pred,
-        ref_pred=ref_pred,
-        target=target,
-        weight=weight,
-        element_mean=element_reduction == "mean",
-        reduction=reduction,
-        is_real=is_real,
-        counts=counts,
-        alpha=alpha,
-        beta=beta,
-        mc_samples=mc_samples,
-    )
-    return (loss, delta) if return_delta else loss
+    own = {"is_real": is_real, "alpha": alpha, "beta": beta, "mc_samples": mc_samples}
+    if _backend_of(operators.ddo_loss, pred) == "reference":
+        own["group"] = group
+    else:
+        own["counts"] = distributed.loss_counts(is_real, group) if reduction == "mean" else None
+    return _loss(operators.ddo_loss, shared, 1, return_delta=return_delta, **own)
 
 
 @overload
@@ -339,29 +356,78 @@ def diffusion_dpo_loss(
         >>> print(f"{loss:.4f}")
         0.6931
     """
-    checks.streams(pred=pred, ref_pred=ref_pred, target=target)
+    shared = _shared(pred, ref_pred, target, weight, element_reduction, reduction)
     if pred.shape[0] % 2:
         raise ValueError(f"pred must hold winners and then as many losers, got {pred.shape[0]} rows")
-    checks.per_row("weight", weight, pred)
     beta = checks.number("beta", beta, low=0, open_low=True)
     checks.choice("kind", kind, ("sigmoid", "ipo", "hinge"))
-    checks.choice("element_reduction", element_reduction, ELEMENT_REDUCTIONS)
-    checks.choice("reduction", reduction, REDUCTIONS)
-    backend = _backend_of(operators.diffusion_dpo_loss, pred)
-    if backend == "reference":
-        return reference.diffusion_dpo_loss(
-            pred, ref_pred, target, weight=weight, beta=beta, kind=kind, element_reduction=element_reduction,
-            reduction=reduction, return_delta=return_delta,
-        )  # fmt: skip
-    loss, margin = operators.diffusion_dpo_loss(
-        backend,
-        pred=pred,
-        ref_pred=ref_pred,
-        target=target,
-        weight=weight,
-        element_mean=element_reduction == "mean",
-        reduction=reduction,
-        beta=beta,
-        kind=kind,
+    pairs = pred.shape[0] // 2
+    return _loss(operators.diffusion_dpo_loss, shared, pairs, return_delta=return_delta, beta=beta, kind=kind)
+
+
+def diffusion_kto_loss(
+    pred: Tensor,
+    ref_pred: Tensor,
+    target: Tensor,
+    is_desirable: Tensor,
+    *,
+    weight: Tensor | None = None,
+    beta: float = 1000.0,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+    baseline: float | Tensor | None = None,
+    element_reduction: Literal["mean", "sum"] = "mean",
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    group: Any = None,
+) -> Tensor:
+    """Diffusion-KTO (arXiv 2404.04465): a preference loss of single images, each liked or not; no pairs are needed.
+
+    .. math:: L_i = w_i · (1 - σ(± β(Δ_i - z)))
+
+    with Δ of :func:`elbo_difference`, + and w = `desirable_weight` where an image is desirable, - and
+    w = `undesirable_weight` elsewhere. z is the point from which gains and losses count: the mean Δ of the whole batch
+    where that is positive, else 0, without a gradient.
+
+    Args:
+        pred, ref_pred, target: as in :func:`elbo_difference`, [B, …].
+        is_desirable: bool [B].
+        weight: of the ELBO's errors, float32 or float64 [B]; 1 if None.
+        beta: inverse temperature, > 0. 1000 is the published code's, with the mean over elements.
+        desirable_weight, undesirable_weight: ≥ 0, to balance what is more frequent.
+        baseline: z, a number or a 0-dimensional tensor, which gets no gradient; e.g. a running mean. With None the
+            predictions are read once more, to find it first, and a non-finite row makes the whole batch so.
+        element_reduction: ``"mean"`` over an image's elements (published code) or ``"sum"``.
+        reduction: over the batch; ``"none"`` returns [B].
+        group: a ``torch.distributed`` process group over whose rows z is the mean; the loss stays that of the rank's
+            own. Batch-sharded DTensors need none: their z and their loss are those of the whole batch.
+
+    Returns:
+        The loss, float32 (float64 if an input is). Gradients flow to `pred` alone, once differentiable. B = 0 gives 0.
+
+    Raises:
+        TypeError, ValueError: naming the argument that does not fit.
+
+    Example::
+
+        >>> import torch, fastgen
+        >>> pred = torch.zeros(4, 16, requires_grad=True)
+        >>> liked = torch.tensor([True, False, False, True])
+        >>> loss = fastgen.diffusion_kto_loss(pred, torch.zeros(4, 16), torch.randn(4, 16), liked)
+        >>> print(f"{loss:.4f}")
+        0.5000
+    """
+    shared = _shared(pred, ref_pred, target, weight, element_reduction, reduction)
+    checks.flags("is_desirable", is_desirable, pred.shape[0], pred)
+    if baseline is None:
+        delta = elbo_difference(pred.detach(), ref_pred, target, weight=weight, element_reduction=element_reduction)
+        baseline = distributed.batch_mean(delta, group).clamp(min=0)
+    return _loss(
+        operators.diffusion_kto_loss,
+        shared,
+        pred.shape[0],
+        is_desirable=is_desirable,
+        baseline=checks.scalar("baseline", baseline, pred),
+        beta=checks.number("beta", beta, low=0, open_low=True),
+        desirable_weight=checks.number("desirable_weight", desirable_weight, low=0),
+        undesirable_weight=checks.number("undesirable_weight", undesirable_weight, low=0),
     )
-    return (loss, margin) if return_delta else loss

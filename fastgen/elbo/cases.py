@@ -9,6 +9,7 @@ ERROR = {"pred": stream, "target": stream}
 DIFFERENCE = {"pred": stream, "ref_pred": near, "target": stream}
 DDO = DIFFERENCE | {"is_real": flags}
 DDO_OF_PAIRS = DIFFERENCE | {"is_real": flags_of_pairs}
+KTO = DIFFERENCE | {"is_desirable": flags}
 DENOISING = {"pred": stream, "x0": stream, "noise": stream, "alpha_t": per_row, "sigma_t": falling}
 
 CASES = (
@@ -27,8 +28,15 @@ CASES = (
     case("diffusion_dpo_loss-ipo", DIFFERENCE | WEIGHT, "pred", beta=2.0, kind="ipo"),
     case("diffusion_dpo_loss-ipo-none", DIFFERENCE, "pred", beta=2.0, kind="ipo", reduction="none"),
     case(
-        "diffusion_dpo_loss-hinge", DIFFERENCE | WEIGHT, "pred", beta=0.2, kind="hinge", element_reduction="sum",
+        "diffusion_dpo_loss-hinge",
+        DIFFERENCE | WEIGHT,
+        "pred",
+        beta=0.2,
+        kind="hinge",
+        element_reduction="sum",
         reduction="sum",
     ),
+    case("diffusion_kto_loss", KTO | WEIGHT, "pred", beta=5.0, desirable_weight=2.0),
+    case("diffusion_kto_loss-sum", KTO, "pred", beta=5.0, undesirable_weight=3.0, baseline=0.1, reduction="sum"),
     case("fake_score_loss", DENOISING | WEIGHT, "pred", prediction_type="v_prediction"),
-)  # fmt: skip
+)

@@ -2,14 +2,16 @@
 
 Every loss here reduces a row to one number and hands the numbers of a group of rows to a scalar function, so all of
 them share one shape: the loss, the group's ELBO difference, d loss / d error of each row, and the gradient, from one
-pass. The kernels are in ``csrc/elbo.h`` and ``triton_kernels/elbo.py``.
+pass. Terms count `scale` times each: for a mean, one by their number in the whole batch, whatever a shard holds. The
+kernels are in ``csrc/elbo.h`` and ``triton_kernels/elbo.py``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
-from ..core.autograd import differentiable
+from ..core.autograd import FusedLoss, differentiable
 from ..core.operator import Gradient, Loss, PerGroup, PerRow, Reduction, Stream, Whole, operator
 
 Penalty = Literal["l2", "l1", "huber"]
@@ -31,7 +33,17 @@ class DistanceOutputs(NamedTuple):
     grad_pred: Gradient
 
 
-_OF_DIFFERENCE: dict[str, Any] = {"slope": "error_slope", "returns": ("loss", "delta"), "loss": "l2"}
+class Shared(NamedTuple):
+    """What all losses over ELBO differences take."""
+
+    pred: Stream
+    ref_pred: Stream
+    target: Stream
+    weight: PerRow | None
+    element_mean: bool
+    reduction: Reduction
+    scale: float
+    with_grad: bool
 
 
 @operator
@@ -63,36 +75,27 @@ def elbo_difference(
     """``w_i red_D (ref_pred - pred)(ref_pred + pred - 2 target)``"""
 
 
-@differentiable(elbo_error_backward, "pred", group_rows="mc_samples", **_OF_DIFFERENCE)
-@operator
+def _difference_loss(*, paired: bool = False, **options: Any) -> Callable[[Callable[..., Any]], FusedLoss]:
+    """A decorator of declarations: a loss over ELBO differences, and how it is differentiated."""
+    results = {"slope": "error_slope", "returns": ("loss", "delta")}
+    fused = differentiable(elbo_error_backward, "pred", **results, loss="l2", **options)
+    return lambda declaration: fused(operator(declaration, paired=paired))
+
+
+@_difference_loss(group_rows="mc_samples")
 def ddo_loss(
-    pred: Stream,
-    ref_pred: Stream,
-    target: Stream,
-    weight: PerRow | None,
-    element_mean: bool,
-    reduction: Reduction,
-    with_grad: bool,
-    is_real: PerGroup,
-    counts: Whole | None,
-    alpha: float,
-    beta: float,
-    mc_samples: int,
+    of: Shared, is_real: PerGroup, counts: Whole | None, alpha: float, beta: float, mc_samples: int
 ) -> DifferenceOutputs:
     """DDO over the mean difference of `mc_samples` rows; `counts` = {real, fake} to divide by where not these."""
 
 
-@differentiable(elbo_error_backward, "pred", **_OF_DIFFERENCE)
-@operator(paired=True)
-def diffusion_dpo_loss(
-    pred: Stream,
-    ref_pred: Stream,
-    target: Stream,
-    weight: PerRow | None,
-    element_mean: bool,
-    reduction: Reduction,
-    with_grad: bool,
-    beta: float,
-    kind: Literal["sigmoid", "ipo", "hinge"],
-) -> DifferenceOutputs:
+@_difference_loss(paired=True)
+def diffusion_dpo_loss(of: Shared, beta: float, kind: Literal["sigmoid", "ipo", "hinge"]) -> DifferenceOutputs:
     """A preference loss of the difference of row i less that of row i + B/2."""
+
+
+@_difference_loss()
+def diffusion_kto_loss(
+    of: Shared, is_desirable: PerRow, baseline: Whole, beta: float, desirable_weight: float, undesirable_weight: float
+) -> DifferenceOutputs:
+    """``w (1 - sigmoid(±beta (delta - baseline)))``, the sign and the weight w by `is_desirable`."""

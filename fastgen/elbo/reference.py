@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core.distributed import group_counts
+from ..core.distributed import batch_mean, group_counts
 from ..schedule.reference import widened
+
+__all__ = ["ddo_loss", "diffusion_dpo_loss", "diffusion_kto_loss", "elbo_difference", "elbo_error"]
 
 
 def elbo_error(
@@ -57,35 +60,64 @@ def ddo_loss(
     return (loss, delta.detach()) if return_delta else loss
 
 
-def diffusion_dpo_loss(
-    pred: Tensor,
-    ref_pred: Tensor,
-    target: Tensor,
-    *,
-    weight: Tensor | None = None,
-    beta: float = 5000.0,
-    kind: str = "sigmoid",
-    element_reduction: str = "mean",
-    reduction: str = "mean",
-    return_delta: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+def _of_difference(element_reduction: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Makes a function of ELBO differences a loss of predictions, reduced by default as said.
+
+    The function returns the terms, and what `return_delta` shows where that is not the differences themselves.
+    """
+    default = element_reduction
+
+    def decorated(terms: Callable[..., Any]) -> Callable[..., Any]:
+        def loss(
+            pred: Tensor,
+            ref_pred: Tensor,
+            target: Tensor,
+            *own: Any,
+            weight: Tensor | None = None,
+            element_reduction: str = default,
+            reduction: str = "mean",
+            return_delta: bool = False,
+            **options: Any,
+        ) -> Tensor | tuple[Tensor, Tensor]:
+            delta = elbo_difference(pred, ref_pred, target, weight=weight, element_reduction=element_reduction)
+            result = terms(delta, *own, **options)
+            term, shown = result if isinstance(result, tuple) else (result, delta)
+            value = _total(term, reduction)
+            return (value, shown.detach()) if return_delta else value
+
+        loss.__name__, loss.__doc__ = terms.__name__, terms.__doc__
+        return loss
+
+    return decorated
+
+
+@_of_difference("mean")
+def diffusion_dpo_loss(delta: Tensor, *, beta: float = 5000.0, kind: str = "sigmoid") -> tuple[Tensor, Tensor]:
     """``-log sigmoid(beta (delta_w - delta_l) / 2)`` over pairs of winners (first half) and losers (second half)."""
-    delta = elbo_difference(pred, ref_pred, target, weight=weight, element_reduction=element_reduction)
     winner, loser = delta.chunk(2) if len(delta) else (delta, delta)
     margin = winner - loser
     if kind == "sigmoid":
-        term = softplus(-0.5 * beta * margin)
-    elif kind == "ipo":
-        term = (margin - 1 / (2 * beta)).square()
-    else:
-        term = F.relu(1 - beta * margin)
-    if reduction == "none":
-        loss = term
-    elif reduction == "sum" or len(term) == 0:
-        loss = term.sum()
-    else:
-        loss = term.mean()
-    return (loss, margin.detach()) if return_delta else loss
+        return softplus(-0.5 * beta * margin), margin
+    if kind == "ipo":
+        return (margin - 1 / (2 * beta)).square(), margin
+    return F.relu(1 - beta * margin), margin
+
+
+@_of_difference("mean")
+def diffusion_kto_loss(
+    delta: Tensor,
+    is_desirable: Tensor,
+    *,
+    beta: float = 1000.0,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+    baseline: float | Tensor | None = None,
+    group: Any = None,
+) -> Tensor:
+    """``w (1 - sigmoid(±beta (delta - z)))``; z is `baseline`, or the batch's mean delta where that is positive."""
+    z = batch_mean(delta.detach(), group).clamp(min=0) if baseline is None else baseline
+    x = beta * (delta - z)
+    return torch.where(is_desirable, desirable_weight * torch.sigmoid(-x), undesirable_weight * torch.sigmoid(x))
 
 
 def softplus(x: Tensor) -> Tensor:
@@ -99,6 +131,13 @@ def _rows(t: Tensor) -> Tensor:
 
 def _reduced(penalty: Tensor, element_reduction: str) -> Tensor:
     return penalty.mean(1) if element_reduction == "mean" else penalty.sum(1)
+
+
+def _total(term: Tensor, reduction: str) -> Tensor:
+    """The terms, their sum or their mean; of none, 0."""
+    if reduction == "none":
+        return term
+    return term.sum() if reduction == "sum" or len(term) == 0 else term.mean()
 
 
 def _weighted(rows: Tensor, weight: Tensor | None) -> Tensor:

@@ -13,6 +13,8 @@ from ..sampling import langevin_step
 from ..sequence import operators
 from . import reference
 
+__all__ = ["ReplayBuffer", "classifier_guidance", "joint_energy_loss", "langevin_sample"]
+
 Classifier = Callable[[Tensor], Tensor]
 
 

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from ..schedule.reference import widened
 
+__all__ = ["joint_energy_loss"]
+
 
 def joint_energy_loss(
     logits_real: Tensor,

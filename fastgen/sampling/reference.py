@@ -9,6 +9,8 @@ from torch import Tensor
 
 from ..schedule.reference import widened
 
+__all__ = ["StepCoefficients", "guidance", "langevin_step", "posterior_sample", "reverse_step", "step_coefficients"]
+
 
 class StepCoefficients(NamedTuple):
     """A reverse step's numbers, of :func:`fastgen.step_coefficients`: each one for every row, [B], or one for all, [1].

@@ -17,6 +17,8 @@ from ..trajectory import Trajectory
 from . import VARIANCES, StepCoefficients, reverse_step_, step_coefficients
 from .reference import randn_like
 
+__all__ = ["sample"]
+
 METHODS = ("ddpm", "ddim", "analytic-ddpm", "analytic-ddim")
 
 Model = Callable[[Tensor, Tensor], Tensor]

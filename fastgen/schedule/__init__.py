@@ -15,6 +15,8 @@ from ..core.operator import Output, PerRow, Stream, operator
 from ..triton_kernels.layout import new_output
 from . import reference
 
+__all__ = ["NoiseSchedule", "add_noise", "diffuse_pair", "prediction_to_x0"]
+
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "flow_prediction")
 
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+__all__ = ["add_noise", "diffuse_pair", "noise_pair", "prediction_to_x0"]
+
 
 def add_noise(x0: Tensor, noise: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Tensor:
     """``x_t = alpha_t x0 + sigma_t noise``, with [B] coefficients."""

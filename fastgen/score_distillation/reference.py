@@ -9,6 +9,8 @@ from torch import Tensor
 
 from ..schedule.reference import prediction_to_x0, widened
 
+__all__ = ["DistillationStats", "ScorePair", "decoupled_dmd_loss", "dmd_loss", "sds_loss", "vsd_loss"]
+
 
 class ScorePair(NamedTuple):
     """Two x0-scores at one noise level, for :func:`fastgen.decoupled_dmd_loss`.

@@ -13,6 +13,8 @@ from ..core import checks
 from ..elbo import elbo_error
 from ..schedule import PREDICTION_TYPES, NoiseSchedule, check_schedule, prediction_target
 
+__all__ = ["backward_simulation", "fake_score_loss", "renoise_times"]
+
 RULES = ("uniform", "cleaner", "beta")
 
 

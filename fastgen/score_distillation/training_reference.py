@@ -7,6 +7,8 @@ from torch import Tensor
 from ..elbo.reference import elbo_error
 from ..schedule.reference import add_noise, widened
 
+__all__ = ["fake_score_loss"]
+
 
 def fake_score_loss(
     pred: Tensor,

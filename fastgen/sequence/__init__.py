@@ -12,6 +12,14 @@ from . import linear, operators, reference
 from .linear import MAX_CHUNK_BYTES
 from .operators import IGNORE_INDEX
 
+__all__ = [
+    "generalized_jsd_loss",
+    "linear_generalized_jsd_loss",
+    "linear_token_logprob",
+    "sequence_ddo_loss",
+    "token_logprob",
+]
+
 REDUCTIONS = ("mean", "sum", "none")
 TOKEN_REDUCTIONS = ("batchmean", "sum", "mean", "none")
 

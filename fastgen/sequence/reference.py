@@ -13,6 +13,14 @@ from ..core.distributed import group_counts
 from ..elbo.reference import softplus
 from ..schedule.reference import widened
 
+__all__ = [
+    "generalized_jsd_loss",
+    "linear_generalized_jsd_loss",
+    "linear_token_logprob",
+    "sequence_ddo_loss",
+    "token_logprob",
+]
+
 IGNORE_INDEX = -100
 
 

@@ -19,6 +19,8 @@ from ..core import checks, dispatch
 from ..core.operator import Whole, operator
 from . import reference
 
+__all__ = ["FactoredCost", "Trajectory", "optimal_trajectory"]
+
 CONVENTIONS = ("edges", "nodes")
 METHODS = ("auto", "exact", "monge")
 

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+__all__ = ["optimal_trajectory"]
+
 
 def optimal_trajectory(
     cost: Tensor, num_steps: int | Sequence[int], *, convention: str = "edges", method: str = "exact"
