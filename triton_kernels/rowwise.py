@@ -129,9 +129,16 @@ def run(formula: Formula, groups: Groups, rows: Rows, args: Any, out: Tensor | N
     first, strides, itemsize = rows.first, rows.strides, rows.itemsize(out)
     unit = unit_of((rows.size, *strides), itemsize)
     streams = (
-        formula.functions, rows.streams, tuple(s // unit for s in strides), args, out,
-        rows.size // unit, groups.rows, groups.stride, groups.row_stride,
-    )  # fmt: skip
+        formula.functions,
+        rows.streams,
+        tuple(s // unit for s in strides),
+        args,
+        out,
+        rows.size // unit,
+        groups.rows,
+        groups.stride,
+        groups.row_stride,
+    )
     constants = {
         "UNIT": unit,
         "INDEX": offsets_type(rows.size),
@@ -148,7 +155,7 @@ def run(formula: Formula, groups: Groups, rows: Rows, args: Any, out: Tensor | N
     width = 8 if rows.dtype == torch.float64 else 4
     plan = groups_plan(
         rows.size, groups.count, groups.rows, itemsize, width, len(rows.tensors), formula.sums, first.device
-    )  # fmt: skip
+    )
     constants |= {"BLOCK": plan.block, "num_warps": plan.num_warps}
     if plan.kind == "held":
         launch(_held_groups, groups.count, first, *streams, RANKS=triton.next_power_of_2(groups.rows), **constants)
@@ -205,9 +212,20 @@ def _zeros(SHAPE: tl.constexpr, SUMS: tl.constexpr, T: tl.constexpr):
 
 @triton.jit
 def _row_sums(
-    functions, streams, strides, constants, row, begin, end, size,
-    SUMS: tl.constexpr, STREAMS: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr, T: tl.constexpr,
-):  # fmt: skip
+    functions,
+    streams,
+    strides,
+    constants,
+    row,
+    begin,
+    end,
+    size,
+    SUMS: tl.constexpr,
+    STREAMS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    UNIT: tl.constexpr,
+    T: tl.constexpr,
+):
     """The sums of elements [begin, end) of a row. The mask uses `size`, whose divisor is known, as `end` is not."""
     cols = tl.arange(0, BLOCK)
     # What one 16-byte load brought is added up in its thread at once: an accumulator a load, not one an element.
@@ -232,9 +250,21 @@ def _row_sums(
 
 @triton.jit
 def _map_row(
-    functions, streams, strides, out, constants, coefficient, row, begin, end, size,
-    MAP_STREAMS: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr, T: tl.constexpr,
-):  # fmt: skip
+    functions,
+    streams,
+    strides,
+    out,
+    constants,
+    coefficient,
+    row,
+    begin,
+    end,
+    size,
+    MAP_STREAMS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    UNIT: tl.constexpr,
+    T: tl.constexpr,
+):
     cols = tl.arange(0, BLOCK)
     for start in range(begin, end, BLOCK):
         mask = cols < size - start
@@ -257,10 +287,24 @@ def _group_sums(sums, scale, present, SUMS: tl.constexpr):
 
 @triton.jit(do_not_specialize=_PLAIN)
 def _held_groups(
-    functions, streams, strides, args, out, units, group_rows, group_stride, row_stride,
-    SUMS: tl.constexpr, STREAMS: tl.constexpr, MAP_STREAMS: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr,
-    UNIT: tl.constexpr, INDEX: tl.constexpr, T: tl.constexpr,
-):  # fmt: skip
+    functions,
+    streams,
+    strides,
+    args,
+    out,
+    units,
+    group_rows,
+    group_stride,
+    row_stride,
+    SUMS: tl.constexpr,
+    STREAMS: tl.constexpr,
+    MAP_STREAMS: tl.constexpr,
+    RANKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    UNIT: tl.constexpr,
+    INDEX: tl.constexpr,
+    T: tl.constexpr,
+):
     """A group per program, all its rows in one tile that stays in registers between the reduction and the map."""
     group = tl.program_id(0).to(tl.int64)
     size = units.to(INDEX) * UNIT
@@ -289,10 +333,23 @@ def _held_groups(
 
 @triton.jit(do_not_specialize=_PLAIN)
 def _looped_groups(
-    functions, streams, strides, args, out, units, group_rows, group_stride, row_stride,
-    SUMS: tl.constexpr, STREAMS: tl.constexpr, MAP_STREAMS: tl.constexpr, BLOCK: tl.constexpr,
-    UNIT: tl.constexpr, INDEX: tl.constexpr, T: tl.constexpr,
-):  # fmt: skip
+    functions,
+    streams,
+    strides,
+    args,
+    out,
+    units,
+    group_rows,
+    group_stride,
+    row_stride,
+    SUMS: tl.constexpr,
+    STREAMS: tl.constexpr,
+    MAP_STREAMS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    UNIT: tl.constexpr,
+    INDEX: tl.constexpr,
+    T: tl.constexpr,
+):
     """A group per program, block by block; the map reads again what the L2 cache may still hold."""
     group = tl.program_id(0).to(tl.int64)
     size = units.to(INDEX) * UNIT
@@ -316,17 +373,45 @@ def _looped_groups(
             coefficient = functions.coefficient(args, row, rank, constants, slope, T)
             if out is not None:
                 _map_row(
-                    functions, streams, strides, out, constants, coefficient, row, 0, size, size,
-                    MAP_STREAMS, BLOCK, UNIT, T,
-                )  # fmt: skip
+                    functions,
+                    streams,
+                    strides,
+                    out,
+                    constants,
+                    coefficient,
+                    row,
+                    0,
+                    size,
+                    size,
+                    MAP_STREAMS,
+                    BLOCK,
+                    UNIT,
+                    T,
+                )
 
 
 @triton.jit(do_not_specialize=_PLAIN)
 def _partial_sums(
-    functions, streams, strides, args, out, units, group_rows, group_stride, row_stride, partials, segments,
-    segment_blocks, SUMS: tl.constexpr, STREAMS: tl.constexpr, MAP_STREAMS: tl.constexpr, BLOCK: tl.constexpr,
-    UNIT: tl.constexpr, INDEX: tl.constexpr, T: tl.constexpr,
-):  # fmt: skip
+    functions,
+    streams,
+    strides,
+    args,
+    out,
+    units,
+    group_rows,
+    group_stride,
+    row_stride,
+    partials,
+    segments,
+    segment_blocks,
+    SUMS: tl.constexpr,
+    STREAMS: tl.constexpr,
+    MAP_STREAMS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    UNIT: tl.constexpr,
+    INDEX: tl.constexpr,
+    T: tl.constexpr,
+):
     """Few long rows: one segment of one row per program; partials are [group, rank, segment, SUMS]."""
     program = tl.program_id(0)
     index = (program // segments).to(tl.int64)
@@ -335,18 +420,39 @@ def _partial_sums(
     size = units.to(INDEX) * UNIT
     begin = (program % segments * segment_blocks).to(INDEX) * BLOCK
     sums = _row_sums(
-        functions, streams, strides, functions.row(args, row, rank, T), row,
-        begin, tl.minimum(begin + segment_blocks * BLOCK, size), size, SUMS, STREAMS, BLOCK, UNIT, T,
-    )  # fmt: skip
+        functions,
+        streams,
+        strides,
+        functions.row(args, row, rank, T),
+        row,
+        begin,
+        tl.minimum(begin + segment_blocks * BLOCK, size),
+        size,
+        SUMS,
+        STREAMS,
+        BLOCK,
+        UNIT,
+        T,
+    )
     for k in tl.static_range(SUMS):
         tl.store(partials + program.to(tl.int64) * SUMS + k, sums[k])
 
 
 @triton.jit
 def _finish_group(
-    functions, args, partials, group, group_rows, group_stride, row_stride, segments,
-    SUMS: tl.constexpr, RANKS: tl.constexpr, SEGMENTS: tl.constexpr, T: tl.constexpr,
-):  # fmt: skip
+    functions,
+    args,
+    partials,
+    group,
+    group_rows,
+    group_stride,
+    row_stride,
+    segments,
+    SUMS: tl.constexpr,
+    RANKS: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    T: tl.constexpr,
+):
     # One flat tile of [RANKS, SEGMENTS]: spread over the threads whatever the two are.
     entry = tl.arange(0, RANKS * SEGMENTS)
     slot, segment = entry // SEGMENTS, entry % SEGMENTS
@@ -362,11 +468,29 @@ def _finish_group(
 
 @triton.jit(do_not_specialize=_PLAIN)
 def _finish(
-    functions, streams, strides, args, out, units, group_rows, group_stride, row_stride, partials, segments,
-    segment_blocks, shares,
-    SUMS: tl.constexpr, STREAMS: tl.constexpr, MAP_STREAMS: tl.constexpr, RANKS: tl.constexpr, SEGMENTS: tl.constexpr,
-    BLOCK: tl.constexpr, UNIT: tl.constexpr, INDEX: tl.constexpr, T: tl.constexpr,
-):  # fmt: skip
+    functions,
+    streams,
+    strides,
+    args,
+    out,
+    units,
+    group_rows,
+    group_stride,
+    row_stride,
+    partials,
+    segments,
+    segment_blocks,
+    shares,
+    SUMS: tl.constexpr,
+    STREAMS: tl.constexpr,
+    MAP_STREAMS: tl.constexpr,
+    RANKS: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    UNIT: tl.constexpr,
+    INDEX: tl.constexpr,
+    T: tl.constexpr,
+):
     """Epilogue (where there were sums) and map of one segment of one row per program.
 
     Every program of a group repeats the group's epilogue from a few partial sums: cheaper than another launch.
@@ -380,15 +504,37 @@ def _finish(
     slope = tl.zeros((), T)
     if SUMS > 0:
         slope = _finish_group(
-            functions, args, partials, group, group_rows, group_stride, row_stride, segments,
-            SUMS, RANKS, SEGMENTS, T,
-        )  # fmt: skip
+            functions,
+            args,
+            partials,
+            group,
+            group_rows,
+            group_stride,
+            row_stride,
+            segments,
+            SUMS,
+            RANKS,
+            SEGMENTS,
+            T,
+        )
     if MAP_STREAMS > 0:
         constants = functions.row(args, row, rank, T)
         coefficient = functions.coefficient(args, row, rank, constants, slope, T)
         if out is not None:
             begin = (program % shares * segment_blocks).to(INDEX) * BLOCK
             _map_row(
-                functions, streams, strides, out, constants, coefficient, row,
-                begin, tl.minimum(begin + segment_blocks * BLOCK, size), size, MAP_STREAMS, BLOCK, UNIT, T,
-            )  # fmt: skip
+                functions,
+                streams,
+                strides,
+                out,
+                constants,
+                coefficient,
+                row,
+                begin,
+                tl.minimum(begin + segment_blocks * BLOCK, size),
+                size,
+                MAP_STREAMS,
+                BLOCK,
+                UNIT,
+                T,
+            )
