@@ -16,19 +16,20 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from ..core import checks, distributed
+from ..core import checks, dispatch, distributed
 from ..schedule import NoiseSchedule
 from ..trajectory import FactoredCost, Trajectory, optimal_trajectory
 from ..triton_kernels.layout import arithmetic_dtype
+from . import reference
 from .operators import (
     DataRange,
     Step,
     checked_moments,
     isotonic,
+    mean_square,
     node_alphas,
     nodes_of_steps,
     radius_of,
-    row_mean_square,
     trajectory_nodes,
     with_data_node,
 )
@@ -45,6 +46,12 @@ __all__ = [
 ]
 
 VARIANCES = ("analytic", "beta", "beta_tilde")
+
+
+def row_mean_square(pred: Tensor) -> Tensor:
+    """:func:`mean_square` by the backend that serves; not differentiable."""
+    backend = dispatch.backend_for("mean_square", pred.device.type)
+    return reference.mean_square(pred) if backend == "reference" else mean_square(backend, pred=pred.detach())
 
 
 class ScoreMoments:

@@ -9,10 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core import checks, dispatch
+from ..core import checks
 from ..core.operator import PerRow, Stream, operator
 from ..schedule import NoiseSchedule, check_schedule
-from . import reference
 
 DataRange = tuple[float, float] | None
 
@@ -20,12 +19,6 @@ DataRange = tuple[float, float] | None
 @operator
 def mean_square(pred: Stream) -> PerRow:
     """``Σ_D pred² / D`` of each row."""
-
-
-def row_mean_square(pred: Tensor) -> Tensor:
-    """:func:`mean_square` by the backend that serves; not differentiable."""
-    backend = dispatch.backend_for("mean_square", pred.device.type)
-    return reference.mean_square(pred) if backend == "reference" else mean_square(backend, pred=pred.detach())
 
 
 class Step(NamedTuple):
