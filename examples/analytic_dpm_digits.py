@@ -204,8 +204,8 @@ def bounds(schedule: NoiseSchedule, subject: Subject, cfg: Config) -> Table:
                     schedule,
                     subject.ms_eps,
                     nodes_of(schedule, subject, k, trajectory),
-                    variance=variance,
-                    mse_eps=subject.mse_eps,  # type: ignore[arg-type]
+                    variance=variance,  # type: ignore[arg-type]
+                    mse_eps=subject.mse_eps,
                     levels=LEVELS if subject.bounded else None,
                 ).total
             )

@@ -160,7 +160,7 @@ def plan_steps(
         schedule,
         before - 1,
         nodes - 1,
-        method=mean,
+        method=mean,  # type: ignore[arg-type]
         eta=eta,
         variance=given,  # type: ignore[arg-type]
         use_clipped_model_output=use_clipped_model_output,
