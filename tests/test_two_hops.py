@@ -1,4 +1,4 @@
-"""From a public function to its kernels it is two hops by name: the operator that it calls, then the kernels of that."""
+"""From a public function to its kernels by name: its operators, then what bears their names in C++ and in Triton."""
 
 from __future__ import annotations
 
