@@ -10,7 +10,7 @@ import torch
 from conftest import DEVICE
 
 import fastgen
-from fastgen import _backend
+from fastgen.core import dispatch
 
 X, Y, Z = (torch.randn(2, 3, generator=torch.Generator().manual_seed(i)).to(DEVICE) for i in range(3))
 ROW = torch.ones(2, device=DEVICE)
@@ -140,7 +140,7 @@ def test_what_no_memory_holds_is_refused_by_name():
             call(function, **tensors)
 
 
-@pytest.mark.skipif(_backend.missing("guidance", "native", "cpu") is not None, reason="needs the compiled kernels")
+@pytest.mark.skipif(dispatch.missing("guidance", "native", "cpu") is not None, reason="needs the compiled kernels")
 def test_kernels_make_no_output_of_a_size_whose_bytes_overflow():
     """Called without the checks; an output of 4 MiB, what is left of its bytes in 64 bits, would be written past."""
     code = """
