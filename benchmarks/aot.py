@@ -186,7 +186,7 @@ class _OnMeta(TorchDispatchMode):
         operator = dispatch.operators[func._schema.name.partition("::")[2]]
         launcher = getattr(importlib.import_module(f"fastgen.triton_kernels.{operator.family}"), operator.name)
         if operator.family != "trajectory":
-            return launcher(*args)
+            return launcher(**operator.bind(*args))
         # The solver reads its results: a cost that is in order, and totals that are finite.
         results = launcher(*(t.to("meta") if isinstance(t, torch.Tensor) else t for t in args))
         stand_in = lambda t: torch.full(t.shape, float(t.is_floating_point()), dtype=t.dtype)  # noqa: E731

@@ -154,13 +154,10 @@ torch.ops.fastgen.guidance(x, x, torch.ones(1))
 
 
 def test_the_shapes_of_results_are_known_without_data():
-    """On the meta device: losses and steps give tensors there; a solver, which needs values, says so."""
+    """On the meta device losses and steps give tensors there. (A solver needs values.)"""
     for function, tensors in CALLS.items():
         meta = {name: t.to("meta") for name, t in tensors.items()}
-        if function is fastgen.optimal_trajectory:
-            with pytest.raises(ValueError, match="cost is on the meta device"):
-                call(function, **meta)
-        elif function not in OTHERS:
+        if function is not fastgen.optimal_trajectory and function not in OTHERS:
             assert call(function, **meta).device.type == "meta"
 
 

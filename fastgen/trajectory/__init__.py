@@ -246,8 +246,6 @@ def optimal_trajectory(
     first = 0 if convention == "edges" else 1
     problems, h, batch = _problems(cost)
     device, last = problems.device, problems.shape[1] - 1
-    if device.type == "meta":
-        raise ValueError("cost is on the meta device, but a solver needs its values")
     counts = _step_counts(num_steps, first, last)
     backend = dispatch.backend_for("trajectory_table", device.type)
     certified = _certified(backend, problems, h, first, method)
