@@ -67,13 +67,15 @@ def check_offsets(what: str, size: int) -> None:
     t = s + 1e-2 * torch.randn_like(s)
     for beta in ("0", "0.5", "1"):
         case = CASES[f"generalized_jsd_loss-{beta}"]
-        labels = torch.zeros(2, dtype=torch.int64)
+        labels, limit = torch.zeros(2, dtype=torch.int64), torch.inf
         for x, y in ((s, t), (s + 1000, t), (s, t + 1000), (s - 1e4, t), (s, t - 1e4)):
             tensors = {"student_logits": x, "teacher_logits": y, "labels": labels}
             part = "gradient of student_logits"
             grad, want = results(case, fastgen, tensors)[part], results(case, reference, widened(tensors))[part]
             error = ((grad - want).norm() / want.norm()).item()
-            assert error < (1e-4 if beta == "0" else 1e-6), f"{what} jsd {beta}: error {error:.3g}"
+            assert error <= limit, f"{what} jsd {beta}: error {error:.3g}, allowed {limit:.3g}"
+            if limit == torch.inf:  # the first pair, without a constant
+                limit = 10 * error + 1e-6
 
 
 def check_images(what: str, rows: int, size: int, dtypes: list[torch.dtype]) -> None:
