@@ -95,7 +95,6 @@ class Operator:
     order: tuple[tuple[str, Mapping[str, int] | None], ...]  # the arguments, and the codes of those that are words
     paired: bool  # groups are made of rows half a batch apart
     outputs: Callable[..., Any] | None  # the NamedTuple of its results, where there are several
-    schema: str
     native: Callable[..., Any] = field(repr=False)
     triton: Callable[..., Any] = field(repr=False)
 
@@ -182,7 +181,6 @@ def operator(declaration: Callable[..., Any] | None = None, *, paired: bool = Fa
         tuple((n, codes or None) for n, (_, _, codes) in parameters.items()),
         paired,
         outputs,
-        schema,
         *(getattr(getattr(torch.ops, namespace), name).default for namespace in libraries),
     )
     operators[name] = defined
