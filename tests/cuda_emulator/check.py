@@ -74,8 +74,9 @@ def check_offsets(what: str, size: int) -> None:
             grad, want = results(case, fastgen, tensors)[part], results(case, reference, widened(tensors))[part]
             error = ((grad - want).norm() / want.norm()).item()
             assert error <= limit, f"{what} jsd {beta}: error {error:.3g}, allowed {limit:.3g}"
-            if limit == torch.inf:  # the first pair, without a constant
-                limit = 10 * error + 1e-6
+            # The first pair has no constant. Rows 1 % apart lose two digits of float32, a lost offset all of them.
+            if limit == torch.inf:
+                limit = 10 * error + 1e-5
 
 
 def check_images(what: str, rows: int, size: int, dtypes: list[torch.dtype]) -> None:
