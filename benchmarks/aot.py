@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 import fastgen
 from fastgen.cases import FAMILIES, Case
-from fastgen.core import dispatch
+from fastgen.core.operator import operators
 
 from . import aot_cuda
 
@@ -183,7 +183,7 @@ class _OnMeta(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace != "fastgen_triton":
             return func(*args, **(kwargs or {}))
-        operator = dispatch.operators[func._schema.name.partition("::")[2]]
+        operator = operators[func._schema.name.partition("::")[2]]
         launcher = getattr(importlib.import_module(f"fastgen.triton_kernels.{operator.family}"), operator.name)
         if operator.family != "trajectory":
             return launcher(**operator.bind(*args))

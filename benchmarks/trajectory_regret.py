@@ -15,6 +15,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,7 +63,7 @@ def path_cost(cost: FactoredCost, path: Tensor) -> float:
     return float(((cost.v[s] + cost.h[t]) / (cost.v[t] + cost.h[t])).log().sum())
 
 
-def regrets(truth: FactoredCost, best: Trajectory, found: dict[int, Tensor], steps: Sequence[int]) -> list[float]:
+def regrets(truth: FactoredCost, best: Trajectory[Any], found: dict[int, Tensor], steps: Sequence[int]) -> list[float]:
     return [path_cost(truth, found[k]) - total for k, total in zip(steps, best.total_cost.tolist(), strict=True)]
 
 

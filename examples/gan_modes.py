@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastgen import clip_weights_, discriminator_loss, generator_loss, r1_penalty
-from fastgen.adversarial import Kind
+from fastgen.adversarial.gan import Kind
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import torch
 
 from . import __version__
 from .core import dispatch, verify
+from .core.operator import operators
 
 VARIABLES = ("FASTGEN_BACKEND", "FASTGEN_CPU_CAPABILITY", "FASTGEN_CPU_CACHE_MB", "TRITON_INTERPRET")
 
@@ -26,7 +27,7 @@ def _version(package: str) -> str:
 def _print_backends(device_type: str) -> None:
     """Which backend serves each operator; then why the ones preferred to it do not, each reason once."""
     passed_over: dict[str, list[str]] = {}
-    for name in sorted(dispatch.operators):
+    for name in sorted(operators):
         try:
             chosen = dispatch.backend_for(name, device_type)
         except RuntimeError:  # FASTGEN_BACKEND asks for what is not there
@@ -38,7 +39,7 @@ def _print_backends(device_type: str) -> None:
             if reason := dispatch.missing(name, backend, device_type):
                 passed_over.setdefault(f"{backend}: {reason}", []).append(name)
     for reason, names in passed_over.items():
-        where = "" if len(names) == len(dispatch.operators) else f" ({', '.join(names)})"
+        where = "" if len(names) == len(operators) else f" ({', '.join(names)})"
         print(f"not {reason}{where}")
 
 

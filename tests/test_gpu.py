@@ -13,7 +13,8 @@ from conftest import DEVICE, backends
 from torch import Tensor
 
 import fastgen
-from fastgen import NoiseSchedule, ScorePair, analytic_dpm
+from fastgen import NoiseSchedule, ScorePair
+from fastgen.analytic_dpm import moments
 from fastgen.cases import FUNCTIONS
 from fastgen.core import verify
 
@@ -41,7 +42,7 @@ def steps(device: str) -> dict[str, Step]:
         "ddo_loss": lambda p, q, y: fastgen.ddo_loss(p, q, y, real, weight=w, alpha=2.0),
         "diffusion_dpo_loss": lambda p, q, y: fastgen.diffusion_dpo_loss(p, q, y, beta=3.0),
         "add_noise": lambda p, q, y: fastgen.add_noise(p, y, w, 1 - w),
-        "mean_square": lambda p, q, y: analytic_dpm.row_mean_square(p.detach()),
+        "mean_square": lambda p, q, y: moments.row_mean_square(p.detach()),
         "sds_loss": lambda p, q, y: fastgen.sds_loss(p, q, y, weight=w),
         "vsd_loss": lambda p, q, y: fastgen.vsd_loss(p, q, y, reduction="none"),
         "dmd_loss": lambda p, q, y: fastgen.dmd_loss(p, y, q, y - q, real_uncond=y, **dmd),

@@ -224,19 +224,28 @@ class FusedLoss:
         `arguments` are the operator's but `with_grad`.
         """
         x = arguments[self.wrt] if source is None else source
+        if not needs_grad(x):
+            results = self._results(backend, False, arguments)
+            if self.operator.outputs is None:
+                return results
+            returned = self.returned(results)
+            return returned[0] if len(returned) == 1 else returned
         keep = self.buffer is not None and arguments.get("reduction") != "none" and can_keep(x)
         return apply(self, backend, keep, (x,), arguments)
 
     def forward(self, backend: str, keep: bool, needed: tuple[bool, ...], arguments: dict[str, Any]) -> Forward:
-        if self.buffer is not None:
-            arguments["with_grad"] = keep
-        results = self.operator.run(backend, arguments)
+        results = self._results(backend, keep, arguments)
         if self.operator.outputs is None:
             return Forward((results,), arguments, (None,))
         named = arguments | dict(zip(self.operator.results, results, strict=True))
         if self.unused is not None:
             named.update(dict.fromkeys(self.unused(arguments)))
         return Forward(self.returned(results), named, (named[self.buffer] if keep and self.buffer else None,))
+
+    def _results(self, backend: str, keep: bool, arguments: dict[str, Any]) -> Any:
+        if self.buffer is not None:
+            arguments["with_grad"] = keep
+        return self.operator.run(backend, arguments)
 
     def backward(self, backend: str, needed: tuple[bool, ...], saved: Mapping[str, Any], grad: Tensor) -> Gradients:
         arguments = {name: saved[name] for name in self.shared} | self.constants

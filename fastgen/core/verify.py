@@ -16,6 +16,7 @@ from .. import reference
 from ..cases import FUNCTIONS, Case
 from . import dispatch
 from .accuracy import accurate, errors
+from .operator import operators
 
 fastgen = importlib.import_module(dispatch.PACKAGE)  # the public functions, whatever name the package has
 
@@ -87,7 +88,7 @@ def verify(device: str, backend: str | None = None, progress: bool = True) -> li
 
 def _is_there(backend: str, device: str) -> bool:
     """Whether it has any kernel. A backend that lacks some fails, and says what is missing."""
-    return any(dispatch.missing(name, backend, torch.device(device).type) is None for name in dispatch.operators)
+    return any(dispatch.missing(name, backend, torch.device(device).type) is None for name in operators)
 
 
 def table(rows: list[Row]) -> str:

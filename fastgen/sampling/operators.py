@@ -142,7 +142,7 @@ class Posterior(torch.autograd.Function):
         return launch_mix(reverse_step, backend, x_t, x0, noise, k_x_t, k_x0, k_noise)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         scales = zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[1:4], strict=True)
         grads = (_scaled(ctx.backend, grad, k, dtype) if needed else None for k, dtype, needed in scales)
         return None, *grads, None, None, None
@@ -157,7 +157,7 @@ class Guidance(torch.autograd.Function):
         return guidance(backend, cond=cond, uncond=uncond, scale=scale)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (scale,) = ctx.saved_tensors
         scale = scale.expand(grad.shape[0])
         cond, uncond = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ def sample(
     noise: Tensor,
     *,
     method: Literal["ddpm", "ddim", "analytic-ddpm", "analytic-ddim"] = "ddpm",
-    steps: int | Tensor | Trajectory = 50,
+    steps: int | Tensor | Trajectory[Any] = 50,
     eta: float = 0.0,
     variance: Literal["beta_tilde", "beta"] = "beta_tilde",
     ms_eps: Tensor | None = None,
@@ -172,7 +172,7 @@ def plan_steps(
     return StepCoefficients(*(v.to(dtype) for v in k))
 
 
-def _nodes(schedule: NoiseSchedule, steps: int | Tensor | Trajectory) -> Tensor:
+def _nodes(schedule: NoiseSchedule, steps: int | Tensor | Trajectory[Any]) -> Tensor:
     last = len(node_alphas(schedule)) - 1
     if isinstance(steps, Trajectory):
         if not isinstance(steps.steps, Tensor):

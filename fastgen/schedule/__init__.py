@@ -38,7 +38,7 @@ class _RowCombination(torch.autograd.Function):
         return row_combination(backend, x=x, a=a, y=y, b=b)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         a, b = ctx.saved_tensors
         needs_x, needs_y = ctx.needs_input_grad[1], ctx.needs_input_grad[3]
         grad_x = _RowCombination.apply(ctx.backend, grad, a, None, None) if needs_x else None

@@ -230,12 +230,12 @@ class _GivenGradient(torch.autograd.Function):
         ctx.dtype, ctx.dims = x.dtype, output.dim()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (G,) = ctx.saved_tensors
         return (trailing(grad, G) * G).to(ctx.dtype), None, None
 
     @staticmethod
-    def jvp(ctx: Any, x_tangent: Tensor, *_: Any) -> Tensor:  # type: ignore[override]
+    def jvp(ctx: Any, x_tangent: Tensor, *_: Any) -> Tensor:
         (G,) = ctx.saved_tensors
         return elements(G * x_tangent, ctx.dims).sum(-1)
 
