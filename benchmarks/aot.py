@@ -65,10 +65,10 @@ class Report:
 
 # The streams that a kernel of the row-wise skeleton reads, of (all, mapped).
 SWEEPS: dict[str, Callable[[Streams, Streams], Streams]] = {
-    "_held_groups": lambda streams, mapped: streams,
-    "_looped_groups": lambda streams, mapped: streams + mapped,
-    "_partial_sums": lambda streams, mapped: streams,
-    "_finish": lambda streams, mapped: mapped,
+    "held_groups": lambda streams, mapped: streams,
+    "looped_groups": lambda streams, mapped: streams + mapped,
+    "partial_sums": lambda streams, mapped: streams,
+    "finish": lambda streams, mapped: mapped,
 }
 
 
@@ -120,9 +120,9 @@ class Launch:
         streams = tuple(t for t in args[1] if t is not None)
         mapped = tuple(t for t in args[1][: constants["MAP_STREAMS"]] if t is not None)
         reads = SWEEPS[name](streams, mapped if args[4] is not None else ())
-        out = args[4] if name != "_partial_sums" else None
+        out = args[4] if name != "partial_sums" else None
         wide = tuple(t for t in reads if t.dtype != torch.bool)  # masks are narrow, and matter little
-        tile = constants["BLOCK"] * (constants["RANKS"] if name == "_held_groups" else 1)
+        tile = constants["BLOCK"] * (constants["RANKS"] if name == "held_groups" else 1)
         return Launch(kernel, tile, wide, out, _bytes((*reads, out)), _bytes((*streams, args[4])))
 
     def narrow(self, accesses: dict[int, int], tensors: Streams) -> int:

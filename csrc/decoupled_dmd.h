@@ -13,20 +13,19 @@ struct DecoupledField {
   static constexpr int kDmNoisy = kStreams - 3, kCaNoisy = kStreams - 2, kSample = kStreams - 1;
   static constexpr bool kMasks = kGate;
   struct Row {
-    T scale, weight, guidance, ca_coefficient;
+    T scale, weight, guidance;
     Mixture<T> real, fake, ca;
   };
   const T *weight, *dm_alpha, *dm_sigma, *ca_alpha, *ca_sigma;
   Prediction real_type, fake_type;
   T guidance, scale;
   Normalizer<T> normalize;
-  const T* ca_coefficients;  // [rows]: an epilogue hands on one number, and this is the other
 
   FASTGEN_HD Row row(int64_t row) const {
     const T w = weight ? weight[row] : T(1);
     const Mixture<T> ca = x0_from(real_type, ca_alpha[row], ca_sigma[row]);
-    return {scale, w, w * (guidance - T(1)) * ca.b, ca_coefficients[row],
-            x0_from(real_type, dm_alpha[row], dm_sigma[row]), x0_from(fake_type, dm_alpha[row], dm_sigma[row]), ca};
+    return {scale, w, w * (guidance - T(1)) * ca.b, x0_from(real_type, dm_alpha[row], dm_sigma[row]),
+            x0_from(fake_type, dm_alpha[row], dm_sigma[row]), ca};
   }
   FASTGEN_HD T dm(const Row& row, const T* v) const {
     T difference;
@@ -35,9 +34,10 @@ struct DecoupledField {
     return gated<kGate>(row.weight * difference, v + 4);
   }
   FASTGEN_HD T ca(const Row& row, const T* v) const { return gated<kGate>(row.guidance * (v[3] - v[2]), v + 4); }
-  FASTGEN_HD T element(const Row& row, T dm_coefficient, const T* v) const {
-    const T g = dm_coefficient * dm(row, v) + row.ca_coefficient * ca(row, v);
-    return dm_coefficient == T(0) ? T(0) : g;
+  // `coefficients`: of DM and of CA; both are 0 where a row is skipped.
+  FASTGEN_HD T element(const Row& row, const Numbers<T, 2>& coefficients, const T* v) const {
+    const T g = coefficients[0] * dm(row, v) + coefficients[1] * ca(row, v);
+    return coefficients[0] == T(0) ? T(0) : g;
   }
 };
 
@@ -66,7 +66,7 @@ struct DecoupledLoss {
     sums[5] += dm * ca;
     sums[6] += ca * ca;
   }
-  FASTGEN_HD T epilogue(int64_t group, const T* sums) const {
+  FASTGEN_HD Numbers<T, 2> epilogue(int64_t group, const T* sums) const {
     const T n_dm = field.normalize(sums[0]), n_ca = field.normalize(sums[1]);
     const T dm = T(1) / n_dm, ca = T(1) / n_ca;
     const bool finite = std::isfinite(n_dm) && std::isfinite(dm) && std::isfinite(sums[2] * dm) &&
@@ -79,15 +79,18 @@ struct DecoupledLoss {
     stats[2 * groups.count + group] = n_dm;
     stats[3 * groups.count + group] = n_ca;
     stats[4 * groups.count + group] = finite ? T(0) : T(1);
-    T* ca_coefficients = coefficients + groups.count * groups.rows;
-    for (int64_t r = 0; r < groups.rows; ++r) {
-      coefficients[groups.row(group, r)] = finite ? scale * dm : T(0);
-      ca_coefficients[groups.row(group, r)] = finite ? scale * ca : T(0);
-    }
-    return finite ? scale * dm : T(0);
+    const Numbers<T, 2> slopes{{finite ? scale * dm : T(0), finite ? scale * ca : T(0)}};
+    const int64_t rows = groups.count * groups.rows;
+    for (int64_t r = 0; r < groups.rows; ++r)
+      for (int k = 0; k < 2; ++k) coefficients[k * rows + groups.row(group, r)] = slopes[k];
+    return slopes;
   }
-  FASTGEN_HD T coefficient(int64_t, int64_t, const Row&, T slope) const { return slope; }
-  FASTGEN_HD T map(const Row& row, T coefficient, const T* v) const { return field.element(row, coefficient, v); }
+  FASTGEN_HD Numbers<T, 2> coefficient(int64_t, int64_t, const Row&, const Numbers<T, 2>& slopes) const {
+    return slopes;
+  }
+  FASTGEN_HD T map(const Row& row, const Numbers<T, 2>& coefficients, const T* v) const {
+    return field.element(row, coefficients, v);
+  }
 };
 
 template <class T, class Field>
@@ -95,12 +98,17 @@ struct DecoupledBackward {
   static constexpr int kStreams = Field::kMapStreams, kSums = 0, kMapStreams = Field::kMapStreams;
   static constexpr bool kMasks = Field::kMasks;
   using Row = typename Field::Row;
-  Field field;  // its ca_coefficients are the second row of the gradient
-  const T* grad;
+  Field field;
+  const T* grad;  // [2, rows]
+  int64_t rows;
 
   FASTGEN_HD Row row(int64_t row, int64_t) const { return field.row(row); }
-  FASTGEN_HD T coefficient(int64_t row, int64_t, const Row&, T) const { return grad[row]; }
-  FASTGEN_HD T map(const Row& row, T coefficient, const T* v) const { return field.element(row, coefficient, v); }
+  FASTGEN_HD Numbers<T, 2> coefficient(int64_t row, int64_t, const Row&, T) const {
+    return {{grad[row], grad[rows + row]}};
+  }
+  FASTGEN_HD T map(const Row& row, const Numbers<T, 2>& coefficients, const T* v) const {
+    return field.element(row, coefficients, v);
+  }
 };
 
 template <class Device>
@@ -128,7 +136,6 @@ distillation::Outputs decoupled_dmd(const Tensor& x, const Tensor& ca_x_t, const
             present<Field::kStreams>({dm_real, dm_fake, ca_real, ca_uncond, gate, dm_x_t, ca_x_t, x}));
         const Groups groups = Groups::consecutive(rows.count, group_rows);
         const Result result = Result::of<Device>(rows, groups, arithmetic, 2, Formula::kStats, dtype, with_grad);
-        T* coefficients = mutable_data<T>(result.coefficients);
         const Field field{data_or_null<T>(weight),
                           data_or_null<T>(dm_alpha),
                           data_or_null<T>(dm_sigma),
@@ -138,15 +145,14 @@ distillation::Outputs decoupled_dmd(const Tensor& x, const Tensor& ca_x_t, const
                           option<Prediction>(fake_type),
                           T(guidance),
                           mean_of<T>(groups, rows.size),
-                          {normalize, T(minimum), T(eps)},
-                          coefficients + rows.count};
+                          {normalize, T(minimum), T(eps)}};
         const Formula formula{field,
                               T(groups.rows * rows.size),
                               T(reduction_scale(option<Reduction>(reduction), count.has_value(), rows.count,
                                                 rows.size)),
                               data_or_null<T>(count),
                               mutable_data<T>(result.terms),
-                              coefficients,
+                              mutable_data<T>(result.coefficients),
                               mutable_data<T>(result.stats),
                               groups};
         Device::template rowwise<T>(formula, groups, rows, output_of(result.grad, with_grad));
@@ -178,7 +184,6 @@ Tensor decoupled_dmd_backward(const Tensor& grad, const std::optional<Tensor>& d
         using Field = DecoupledField<T, has_gate, same>;
         const Rows<Field::kMapStreams> rows(
             present<Field::kMapStreams>({dm_real, dm_fake, ca_real, ca_uncond, gate, dm_x_t}));
-        const T* coefficients = data_or_null<T>(row_grad);
         const Field field{data_or_null<T>(weight),
                           data_or_null<T>(dm_alpha),
                           data_or_null<T>(dm_sigma),
@@ -188,9 +193,9 @@ Tensor decoupled_dmd_backward(const Tensor& grad, const std::optional<Tensor>& d
                           option<Prediction>(fake_type),
                           T(guidance),
                           T(1),
-                          {},
-                          coefficients + rows.count};
-        out = map_again<Device, T>(DecoupledBackward<T, Field>{field, coefficients}, rows, dtype);
+                          {}};
+        const DecoupledBackward<T, Field> formula{field, data_or_null<T>(row_grad), rows.count};
+        out = map_again<Device, T>(formula, rows, dtype);
       });
     });
   });

@@ -381,6 +381,82 @@ struct KtoLink {
   }
 };
 
+// x / expm1(x) - 1 and its derivative. Both cancel near 0: there it is the series of the Bernoulli numbers B_2k / (2k)!.
+template <class T>
+FASTGEN_HD T odds(T x, T* slope) {
+  if (std::abs(x) < T(0.3)) {
+    const T y = x * x;
+    const T b2 = T(1.0 / 12), b4 = T(-1.0 / 720), b6 = T(1.0 / 30240), b8 = T(-1.0 / 1209600), b10 = T(1.0 / 47900160),
+            b12 = T(-691.0 / 1307674368000);
+    *slope = T(-0.5) + x * (2 * b2 + y * (4 * b4 + y * (6 * b6 + y * (8 * b8 + y * (10 * b10 + y * 12 * b12)))));
+    return T(-0.5) * x + y * (b2 + y * (b4 + y * (b6 + y * (b8 + y * (b10 + y * b12)))));
+  }
+  const T f = x / std::expm1(x);
+  *slope = f * ((T(1) - f) - x) / x;
+  return f - T(1);
+}
+
+// MaPO (arXiv 2406.06424) over pairs of errors: e_w - beta log sigmoid(timesteps (odds(s e_w) - odds(s e_l))).
+template <class T>
+struct MapoLoss {
+  static constexpr int kStreams = 2, kSums = 2, kMapStreams = 2;
+  struct Row {
+    T scale, winner, loser;  // 1 and 0, or 0 and 1
+  };
+  Groups groups;
+  const T* weight;
+  T scale, term_scale, beta, error_scale, timesteps;
+  T* term;         // [groups]
+  T* error_slope;  // [rows]: d loss / d error_r
+
+  FASTGEN_HD Row row(int64_t row, int64_t rank) const {
+    const T winner = rank == 0 ? T(1) : T(0);
+    return {weight ? weight[row] * scale : scale, winner, T(1) - winner};
+  }
+  FASTGEN_HD void accumulate(const Row& row, const T* v, T* sums) const {
+    const T error = L2::value(v[0] - v[1]);
+    sums[0] += row.winner * error;
+    sums[1] += row.loser * error;
+  }
+  FASTGEN_HD Numbers<T, 2> epilogue(int64_t group, const T* sums) const {
+    T winner_slope, loser_slope;
+    const T winner = odds(error_scale * sums[0], &winner_slope), loser = odds(error_scale * sums[1], &loser_slope);
+    const T x = timesteps * (loser - winner);
+    const T rate = term_scale * beta * sigmoid(x) * timesteps * error_scale;
+    term[group] = term_scale * (sums[0] + beta * softplus(x));
+    const Numbers<T, 2> slopes{{term_scale - rate * winner_slope, rate * loser_slope}};
+    for (int r = 0; r < 2; ++r) error_slope[groups.row(group, r)] = slopes[r];
+    return slopes;
+  }
+  FASTGEN_HD T coefficient(int64_t, int64_t rank, const Row& row, const Numbers<T, 2>& slopes) const {
+    return row.scale * (rank == 0 ? slopes[0] : slopes[1]);
+  }
+  FASTGEN_HD T map(const Row&, T coefficient, const T* v) const { return coefficient * L2::slope(v[0] - v[1]); }
+};
+
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor> mapo_loss(const Tensor& pred, const Tensor& target, std::optional<Tensor> weight,
+                                             bool element_mean, int64_t reduction, double scale, bool with_grad,
+                                             double beta, double error_scale, double timesteps) {
+  const Rows<2> rows({pred, target});
+  const auto dtype = rows.arithmetic();
+  weight = row_scalars(weight, dtype);
+  const Groups groups = Groups::halves(rows.count);
+  const Tensor term = new_vector(pred, groups.count, dtype), error_slope = new_vector(pred, rows.count, dtype);
+  const Tensor grad_pred =
+      with_grad ? Device::new_output(rows, pred.scalar_type()) : new_vector(pred, 0, pred.scalar_type());
+  return with_arithmetic(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const MapoLoss<T> formula{groups,         data_or_null<T>(weight),  T(element_scale(element_mean, rows.size)),
+                              T(scale),       T(beta),                  T(error_scale),
+                              T(timesteps),   mutable_data<T>(term),    mutable_data<T>(error_slope)};
+    Device::template rowwise<T>(formula, groups, rows,
+                                {with_grad ? grad_pred.mutable_data_ptr() : nullptr, pred.scalar_type()});
+    const bool reduce = option<Reduction>(reduction) != Reduction::none;
+    return std::tuple(reduce ? Device::template sum<T>(term) : term, error_slope, grad_pred);
+  });
+}
+
 template <class Device>
 void register_elbo(torch::stable::detail::StableLibrary& m) {
   m.impl("elbo_error", TORCH_BOX(&elbo_error<Device>));
@@ -390,6 +466,7 @@ void register_elbo(torch::stable::detail::StableLibrary& m) {
   m.impl("ddo_loss", TORCH_BOX(&ddo_loss<Device>));
   m.impl("diffusion_dpo_loss", TORCH_BOX((&difference_loss<Device, PreferenceLink, double, int64_t>)));
   m.impl("diffusion_kto_loss", TORCH_BOX((&difference_loss<Device, KtoLink, Tensor, Tensor, double, double, double>)));
+  m.impl("mapo_loss", TORCH_BOX(&mapo_loss<Device>));
 }
 
 }  // namespace fastgen

@@ -13,7 +13,7 @@ import pytest
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
 
 # Of a multiprocessor's 65536: 112 let one program of 512 threads hold its tile; 64 let four of 256 run, 48 five.
-REGISTERS = {"_held_groups": 112, "_looped_groups": 64, "_partial_sums": 64, "_finish": 48, "_scale_in_place": 40}
+REGISTERS = {"held_groups": 112, "looped_groups": 64, "partial_sums": 64, "finish": 48, "_scale_in_place": 40}
 REGISTERS |= dict.fromkeys(("_next_layer", "_path", "_inspect_row"), 128)
 # Over logits: four programs of 256 threads or more; of 512, which sweep long rows again and again, one on purpose.
 REGISTERS |= {"_sweep normalizers": 64, "_sweep sums": 128, "_sweep results": 32, "_sweep map": 80}

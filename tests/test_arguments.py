@@ -28,6 +28,8 @@ CALLS = {
     fastgen.elbo_difference: {"pred": X, "ref_pred": Y, "target": Z},
     fastgen.ddo_loss: {"pred": X, "ref_pred": Y, "target": Z, "is_real": REAL},
     fastgen.diffusion_dpo_loss: {"pred": X, "ref_pred": Y, "target": Z},
+    fastgen.diffusion_kto_loss: {"pred": X, "ref_pred": Y, "target": Z, "is_desirable": REAL},
+    fastgen.mapo_loss: {"pred": X, "target": Y},
     fastgen.sds_loss: {"x": X, "pred_cond": Y, "noise": Z},
     fastgen.vsd_loss: {"x": X, "real_cond": Y, "fake": Z},
     fastgen.dmd_loss: {"x": X, "x_t": Y, "real_cond": Z, "fake": Y, "alpha_t": ROW, "sigma_t": ROW},
@@ -167,6 +169,9 @@ def test_the_shapes_of_results_are_known_without_data():
 NUMBERS = {
     "alpha": lambda v: call(fastgen.ddo_loss, alpha=v),
     "beta": lambda v: call(fastgen.ddo_loss, beta=v),
+    "desirable_weight": lambda v: call(fastgen.diffusion_kto_loss, desirable_weight=v),
+    "undesirable_weight": lambda v: call(fastgen.diffusion_kto_loss, undesirable_weight=v),
+    "baseline": lambda v: call(fastgen.diffusion_kto_loss, baseline=v),
     "guidance_scale": lambda v: call(fastgen.sds_loss, pred_uncond=Y, guidance_scale=v),
     "grad_clip": lambda v: call(fastgen.sds_loss, grad_clip=v),
     "normalizer_eps": lambda v: call(fastgen.dmd_loss, normalizer_eps=v),
@@ -218,6 +223,7 @@ def test_numbers_of_numpy_count_as_pythons(name, backend):
 # ---------------------------------------------------------------- integers
 
 INTEGERS = {
+    "timesteps": lambda v: call(fastgen.mapo_loss, timesteps=v),
     "mc_samples": lambda v: call(fastgen.ddo_loss, is_real=REAL[:1], mc_samples=v),
     "ignore_index": lambda v: call(fastgen.token_logprob, ignore_index=v),
     "num_items": lambda v: call(fastgen.generalized_jsd_loss, num_items=v),

@@ -296,3 +296,78 @@ def test_gradcheck_of_the_references(case):
         assert torch.autograd.gradcheck(
             lambda x, m=module: case(m, **tensors | {"pred": x}), tensors["pred"].requires_grad_()
         )
+
+
+def test_kto_by_hand(backend, device):
+    p = torch.tensor([[1.0, 2.0], [0.0, 1.0], [1.0, 1.0]], device=device)
+    q = torch.tensor([[0.0, 2.0], [1.0, 1.0], [1.0, 3.0]], device=device)
+    y = torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, 0.0]], device=device)
+    liked = torch.tensor([True, False, True], device=device)
+    # |p - y|² = 4, 1, 1 and |q - y|² = 5, 0, 9: the differences are 1, -1, 8, and their mean is 8/3
+    options = {"beta": 0.5, "desirable_weight": 3.0, "undesirable_weight": 2.0, "element_reduction": "sum"}
+
+    def sigmoid(x):
+        return 1 / (1 + math.exp(-x))
+
+    def expected(z):
+        return [3 * sigmoid(-0.5 * (1 - z)), 2 * sigmoid(0.5 * (-1 - z)), 3 * sigmoid(-0.5 * (8 - z))]
+
+    given = fastgen.diffusion_kto_loss(p, q, y, liked, baseline=0.25, reduction="none", **options)
+    torch.testing.assert_close(given.cpu(), torch.tensor(expected(0.25)))
+    own = fastgen.diffusion_kto_loss(p, q, y, liked, **options)
+    assert own.item() == pytest.approx(sum(expected(8 / 3)) / 3, rel=1e-6)
+    # The mean difference of the others' order is negative, for which the baseline is 0.
+    swapped = fastgen.diffusion_kto_loss(q, p, y, liked, reduction="sum", **options)
+    negated = [3 * sigmoid(-0.5 * -1), 2 * sigmoid(0.5 * 1), 3 * sigmoid(-0.5 * -8)]
+    assert swapped.item() == pytest.approx(sum(negated), rel=1e-6)
+    # d/dp of w (1 - sigmoid(±beta (delta - z))), z without a gradient.
+    _, grad = value_and_grad(lambda x: fastgen.diffusion_kto_loss(x, q, y, liked, reduction="sum", **options), p)
+    rates = [0.5 * 3, -0.5 * 2, 0.5 * 3]
+    slopes = [
+        r * sigmoid(0.5 * (d - 8 / 3)) * sigmoid(-0.5 * (d - 8 / 3)) for r, d in zip(rates, (1, -1, 8), strict=True)
+    ]
+    torch.testing.assert_close(grad, 2 * torch.tensor(slopes, device=device)[:, None] * (p - y))
+
+
+def test_mapo_by_hand(backend, device):
+    p = torch.tensor([[1.0, 2.0], [0.0, 1.0]], device=device)
+    y = torch.tensor([[1.0, 0.0], [1.0, 1.0]], device=device)
+    options = {"beta": 0.3, "scale": 0.5, "timesteps": 2, "element_reduction": "sum"}
+    f_winner, f_loser = 2 / math.expm1(2), 0.5 / math.expm1(0.5)  # of errors 4 and 1
+    x = 2 * (f_loser - f_winner)
+    loss, grad = value_and_grad(lambda t: fastgen.mapo_loss(t, y, **options), p)
+    assert loss.item() == pytest.approx(4 + 0.3 * math.log1p(math.exp(x)), rel=1e-6)
+    rate = 0.3 / (1 + math.exp(-x)) * 2 * 0.5
+    falls = [(math.expm1(v) - v * math.exp(v)) / math.expm1(v) ** 2 for v in (2, 0.5)]
+    slopes = torch.tensor([1 - rate * falls[0], rate * falls[1]], device=device)
+    torch.testing.assert_close(grad, 2 * slopes[:, None] * (p - y))
+
+
+def test_mapo_keeps_the_digits_of_small_errors(backend, device):
+    """x / expm1(x), as the published code has it, is 1 for float32 where errors are small, and has no slope."""
+    p, y = 1e-3 * torch.randn(6, 64, device=device), torch.zeros(6, 64, device=device)
+    loss, grad = value_and_grad(lambda x: fastgen.mapo_loss(x, y, timesteps=10**6), p)
+    error = p.double().square().mean(1)
+    winner, loser = error.chunk(2)
+    # f(x) is 1 - x/2 + x²/12 - x⁴/720 …
+    logit = 10**6 * (0.25 * (loser - winner) + 0.25 / 12 * (winner.square() - loser.square()))
+    expected = (winner - 0.1 * torch.nn.functional.logsigmoid(logit)).mean()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+    rate = 0.1 * torch.sigmoid(-logit) * 10**6 * 0.5
+    slopes = torch.cat([1 - rate * (-0.5 + winner / 12), rate * (-0.5 + loser / 12)]) / 3
+    torch.testing.assert_close(grad.double(), slopes[:, None] * 2 * p.double() / 64, rtol=1e-5, atol=1e-9)
+    assert fastgen.mapo_loss(p[:0], y[:0]).item() == 0
+
+
+@pytest.mark.parametrize("pair", [0, 1])
+def test_a_broken_image_stays_in_its_pair(pair, backend, device):
+    p, y = torch.randn(4, 10, device=device), torch.randn(4, 10, device=device)
+    broken = p.clone()
+    broken[pair + 2, 3] = torch.nan
+    loss, grad = value_and_grad(lambda x: fastgen.mapo_loss(x, y, reduction="none"), broken)
+    exact_loss, exact_grad = value_and_grad(lambda x: fastgen.mapo_loss(x, y, reduction="none"), p)
+    others = [1 - pair, 3 - pair]
+    assert loss.isnan().tolist() == [pair == 0, pair == 1]
+    torch.testing.assert_close(loss[1 - pair], exact_loss[1 - pair], rtol=0, atol=0)
+    torch.testing.assert_close(grad[others], exact_grad[others], rtol=0, atol=0)
+    assert grad[[pair, pair + 2]].isnan().any(1).all()

@@ -16,6 +16,18 @@ import triton.language as tl
 from torch import Tensor
 
 from . import scalar
+from .elbo_formulas import (
+    ELBO_DIFFERENCE,
+    ELBO_ERROR,
+    ELBO_ERROR_BACKWARD,
+    L1_DISTANCE,
+    MAPO,
+    ErrorArgs,
+    PairArgs,
+    accumulate_difference,
+    map_l2,
+    row_scale,
+)
 from .rowwise import Formula, Functions, Groups, Rows, run
 from .scalar import divide, number, sigmoid, softplus
 
@@ -23,129 +35,6 @@ LossOutputs = tuple[Tensor, Tensor, Tensor, Tensor]  # loss, delta, error_slope,
 
 # Up to this many images each program counts the real ones among them itself: a few bytes a thread from the cache.
 COUNTED_IN_KERNEL = 4096
-
-
-# -- Penalties on d = p - y: value and slope. NaN stays NaN.
-
-
-@triton.jit
-def _l2_value(d):
-    return d * d
-
-
-@triton.jit
-def _l2_slope(d):
-    return 2.0 * d
-
-
-@triton.jit
-def _l1_slope(d):
-    return tl.where(d > 0.0, 1.0, tl.where(d < 0.0, -1.0, d))
-
-
-@triton.jit
-def _huber_value(d):
-    a = tl.abs(d)
-    return tl.where(a < 1.0, 0.5 * d * d, a - 0.5)
-
-
-@triton.jit
-def _huber_slope(d):
-    return tl.where(d > 1.0, 1.0, tl.where(d < -1.0, -1.0, d))
-
-
-# -- error[i] = w_i * scale * sum_D penalty(p - y), and its derivative times grad[i]
-
-
-class ErrorArgs(NamedTuple):
-    weight: Tensor | None
-    scale: float | int  # 1, or 1/D for the mean over elements
-    error: Tensor | None = None
-    grad: Tensor | None = None
-
-
-@triton.jit
-def _row_scale(args, row, T: tl.constexpr):
-    scale = number(args.scale, T)
-    if args.weight is not None:
-        scale = tl.load(args.weight + row) * scale
-    return scale
-
-
-@triton.jit
-def _error_row(args, row, rank, T: tl.constexpr):
-    return (_row_scale(args, row, T),)
-
-
-@triton.jit
-def _accumulate_l2(constants, v):
-    return (_l2_value(v[0] - v[1]),)
-
-
-@triton.jit
-def _accumulate_l1(constants, v):
-    return (tl.abs(v[0] - v[1]),)
-
-
-@triton.jit
-def _accumulate_huber(constants, v):
-    return (_huber_value(v[0] - v[1]),)
-
-
-@triton.jit
-def _error_epilogue(args, group, sums, T: tl.constexpr):
-    tl.store(args.error + group, sums[0])
-    return sums[0]
-
-
-@triton.jit
-def _error_backward_row(args, row, rank, T: tl.constexpr):
-    return (tl.load(args.grad + row) * _row_scale(args, row, T),)
-
-
-@triton.jit
-def _scale_coefficient(args, row, rank, constants, slope, T: tl.constexpr):
-    return constants[0]
-
-
-@triton.jit
-def _map_l2(constants, coefficient, v):
-    return coefficient * _l2_slope(v[0] - v[1])
-
-
-@triton.jit
-def _map_l1(constants, coefficient, v):
-    return coefficient * _l1_slope(v[0] - v[1])
-
-
-@triton.jit
-def _map_huber(constants, coefficient, v):
-    return coefficient * _huber_slope(v[0] - v[1])
-
-
-ELBO_ERROR = {
-    loss: Formula(Functions(_error_row, accumulate, _error_epilogue), sums=1)
-    for loss, accumulate in (("l2", _accumulate_l2), ("l1", _accumulate_l1), ("huber", _accumulate_huber))
-}
-ELBO_ERROR_BACKWARD = {
-    loss: Formula(Functions(_error_backward_row, coefficient=_scale_coefficient, map=slope), map_streams=2)
-    for loss, slope in (("l2", _map_l2), ("l1", _map_l1), ("huber", _map_huber))
-}
-L1_DISTANCE = Formula(
-    Functions(_error_row, _accumulate_l1, _error_epilogue, _scale_coefficient, _map_l1), sums=1, map_streams=2
-)
-
-
-# -- delta[i] = w_i * scale * sum_D (q - p)(q + p - 2y)
-
-
-@triton.jit
-def _accumulate_difference(constants, v):
-    # Factored: the difference of the two sums of squares would cancel.
-    return ((v[2] - v[0]) * ((v[2] - v[1]) + (v[0] - v[1])),)
-
-
-ELBO_DIFFERENCE = Formula(Functions(_error_row, _accumulate_difference, _error_epilogue), sums=1)
 
 
 # -- Losses of a group's m = sum_r share_r * delta_r. A link gives of m the term and its slope.
@@ -186,19 +75,19 @@ def _store_loss(args, group, m, term, slope, T: tl.constexpr):
 
 @triton.jit
 def _single_row(args, row, rank, T: tl.constexpr):
-    return _row_scale(args, row, T), tl.full((), 1.0, T)
+    return row_scale(args, row, T), tl.full((), 1.0, T)
 
 
 @triton.jit
 def _ddo_row(args, row, rank, T: tl.constexpr):
     share = number(args.link.row_share, T)
-    return share * _row_scale(args, row, T), share
+    return share * row_scale(args, row, T), share
 
 
 @triton.jit
 def _pair_row(args, row, rank, T: tl.constexpr):
     share = tl.where(rank == 0, 1.0, -1.0)
-    return share * _row_scale(args, row, T), share
+    return share * row_scale(args, row, T), share
 
 
 @triton.jit
@@ -259,7 +148,7 @@ def _hinge_epilogue(args, group, sums, T: tl.constexpr):
 
 
 def _loss_formula(row: Any, epilogue: Any) -> Formula:
-    return Formula(Functions(row, _accumulate_difference, epilogue, _loss_coefficient, _map_l2), sums=1, map_streams=2)
+    return Formula(Functions(row, accumulate_difference, epilogue, _loss_coefficient, map_l2), sums=1, map_streams=2)
 
 
 DDO = _loss_formula(_ddo_row, _ddo_epilogue)
@@ -430,3 +319,26 @@ def _kto_epilogue(args, group, sums, T: tl.constexpr):
 
 
 diffusion_kto_loss = difference_loss(_kto_epilogue)
+
+
+def mapo_loss(
+    pred: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    element_mean: bool,
+    reduction: str,
+    scale: float,
+    with_grad: bool,
+    beta: float,
+    error_scale: float,
+    timesteps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = Rows(pred, target)
+    groups = Groups.halves(rows.count)
+    term, error_slope = rows.new_vector(groups.count), rows.new_vector(rows.count)
+    grad_pred = rows.new_output(pred.dtype) if with_grad else None
+    numbers = (scalar.argument(value, rows.dtype) for value in (scale, beta, error_scale, timesteps))
+    args = PairArgs(rows.scalars(weight), _element_scale(rows, element_mean), *numbers, term, error_slope)
+    run(MAPO, groups, rows, args, grad_pred)
+    loss = term if reduction == "none" else term.sum()
+    return loss, error_slope, pred.new_empty((0,)) if grad_pred is None else grad_pred

@@ -14,12 +14,12 @@ namespace fastgen::cuda {
 #define FASTGEN_CLUSTERS 0
 #endif
 
-// What threads of a block, and blocks of a cluster, tell each other.
-template <class T, int K>
+// What threads of a block, and blocks of a cluster, tell each other: K sums, and then one slope or several.
+template <class T, int K, int Slopes = 1>
 struct Exchange {
   T warp[K][32];
   T block[kMaxCluster][K];  // in the first block of a cluster: every block's sums
-  T slope;
+  T slope[Slopes];
 };
 
 // On every thread: the sum over its `width` neighbours, a power of two that divides 32. All 32 lanes must call.
@@ -30,8 +30,8 @@ __device__ __forceinline__ T warp_sum(T x, int width = 32) {
 }
 
 // On thread 0: the sums over a block of whole warps. One barrier: each warp's sums are there before warp 0 reads them.
-template <class T, int K>
-__device__ __forceinline__ void block_sum(T (&x)[K], Exchange<T, K>& exchange) {
+template <class T, int K, int Slopes>
+__device__ __forceinline__ void block_sum(T (&x)[K], Exchange<T, K, Slopes>& exchange) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
 #pragma unroll
   for (int k = 0; k < K; ++k) x[k] = warp_sum(x[k]);
@@ -61,8 +61,8 @@ struct Cluster {
   __device__ __forceinline__ static void arrive() { __cluster_barrier_arrive_relaxed(); }
 
   // On thread 0 of the first block: the sums of all blocks, in the order of their ranks.
-  template <class T, int K>
-  __device__ __forceinline__ void sum(T (&x)[K], Exchange<T, K>& exchange) const {
+  template <class T, int K, int Slopes>
+  __device__ __forceinline__ void sum(T (&x)[K], Exchange<T, K, Slopes>& exchange) const {
     group.barrier_wait();  // joined
     if (threadIdx.x == 0) {
       T* mine = group.map_shared_rank(&exchange.block[rank()][0], 0);
@@ -77,14 +77,14 @@ struct Cluster {
       }
   }
 
-  // Hands the value of thread 0 of the first block to every thread of the cluster.
-  template <class T, int K>
-  __device__ __forceinline__ T broadcast(T slope, Exchange<T, K>& exchange) const {
+  // Puts the slopes of thread 0 of the first block into every block's `exchange`.
+  template <class T, int K, int Slopes>
+  __device__ __forceinline__ void broadcast(const T (&slope)[Slopes], Exchange<T, K, Slopes>& exchange) const {
     if (threadIdx.x == 0 && rank() == 0)
-      for (unsigned b = 0; b < group.num_blocks(); ++b) *group.map_shared_rank(&exchange.slope, b) = slope;
+      for (unsigned b = 0; b < group.num_blocks(); ++b)
+        for (int k = 0; k < Slopes; ++k) group.map_shared_rank(exchange.slope, b)[k] = slope[k];
     __syncwarp();
     group.sync();  // slope
-    return exchange.slope;
   }
 };
 #endif

@@ -9,9 +9,9 @@
 //     struct Row { T scale; ... };               // constants of a row; its sums enter the group's times `scale`
 //     Row row(int64_t row, int64_t rank) const;  // rank: position of the row in its group
 //     void accumulate(const Row&, const T* v, T* sums) const;             // adds one element's share to the sums
-//     T epilogue(int64_t group, const T* sums) const;                     // runs once a group; stores its results
-//     T coefficient(int64_t row, int64_t rank, const Row&, T slope) const;  // of a row, from the epilogue's value
-//     T map(const Row&, T coefficient, const T* v) const;                 // one output element
+//     Slope epilogue(int64_t group, const T* sums) const;                 // runs once a group; stores its results
+//     Coefficient coefficient(int64_t row, int64_t rank, const Row&, Slope) const;  // of a row, from the epilogue's value
+//     T map(const Row&, Coefficient, const T* v) const;                   // one output element
 //     static constexpr bool kMasks;              // optional: true where a stream may be bool
 //     static constexpr bool kMapsAtOnce;         // optional: true where groups have one row and the map waits for no sum
 //     bool idle() const;                         // optional: true where numbers on the device leave nothing to do
@@ -20,6 +20,7 @@
 // Only the epilogue stores: everything else may run any number of times, on any thread. A skeleton calls row() anew for
 // the map, after the group's epilogue: row() may read there what that epilogue has stored.
 //
+// Slope and Coefficient are T each, or Numbers<T, K> where a group or a row has several. Without sums the slope is T(0).
 // Members that a formula's kSums and kMapStreams leave unused may be missing.
 //
 // Over rows of logits, a *sweep* (sweep.h, sweep.cuh) normalises the rows of one or two streams, hands every
@@ -48,6 +49,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <utility>
 
 #ifdef __CUDACC__
 #define FASTGEN_HD __host__ __device__ __forceinline__
@@ -58,6 +60,42 @@
 #endif
 
 namespace fastgen {
+
+// Several numbers of a group or of a row.
+template <class T, int K>
+struct Numbers {
+  T value[K];
+
+  FASTGEN_HD T& operator[](int k) { return value[k]; }
+  FASTGEN_HD const T& operator[](int k) const { return value[k]; }
+};
+
+// One number or several, alike: how many, and which.
+template <class S>
+constexpr int kCount = 1;
+template <class T, int K>
+constexpr int kCount<Numbers<T, K>> = K;
+
+template <class T>
+FASTGEN_HD T& nth(T& number, int) {
+  return number;
+}
+template <class T, int K>
+FASTGEN_HD T& nth(Numbers<T, K>& numbers, int k) {
+  return numbers[k];
+}
+
+// What a formula's epilogue and its coefficient() return.
+template <class F, class T>
+auto slope_of(const F& formula) {
+  if constexpr (F::kSums > 0) return formula.epilogue(0, static_cast<const T*>(nullptr));
+  else return T(0);
+}
+template <class F, class T>
+using Slope = decltype(slope_of<F, T>(std::declval<const F&>()));
+template <class F, class T>
+using Coefficient =
+    decltype(std::declval<const F&>().coefficient(0, 0, std::declval<const typename F::Row&>(), Slope<F, T>{}));
 
 // Which rows belong together: row(g, r) for r < rows is the r-th row of group g.
 struct Groups {

@@ -27,7 +27,7 @@ bool is_wide(const RowwiseArguments<T, F, N>& job, int64_t rows) {
 }
 
 template <Access access, class T, class F, int N>
-void launch_map(const Launch& launch, const RowwiseArguments<T, F, N>& job, const T* slopes) {
+void launch_map(const Launch& launch, const RowwiseArguments<T, F, N>& job, const Slope<F, T>* slopes) {
   const MapPlan plan = plan_map(job.vectors, kBatch<access, F::kMapStreams>);
   const int64_t blocks = ceil_div<int64_t>(job.groups.count * job.groups.rows * plan.segments, plan.teams);
   // What may find nothing to do gets few blocks, which loop: then nothing takes no time.
@@ -42,12 +42,12 @@ void launch_parts(const Launch& launch, const RowwiseArguments<T, F, N>& job, co
   const int64_t parts = job.groups.count * group_parts;
   const auto dtype = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
   const Tensor scratch = new_vector(like, parts * F::kSums, ScalarType::Double);
-  const Tensor slopes = new_vector(like, job.groups.count, dtype);
+  const Tensor slopes = new_vector(like, job.groups.count * kCount<Slope<F, T>>, dtype);
   launch(&part_sums<access, T, F, N>, parts, dim3(kPartThreads), 0, 1, job, mutable_data<double>(scratch));
   launch(&finish<T, F>, job.groups.count, dim3(kPartThreads), 0, 1, job.formula, mutable_data<const double>(scratch),
-         group_parts, mutable_data<T>(slopes));
+         group_parts, reinterpret_cast<Slope<F, T>*>(mutable_data<T>(slopes)));
   if constexpr (kMaps<F>)
-    if (job.out.data) launch_map<access>(launch, job, mutable_data<const T>(slopes));
+    if (job.out.data) launch_map<access>(launch, job, reinterpret_cast<const Slope<F, T>*>(mutable_data<T>(slopes)));
 }
 
 template <Access access, class T, class F, int N>
@@ -70,7 +70,7 @@ void rowwise(const F& formula, const Groups& groups, const Rows<N>& rows, const 
   const Launch launch(rows.tensors[0]);
   const auto job = make_job<T>(formula, groups, rows, out);
   const auto run = [&](auto access) {
-    if constexpr (F::kSums == 0) launch_map<access()>(launch, job, static_cast<const T*>(nullptr));
+    if constexpr (F::kSums == 0) launch_map<access()>(launch, job, static_cast<const Slope<F, T>*>(nullptr));
     else launch_groups<access()>(launch, job, rows.tensors[0]);
   };
   if (is_wide(job, rows.count)) run(std::integral_constant<Access, Access::wide>{});

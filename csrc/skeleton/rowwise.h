@@ -93,8 +93,10 @@ struct SumSegment {
                              double* sums) {
     alignas(64) T buffers[N][kChunk];
     alignas(64) [[maybe_unused]] T result[kMap ? kChunk : 1];
-    [[maybe_unused]] T coefficient = T(0);
-    if constexpr (kMap) coefficient = job.formula.coefficient(row, 0, constants, T(0));
+    [[maybe_unused]] const auto coefficient = [&]() __attribute__((always_inline)) {
+      if constexpr (kMap) return job.formula.coefficient(row, 0, constants, Slope<F, T>{});
+      else return T(0);
+    }();
     const int64_t end = job.end_of(segment);
     for (int64_t i = segment * kSegment; i < end; i += kChunk) {
       const int64_t n = std::min(kChunk, end - i);
@@ -114,8 +116,8 @@ struct SumSegment {
 
 struct MapSegment {
   template <class F, class T, int N>
-  static FASTGEN_HD void run(const RowwiseJob<F, T, N>& job, int64_t row, typename F::Row constants, T coefficient,
-                             int64_t segment) {
+  static FASTGEN_HD void run(const RowwiseJob<F, T, N>& job, int64_t row, typename F::Row constants,
+                             Coefficient<F, T> coefficient, int64_t segment) {
     alignas(64) T buffers[F::kMapStreams][kChunk];
     alignas(64) T result[kChunk];
     const bool direct = job.out.dtype == dtype_of<T>() && !job.streaming;
@@ -166,7 +168,7 @@ void add_row(const typename F::Row& constants, const double* segment_sums, int64
 }
 
 template <class F, class T>
-T run_epilogue(const F& formula, int64_t group, const double* total) {
+Slope<F, T> run_epilogue(const F& formula, int64_t group, const double* total) {
   T sums[F::kSums];
   for (int k = 0; k < F::kSums; ++k) sums[k] = static_cast<T>(total[k]);
   return formula.epilogue(group, sums);
@@ -176,7 +178,7 @@ T run_epilogue(const F& formula, int64_t group, const double* total) {
 template <class F, class T, int N>
 void run_groups(const RowwiseJob<F, T, N>& job, int64_t begin, int64_t end) {
   for (int64_t g = begin; g < end; ++g) {
-    T slope = T(0);
+    Slope<F, T> slope{};
     if constexpr (F::kSums > 0) {
       double total[F::kSums] = {};
       for (int64_t r = 0; r < job.groups.rows; ++r) {
@@ -196,7 +198,7 @@ void run_groups(const RowwiseJob<F, T, N>& job, int64_t begin, int64_t end) {
       for (int64_t r = job.groups.rows; r-- > 0;) {  // backwards: what was read last is still in the cache
         const int64_t row = job.groups.row(g, r);
         const auto constants = job.formula.row(row, r);
-        const T coefficient = job.formula.coefficient(row, r, constants, slope);
+        const auto coefficient = job.formula.coefficient(row, r, constants, slope);
         if (job.out.data)
           for (int64_t s = job.segments(); s-- > 0;) run<MapSegment>(job, row, constants, coefficient, s);
       }
@@ -218,14 +220,14 @@ void reduce_segments(const RowwiseJob<F, T, N>& job, double* scratch, int64_t be
   if (kMapsAtOnce<F> && job.streaming) stream_fence();
 }
 
-// The same segments, mapped with the coefficients [row] in scratch.
-template <class F, class T, int N>
-void map_segments(const RowwiseJob<F, T, N>& job, const double* scratch, int64_t begin, int64_t end) {
+// The same segments, mapped with the coefficients [row].
+template <class F, class T, int N, class C>
+void map_segments(const RowwiseJob<F, T, N>& job, const C* coefficients, int64_t begin, int64_t end) {
   if constexpr (F::kMapStreams > 0 && !kMapsAtOnce<F>)
     for (int64_t i = end; i-- > begin;) {  // backwards too
       const int64_t index = i / job.segments(), rank = index % job.groups.rows;
       const int64_t row = job.groups.row(index / job.groups.rows, rank);
-      run<MapSegment>(job, row, job.formula.row(row, rank), static_cast<T>(scratch[index]), i % job.segments());
+      run<MapSegment>(job, row, job.formula.row(row, rank), coefficients[index], i % job.segments());
     }
   if (job.streaming) stream_fence();
 }
@@ -234,7 +236,7 @@ void map_segments(const RowwiseJob<F, T, N>& job, const double* scratch, int64_t
 template <class F, class T, int N>
 void split_rows(const RowwiseJob<F, T, N>& job) {
   const int64_t segments = job.segments(), rows = job.groups.count * job.groups.rows;
-  std::vector<double> coefficients(rows);
+  std::vector<Slope<F, T>> slopes(job.groups.count);
   if constexpr (F::kSums > 0) {
     std::vector<double> parts(rows * segments * F::kSums);
     parallel(rows * segments, [&](int64_t a, int64_t b) { reduce_segments(job, parts.data(), a, b); });
@@ -243,15 +245,15 @@ void split_rows(const RowwiseJob<F, T, N>& job) {
       for (int64_t r = 0; r < job.groups.rows; ++r)
         add_row<F, T>(job.formula.row(job.groups.row(g, r), r),
                       &parts[(g * job.groups.rows + r) * segments * F::kSums], segments, total);
-      coefficients[g * job.groups.rows] = static_cast<double>(run_epilogue<F, T>(job.formula, g, total));
+      slopes[g] = run_epilogue<F, T>(job.formula, g, total);
     }
   }
   if constexpr (F::kMapStreams > 0 && !kMapsAtOnce<F>) {
+    std::vector<Coefficient<F, T>> coefficients(rows);
     for (int64_t g = 0; g < job.groups.count; ++g) {
-      const T slope = static_cast<T>(coefficients[g * job.groups.rows]);
       for (int64_t r = 0; r < job.groups.rows; ++r) {
         const int64_t row = job.groups.row(g, r);
-        coefficients[g * job.groups.rows + r] = job.formula.coefficient(row, r, job.formula.row(row, r), slope);
+        coefficients[g * job.groups.rows + r] = job.formula.coefficient(row, r, job.formula.row(row, r), slopes[g]);
       }
     }
     if (job.out.data)

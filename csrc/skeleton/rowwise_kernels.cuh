@@ -94,8 +94,8 @@ __device__ __forceinline__ void accumulate(const RowwiseArguments<T, F, N>& job,
 
 template <Access access, class T, class F, int N, int M>
 __device__ __forceinline__ void map_vector(const RowwiseArguments<T, F, N>& job, int64_t row,
-                                           const typename F::Row& constants, T coefficient, int64_t vector,
-                                           const Raw (&raw)[M]) {
+                                           const typename F::Row& constants, const Coefficient<F, T>& coefficient,
+                                           int64_t vector, const Raw (&raw)[M]) {
   T x[F::kMapStreams][kWidth<T>], y[kWidth<T>];
 #pragma unroll
   for (int s = 0; s < F::kMapStreams; ++s) unpack<T, kMasks<F>>(raw[s], job.in[s].dtype, x[s]);
@@ -171,9 +171,9 @@ struct Team {
     for (int k = 0; k < F::kSums; ++k) totals[k] = static_cast<double>(sums[k]);
   }
 
-  __device__ __forceinline__ void map(T slope) const {
+  __device__ __forceinline__ void map(const Slope<F, T>& slope) const {
     typename F::Row constants;
-    T coefficient = T(0);
+    Coefficient<F, T> coefficient{};
     int rank = -1;
 #pragma unroll 1
     for (int item = first + threadIdx.x, slot = 0; item < last; item += threads, ++slot) {
@@ -191,7 +191,7 @@ struct Team {
 };
 
 template <class T, class F>
-__device__ __forceinline__ T run_epilogue(const F& formula, int64_t group, const double (&totals)[F::kSums]) {
+__device__ __forceinline__ Slope<F, T> run_epilogue(const F& formula, int64_t group, const double (&totals)[F::kSums]) {
   T sums[F::kSums];
 #pragma unroll
   for (int k = 0; k < F::kSums; ++k) sums[k] = static_cast<T>(totals[k]);
@@ -205,8 +205,9 @@ __device__ __forceinline__ T run_epilogue(const F& formula, int64_t group, const
 template <Access access, class T, class F, int N>
 __global__ void __launch_bounds__(kGroupThreads<T, F>, 1)
     on_chip(const __grid_constant__ RowwiseArguments<T, F, N> job, const __grid_constant__ GroupPlan plan) {
+  constexpr int kSlopes = kCount<Slope<F, T>>;
   extern __shared__ uint4 held[];
-  __shared__ Exchange<double, F::kSums> exchange;
+  __shared__ Exchange<double, F::kSums, kSlopes> exchange;
   int share = 0;
 #if FASTGEN_CLUSTERS
   if (plan.cluster > 1) {
@@ -230,13 +231,14 @@ __global__ void __launch_bounds__(kGroupThreads<T, F>, 1)
   double totals[F::kSums];
   team.reduce(totals);
 
-  T slope = T(0);
+  Slope<F, T> slope{};
   if (plan.threads <= 32) {
 #pragma unroll
     for (int k = 0; k < F::kSums; ++k) totals[k] = warp_sum(totals[k], plan.threads);
     if (present && threadIdx.x == 0) slope = run_epilogue<T>(job.formula, group, totals);
     __syncwarp();  // what the epilogue stored, row() may read on any lane
-    slope = __shfl_sync(~0u, slope, 0, plan.threads);
+#pragma unroll
+    for (int k = 0; k < kSlopes; ++k) nth(slope, k) = __shfl_sync(~0u, nth(slope, k), 0, plan.threads);
   } else {
     block_sum(totals, exchange);
 #if FASTGEN_CLUSTERS
@@ -244,15 +246,20 @@ __global__ void __launch_bounds__(kGroupThreads<T, F>, 1)
 #endif
     if (threadIdx.x == 0 && share == 0) slope = run_epilogue<T>(job.formula, group, totals);
     if (!maps) return;
+    double slopes[kSlopes];
+#pragma unroll
+    for (int k = 0; k < kSlopes; ++k) slopes[k] = static_cast<double>(nth(slope, k));
 #if FASTGEN_CLUSTERS
-    if (plan.cluster > 1) slope = static_cast<T>(Cluster{}.broadcast(static_cast<double>(slope), exchange));
+    if (plan.cluster > 1) Cluster{}.broadcast(slopes, exchange);
     else
 #endif
     {
-      if (threadIdx.x == 0) exchange.slope = static_cast<double>(slope);
+      if (threadIdx.x == 0)
+        for (int k = 0; k < kSlopes; ++k) exchange.slope[k] = slopes[k];
       __syncthreads();
-      slope = static_cast<T>(exchange.slope);
     }
+#pragma unroll
+    for (int k = 0; k < kSlopes; ++k) nth(slope, k) = static_cast<T>(exchange.slope[k]);
   }
   if constexpr (kMaps<F>)
     if (maps) team.map(slope);
@@ -289,7 +296,7 @@ __global__ void __launch_bounds__(kPartThreads, kResident<T, F>)
 // Block g adds up the parts of group g and runs its epilogue.
 template <class T, class F>
 __global__ void __launch_bounds__(kPartThreads) finish(const __grid_constant__ F formula, const double* parts,
-                                                       int64_t group_parts, T* slopes) {
+                                                       int64_t group_parts, Slope<F, T>* slopes) {
   __shared__ Exchange<double, F::kSums> exchange;
   const double* own = parts + blockIdx.x * group_parts * F::kSums;
   double totals[F::kSums] = {};
@@ -303,7 +310,7 @@ __global__ void __launch_bounds__(kPartThreads) finish(const __grid_constant__ F
 // the last segments: after part_sums those are still in the cache.
 template <Access access, class T, class F, int N>
 __global__ void __launch_bounds__(kMapThreads, kResident<T, F>)
-    map(const __grid_constant__ RowwiseArguments<T, F, N> job, const T* slopes, int64_t segments) {
+    map(const __grid_constant__ RowwiseArguments<T, F, N> job, const Slope<F, T>* slopes, int64_t segments) {
   constexpr int batch = kBatch<access, F::kMapStreams>;
   if constexpr (MayBeIdle<F>)
     if (job.formula.idle()) return;
@@ -321,7 +328,7 @@ __global__ void __launch_bounds__(kMapThreads, kResident<T, F>)
       if (v < job.vectors) load<access, Use::last, 0, F::kMapStreams>(job, row, v, raw[b]);
     }
     const auto constants = job.formula.row(row, rank);
-    const T coefficient = job.formula.coefficient(row, rank, constants, slopes ? slopes[group] : T(0));
+    const auto coefficient = job.formula.coefficient(row, rank, constants, slopes ? slopes[group] : Slope<F, T>{});
 #pragma unroll
     for (int b = 0; b < batch; ++b) {
       const int64_t v = first + b * blockDim.x;

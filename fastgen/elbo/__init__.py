@@ -1,4 +1,4 @@
-"""ELBO errors and losses over their differences: DDO and Diffusion-DPO. Their operators are in ``operators.py``."""
+"""ELBO errors and losses over them: DDO, Diffusion-DPO and their relatives. The operators are in ``operators.py``."""
 
 from __future__ import annotations
 
@@ -6,54 +6,13 @@ from typing import Any, Literal, overload
 
 from torch import Tensor
 
-from ..core import checks, dispatch, distributed
-from ..core.autograd import FusedLoss
+from ..core import checks, distributed
 from . import operators, reference
+from .arguments import ELEMENT_REDUCTIONS, backend_of, loss_of, shared_of
+from .ddo import ddo_loss
+from .mapo import mapo_loss
 
-__all__ = ["ddo_loss", "diffusion_dpo_loss", "diffusion_kto_loss", "elbo_difference", "elbo_error"]
-
-REDUCTIONS = ("mean", "sum", "none")
-ELEMENT_REDUCTIONS = ("mean", "sum")
-
-
-def _backend_of(op: FusedLoss, pred: Tensor) -> str:
-    if distributed.is_dtensor(pred):
-        distributed.register_sharding_rules()
-    return dispatch.backend_for(op.name, pred.device.type)
-
-
-def _shared(
-    pred: Tensor, ref_pred: Tensor, target: Tensor, weight: Tensor | None, element_reduction: str, reduction: str
-) -> dict[str, Any]:
-    """What all losses over ELBO differences take, checked."""
-    checks.streams(pred=pred, ref_pred=ref_pred, target=target)
-    checks.per_row("weight", weight, pred)
-    checks.choice("element_reduction", element_reduction, ELEMENT_REDUCTIONS)
-    checks.choice("reduction", reduction, REDUCTIONS)
-    return {
-        "pred": pred,
-        "ref_pred": ref_pred,
-        "target": target,
-        "weight": weight,
-        "element_reduction": element_reduction,
-        "reduction": reduction,
-    }
-
-
-def _loss(op: FusedLoss, shared: dict[str, Any], terms: int, *, return_delta: bool = False, **own: Any) -> Any:
-    """The loss `op`, or its reference, of what :func:`_shared` gives and its own arguments.
-
-    `terms` are the mean's, in the whole batch; one that divides by numbers of its own has 1.
-    """
-    backend = _backend_of(op, shared["pred"])
-    if backend == "reference":
-        returned = {"return_delta": True} if return_delta else {}
-        return getattr(reference, op.name)(**shared, **own, **returned)
-    arguments = {name: value for name, value in shared.items() if name != "element_reduction"}
-    scale = 1 / max(terms, 1) if shared["reduction"] == "mean" else 1.0
-    element_mean = shared["element_reduction"] == "mean"
-    loss, delta = op(backend, **arguments, element_mean=element_mean, scale=scale, **own)
-    return (loss, delta) if return_delta else loss
+__all__ = ["ddo_loss", "diffusion_dpo_loss", "diffusion_kto_loss", "elbo_difference", "elbo_error", "mapo_loss"]
 
 
 def elbo_error(
@@ -92,7 +51,7 @@ def elbo_error(
     checks.per_row("weight", weight, pred)
     checks.choice("loss", loss, ("l2", "l1", "huber"))
     checks.choice("element_reduction", element_reduction, ELEMENT_REDUCTIONS)
-    backend = _backend_of(operators.elbo_error, pred)
+    backend = backend_of(operators.elbo_error, pred)
     if backend == "reference":
         return reference.elbo_error(pred, target, weight=weight, loss=loss, element_reduction=element_reduction)
     return operators.elbo_error(
@@ -141,135 +100,12 @@ def elbo_difference(
     checks.streams(pred=pred, ref_pred=ref_pred, target=target)
     checks.per_row("weight", weight, pred)
     checks.choice("element_reduction", element_reduction, ELEMENT_REDUCTIONS)
-    backend = _backend_of(operators.elbo_difference, pred)
+    backend = backend_of(operators.elbo_difference, pred)
     if backend == "reference":
         return reference.elbo_difference(pred, ref_pred, target, weight=weight, element_reduction=element_reduction)
     return operators.elbo_difference(
         backend, pred=pred, ref_pred=ref_pred, target=target, weight=weight, element_mean=element_reduction == "mean"
     )
-
-
-@overload
-def ddo_loss(
-    pred: Tensor,
-    ref_pred: Tensor,
-    target: Tensor,
-    is_real: Tensor,
-    *,
-    weight: Tensor | None = ...,
-    alpha: float = ...,
-    beta: float = ...,
-    mc_samples: int = ...,
-    element_reduction: Literal["mean", "sum"] = ...,
-    reduction: Literal["mean", "sum", "none"] = ...,
-    return_delta: Literal[False] = ...,
-    group: Any = ...,
-) -> Tensor: ...
-@overload
-def ddo_loss(
-    pred: Tensor,
-    ref_pred: Tensor,
-    target: Tensor,
-    is_real: Tensor,
-    *,
-    weight: Tensor | None = ...,
-    alpha: float = ...,
-    beta: float = ...,
-    mc_samples: int = ...,
-    element_reduction: Literal["mean", "sum"] = ...,
-    reduction: Literal["mean", "sum", "none"] = ...,
-    return_delta: Literal[True],
-    group: Any = ...,
-) -> tuple[Tensor, Tensor]: ...
-@overload
-def ddo_loss(
-    pred: Tensor,
-    ref_pred: Tensor,
-    target: Tensor,
-    is_real: Tensor,
-    *,
-    weight: Tensor | None = ...,
-    alpha: float = ...,
-    beta: float = ...,
-    mc_samples: int = ...,
-    element_reduction: Literal["mean", "sum"] = ...,
-    reduction: Literal["mean", "sum", "none"] = ...,
-    return_delta: bool,
-    group: Any = ...,
-) -> Tensor | tuple[Tensor, Tensor]: ...
-def ddo_loss(
-    pred: Tensor,
-    ref_pred: Tensor,
-    target: Tensor,
-    is_real: Tensor,
-    *,
-    weight: Tensor | None = None,
-    alpha: float = 1.0,
-    beta: float = 0.05,
-    mc_samples: int = 1,
-    element_reduction: Literal["mean", "sum"] = "sum",
-    reduction: Literal["mean", "sum", "none"] = "mean",
-    return_delta: bool = False,
-    group: Any = None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Direct Discriminative Optimization (arXiv 2503.01103): fine-tunes a likelihood-based model as its own GAN.
-
-    .. math:: L = mean_{real} softplus(-βΔ) + α · mean_{fake} softplus(βΔ)
-
-    with Δ of :func:`elbo_difference`: the model against its frozen reference is the discriminator's logit, real images
-    are data, fake ones samples of the reference. The optimum is ``p ∝ p_ref^(1-1/β) p_data^(1/β)``; at
-    ``pred == ref_pred`` the loss is ``(1 + α) ln 2``.
-
-    Args:
-        pred, ref_pred, target: as in :func:`elbo_difference`, [B·mc_samples, …]: the model's and the reference's
-            predictions at the same noisy inputs, and what they predict. Share t and noise between the two models, and
-            between the real and the fake half. Fakes must be the reference's samples as they come, unclamped.
-        is_real: bool [B], True for data, False for samples of the reference.
-        weight: w, float32 or float64 [B·mc_samples]; for EDM's x0-errors
-            :meth:`fastgen.NoiseSchedule.edm_weight`.
-        alpha: weight of the fakes, ≥ 0; the paper uses 0.5 to 50.
-        beta: inverse temperature, > 0; the paper uses 0.01 to 0.1 with sums over an image.
-        mc_samples: M, draws of (t, noise) per image, in consecutive rows. Δ is averaged over them inside the sigmoid;
-            by Jensen's inequality the bound is tighter than at M = 1, the paper's.
-        element_reduction: ``"sum"`` over an image's elements (the paper) or ``"mean"``.
-        reduction: ``"mean"``: each group's own mean, an absent group contributing 0; ``"sum"``; or ``"none"``: the
-            terms [B], with α applied to the fakes.
-        return_delta: also return Δ [B] (after the mean over M), detached, for logging.
-        group: a ``torch.distributed`` process group over which the two means are taken. Averaging over its ranks, as
-            DDP and FSDP do to gradients, then gives the loss and the gradients of the whole batch in one process, also
-            where a rank has no fakes. Batch-sharded DTensors need no group: their loss is global as it is.
-
-    Returns:
-        The loss, float32 (float64 if an input is), or ``(loss, delta)``. Gradients flow to `pred` alone, once
-        differentiable. B = 0 gives 0. A non-finite element makes its own row's term and gradient non-finite, and no
-        other row's gradient.
-
-    Raises:
-        TypeError, ValueError: naming the argument that does not fit.
-
-    Example::
-
-        >>> import torch, fastgen
-        >>> pred = torch.zeros(4, 3, 8, 8, requires_grad=True)
-        >>> is_real = torch.tensor([True, True, False, False])
-        >>> loss = fastgen.ddo_loss(pred, torch.zeros(4, 3, 8, 8), torch.randn(4, 3, 8, 8), is_real, alpha=2.0)
-        >>> loss.backward()
-        >>> print(f"{loss:.4f}")
-        2.0794
-    """
-    shared = _shared(pred, ref_pred, target, weight, element_reduction, reduction)
-    mc_samples = checks.positive_int("mc_samples", mc_samples)
-    if pred.shape[0] % mc_samples:
-        raise ValueError(f"mc_samples = {mc_samples} does not divide the {pred.shape[0]} rows of pred")
-    checks.flags("is_real", is_real, pred.shape[0] // mc_samples, pred)
-    alpha = checks.number("alpha", alpha, low=0)
-    beta = checks.number("beta", beta, low=0, open_low=True)
-    own = {"is_real": is_real, "alpha": alpha, "beta": beta, "mc_samples": mc_samples}
-    if _backend_of(operators.ddo_loss, pred) == "reference":
-        own["group"] = group
-    else:
-        own["counts"] = distributed.loss_counts(is_real, group) if reduction == "mean" else None
-    return _loss(operators.ddo_loss, shared, 1, return_delta=return_delta, **own)
 
 
 @overload
@@ -356,13 +192,13 @@ def diffusion_dpo_loss(
         >>> print(f"{loss:.4f}")
         0.6931
     """
-    shared = _shared(pred, ref_pred, target, weight, element_reduction, reduction)
+    shared = shared_of(pred, ref_pred, target, weight, element_reduction, reduction)
     if pred.shape[0] % 2:
         raise ValueError(f"pred must hold winners and then as many losers, got {pred.shape[0]} rows")
     beta = checks.number("beta", beta, low=0, open_low=True)
     checks.choice("kind", kind, ("sigmoid", "ipo", "hinge"))
     pairs = pred.shape[0] // 2
-    return _loss(operators.diffusion_dpo_loss, shared, pairs, return_delta=return_delta, beta=beta, kind=kind)
+    return loss_of(operators.diffusion_dpo_loss, shared, pairs, return_delta=return_delta, beta=beta, kind=kind)
 
 
 def diffusion_kto_loss(
@@ -416,12 +252,12 @@ def diffusion_kto_loss(
         >>> print(f"{loss:.4f}")
         0.5000
     """
-    shared = _shared(pred, ref_pred, target, weight, element_reduction, reduction)
+    shared = shared_of(pred, ref_pred, target, weight, element_reduction, reduction)
     checks.flags("is_desirable", is_desirable, pred.shape[0], pred)
     if baseline is None:
         delta = elbo_difference(pred.detach(), ref_pred, target, weight=weight, element_reduction=element_reduction)
         baseline = distributed.batch_mean(delta, group).clamp(min=0)
-    return _loss(
+    return loss_of(
         operators.diffusion_kto_loss,
         shared,
         pred.shape[0],

@@ -38,5 +38,8 @@ CASES = (
     ),
     case("diffusion_kto_loss", KTO | WEIGHT, "pred", beta=5.0, desirable_weight=2.0),
     case("diffusion_kto_loss-sum", KTO, "pred", beta=5.0, undesirable_weight=3.0, baseline=0.1, reduction="sum"),
+    case("mapo_loss", ERROR | WEIGHT, "pred", timesteps=3),
+    case("mapo_loss-none", ERROR, "pred", beta=2.0, scale=0.01, timesteps=100, reduction="none"),
+    case("mapo_loss-sum", ERROR | WEIGHT, "pred", timesteps=2, element_reduction="sum", reduction="sum"),
     case("fake_score_loss", DENOISING | WEIGHT, "pred", prediction_type="v_prediction"),
 )

@@ -33,6 +33,14 @@ class DistanceOutputs(NamedTuple):
     grad_pred: Gradient
 
 
+class PairOutputs(NamedTuple):
+    """Of a loss over pairs of ELBO errors."""
+
+    loss: Loss
+    error_slope: PerRow
+    grad_pred: Gradient
+
+
 class Shared(NamedTuple):
     """What all losses over ELBO differences take."""
 
@@ -99,3 +107,20 @@ def diffusion_kto_loss(
     of: Shared, is_desirable: PerRow, baseline: Whole, beta: float, desirable_weight: float, undesirable_weight: float
 ) -> DifferenceOutputs:
     """``w (1 - sigmoid(±beta (delta - baseline)))``, the sign and the weight w by `is_desirable`."""
+
+
+@differentiable(elbo_error_backward, "pred", slope="error_slope", loss="l2")
+@operator(paired=True)
+def mapo_loss(
+    pred: Stream,
+    target: Stream,
+    weight: PerRow | None,
+    element_mean: bool,
+    reduction: Reduction,
+    scale: float,
+    with_grad: bool,
+    beta: float,
+    error_scale: float,
+    timesteps: float,
+) -> PairOutputs:
+    """``error_w - beta log sigmoid(timesteps (f(error_w) - f(error_l)))`` of rows i and i + B/2, f by `error_scale`."""

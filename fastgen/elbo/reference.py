@@ -12,7 +12,7 @@ from torch import Tensor
 from ..core.distributed import batch_mean, group_counts
 from ..schedule.reference import widened
 
-__all__ = ["ddo_loss", "diffusion_dpo_loss", "diffusion_kto_loss", "elbo_difference", "elbo_error"]
+__all__ = ["ddo_loss", "diffusion_dpo_loss", "diffusion_kto_loss", "elbo_difference", "elbo_error", "mapo_loss"]
 
 
 def elbo_error(
@@ -118,6 +118,40 @@ def diffusion_kto_loss(
     z = batch_mean(delta.detach(), group).clamp(min=0) if baseline is None else baseline
     x = beta * (delta - z)
     return torch.where(is_desirable, desirable_weight * torch.sigmoid(-x), undesirable_weight * torch.sigmoid(x))
+
+
+def mapo_loss(
+    pred: Tensor,
+    target: Tensor,
+    *,
+    weight: Tensor | None = None,
+    beta: float = 0.1,
+    scale: float = 0.5,
+    timesteps: int = 1000,
+    element_reduction: str = "mean",
+    reduction: str = "mean",
+) -> Tensor:
+    """``error_w - beta log sigmoid(T (f(s error_w) - f(s error_l)))`` over pairs, with ``f(x) = x / expm1(x)``."""
+    error = elbo_error(pred, target, weight=weight, element_reduction=element_reduction)
+    winner, loser = error.chunk(2) if len(error) else (error, error)
+    log_odds = timesteps * (odds(scale * winner) - odds(scale * loser))
+    return _total(winner + beta * softplus(-log_odds), reduction)
+
+
+# Of x / expm1(x): the Bernoulli numbers B_2k / (2k)!.
+ODDS_SERIES = (1 / 12, -1 / 720, 1 / 30240, -1 / 1209600, 1 / 47900160, -691 / 1307674368000)
+
+
+def odds(x: Tensor) -> Tensor:
+    """``x / expm1(x) - 1``; near 0 by its series, as the quotient cancels there and so does its derivative."""
+    near = x.abs() < 0.3
+    small, large = torch.where(near, x, 0), torch.where(near, 1, x)
+    series, square = torch.zeros_like(x), small * small
+    for coefficient in reversed(ODDS_SERIES):
+        series = (series + coefficient) * square
+    size = large.abs()  # expm1(x) overflows; and f(-x) = f(x) + x
+    quotient = size * torch.exp(-size) / -torch.expm1(-size) + F.relu(-large)
+    return torch.where(near, series - small / 2, quotient - 1)
 
 
 def softplus(x: Tensor) -> Tensor:

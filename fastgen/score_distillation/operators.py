@@ -37,6 +37,66 @@ class DecoupledOutputs(NamedTuple):
     grad: Gradient
 
 
+class ScoreField(NamedTuple):
+    """``G = w (guided - target)``, clipped."""
+
+    pred: Stream
+    target: Stream
+    uncond: Stream | None
+    weight: PerRow | None
+    gate: Stream | None
+    guidance_scale: float
+    grad_clip: float
+    dtype: torch.dtype
+
+
+class DmdField(NamedTuple):
+    """``G = w (f - r)``, but for the noisy image."""
+
+    real: Stream
+    fake: Stream
+    uncond: Stream | None
+    weight: PerRow | None
+    gate: Stream | None
+    alpha_t: PerRow
+    sigma_t: PerRow
+    prediction_type: PredictionType
+    fake_prediction_type: PredictionType
+    guidance_scale: float
+    dtype: torch.dtype
+
+
+class DecoupledField(NamedTuple):
+    """Both terms of G, but for the noisy images."""
+
+    dm_real: Stream
+    dm_fake: Stream
+    ca_real: Stream
+    ca_uncond: Stream
+    weight: PerRow | None
+    gate: Stream | None
+    dm_alpha_t: PerRow
+    dm_sigma_t: PerRow
+    ca_alpha_t: PerRow
+    ca_sigma_t: PerRow
+    prediction_type: PredictionType
+    fake_prediction_type: PredictionType
+    guidance_scale: float
+    dtype: torch.dtype
+
+
+class Normalized(NamedTuple):
+    """How a DMD loss divides: `count` elements share the mean, `group_rows` rows a normaliser."""
+
+    count: Whole | None
+    normalize: bool
+    normalizer_min: float
+    normalizer_eps: float
+    group_rows: int
+    reduction: Reduction
+    with_grad: bool
+
+
 def _noisy_image_cancels(arguments: Mapping[str, Any]) -> tuple[str, ...]:
     """Of two predictions of one quantity, the difference does not depend on the noisy image."""
     one_type = arguments["prediction_type"] == arguments["fake_prediction_type"]
@@ -48,133 +108,37 @@ _DMD: dict[str, Any] = {"wrt": "x", "group_rows": "group_rows", "unused": _noisy
 
 
 @operator
-def score_difference_backward(
-    row_grad: PerRow,
-    pred: Stream,
-    target: Stream,
-    uncond: Stream | None,
-    weight: PerRow | None,
-    gate: Stream | None,
-    guidance_scale: float,
-    grad_clip: float,
-    dtype: torch.dtype,
-) -> Gradient:
+def score_difference_backward(row_grad: PerRow, of: ScoreField) -> Gradient:
     """`row_grad` times G."""
 
 
 @differentiable(score_difference_backward, **_FIELD)
 @operator
-def score_difference(
-    pred: Stream,
-    target: Stream,
-    uncond: Stream | None,
-    weight: PerRow | None,
-    gate: Stream | None,
-    guidance_scale: float,
-    grad_clip: float,
-    dtype: torch.dtype,
-    reduction: Reduction,
-    with_grad: bool,
-) -> FieldOutputs:
+def score_difference(of: ScoreField, reduction: Reduction, with_grad: bool) -> FieldOutputs:
     """SDS and VSD: ``G = w (guided - target)``."""
 
 
 @operator
-def dmd_backward(
-    row_grad: PerRow,
-    x_t: Stream | None,
-    real: Stream,
-    fake: Stream,
-    uncond: Stream | None,
-    weight: PerRow | None,
-    gate: Stream | None,
-    alpha_t: PerRow,
-    sigma_t: PerRow,
-    prediction_type: PredictionType,
-    fake_prediction_type: PredictionType,
-    guidance_scale: float,
-    dtype: torch.dtype,
-) -> Gradient:
+def dmd_backward(row_grad: PerRow, x_t: Stream | None, of: DmdField) -> Gradient:
     """`row_grad` times G without its normaliser; x_t may be missing where both networks predict one quantity."""
 
 
 @differentiable(dmd_backward, **_FIELD, **_DMD)
 @operator
-def dmd(
-    x: Stream,
-    x_t: Stream,
-    real: Stream,
-    fake: Stream,
-    uncond: Stream | None,
-    weight: PerRow | None,
-    gate: Stream | None,
-    alpha_t: PerRow,
-    sigma_t: PerRow,
-    prediction_type: PredictionType,
-    fake_prediction_type: PredictionType,
-    guidance_scale: float,
-    dtype: torch.dtype,
-    count: Whole | None,
-    normalize: bool,
-    normalizer_min: float,
-    normalizer_eps: float,
-    group_rows: int,
-    reduction: Reduction,
-    with_grad: bool,
-) -> FieldOutputs:
-    """DMD: ``G = w (f - r) / n``; `count` elements share the mean, `group_rows` rows a normaliser."""
+def dmd(x: Stream, x_t: Stream, of: DmdField, by: Normalized) -> FieldOutputs:
+    """DMD: ``G = w (f - r) / n``."""
 
 
 @operator
 def decoupled_dmd_backward(
-    row_grad: Annotated[Tensor, Role.STACKED, 2],
-    dm_x_t: Stream | None,
-    dm_real: Stream,
-    dm_fake: Stream,
-    ca_real: Stream,
-    ca_uncond: Stream,
-    weight: PerRow | None,
-    gate: Stream | None,
-    dm_alpha_t: PerRow,
-    dm_sigma_t: PerRow,
-    ca_alpha_t: PerRow,
-    ca_sigma_t: PerRow,
-    prediction_type: PredictionType,
-    fake_prediction_type: PredictionType,
-    guidance_scale: float,
-    dtype: torch.dtype,
+    row_grad: Annotated[Tensor, Role.STACKED, 2], dm_x_t: Stream | None, of: DecoupledField
 ) -> Gradient:
     """Each row of `row_grad` times its term, without normalisers."""
 
 
 @differentiable(decoupled_dmd_backward, **_FIELD, **_DMD)
 @operator
-def decoupled_dmd(
-    x: Stream,
-    ca_x_t: Stream,
-    dm_x_t: Stream,
-    dm_real: Stream,
-    dm_fake: Stream,
-    ca_real: Stream,
-    ca_uncond: Stream,
-    weight: PerRow | None,
-    gate: Stream | None,
-    dm_alpha_t: PerRow,
-    dm_sigma_t: PerRow,
-    ca_alpha_t: PerRow,
-    ca_sigma_t: PerRow,
-    prediction_type: PredictionType,
-    fake_prediction_type: PredictionType,
-    guidance_scale: float,
-    dtype: torch.dtype,
-    count: Whole | None,
-    normalize: bool,
-    normalizer_min: float,
-    normalizer_eps: float,
-    group_rows: int,
-    reduction: Reduction,
-    with_grad: bool,
-) -> DecoupledOutputs:
+def decoupled_dmd(x: Stream, ca_x_t: Stream, dm_x_t: Stream, of: DecoupledField, by: Normalized) -> DecoupledOutputs:
     """Decoupled DMD: distribution matching and guidance, each at its own level with its own normaliser."""
 
 
