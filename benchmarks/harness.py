@@ -200,8 +200,7 @@ def compare_case(
         tensors = case.inputs(shape, dtype, device=device, seed=next(seeds)).values()
         return [t.clamp(min=0) if t.dtype == torch.int64 else t for t in tensors]  # no row is ignored
 
-    # A small loss takes as long as a few lines of Python: what is around it is kept to fresh leaves, which stand for the
-    # network's output.
+    # A small loss takes as long as a few lines of Python, so around it are only fresh leaves, the network's output.
     def step(loss: Callable[..., Tensor], inputs: Sequence[Tensor]) -> None:
         named = dict(zip(names, inputs, strict=True))
         for name in case.differentiable:
