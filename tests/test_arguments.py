@@ -30,6 +30,10 @@ CALLS = {
     fastgen.diffusion_dpo_loss: {"pred": X, "ref_pred": Y, "target": Z},
     fastgen.diffusion_kto_loss: {"pred": X, "ref_pred": Y, "target": Z, "is_desirable": REAL},
     fastgen.mapo_loss: {"pred": X, "target": Y},
+    fastgen.diffusion_nft_loss: {
+        **{"pred": X, "old_pred": Y, "x_t": Z, "x0": Y},
+        **{"r": ROW, "alpha_t": ROW, "sigma_t": ROW},
+    },
     fastgen.sds_loss: {"x": X, "pred_cond": Y, "noise": Z},
     fastgen.vsd_loss: {"x": X, "real_cond": Y, "fake": Z},
     fastgen.dmd_loss: {"x": X, "x_t": Y, "real_cond": Z, "fake": Y, "alpha_t": ROW, "sigma_t": ROW},
@@ -172,6 +176,8 @@ NUMBERS = {
     "desirable_weight": lambda v: call(fastgen.diffusion_kto_loss, desirable_weight=v),
     "undesirable_weight": lambda v: call(fastgen.diffusion_kto_loss, undesirable_weight=v),
     "baseline": lambda v: call(fastgen.diffusion_kto_loss, baseline=v),
+    "kl_weight": lambda v: call(fastgen.diffusion_nft_loss, ref_pred=Z, kl_weight=v),
+    "clip": lambda v: fastgen.optimality_probability(X, clip=v),
     "guidance_scale": lambda v: call(fastgen.sds_loss, pred_uncond=Y, guidance_scale=v),
     "grad_clip": lambda v: call(fastgen.sds_loss, grad_clip=v),
     "normalizer_eps": lambda v: call(fastgen.dmd_loss, normalizer_eps=v),
@@ -185,7 +191,7 @@ NUMBERS = {
     "l1_weight": lambda v: fastgen.pix2pix_loss(X, X, Y, l1_weight=v),
     "sigma_data": lambda v: fastgen.NoiseSchedule.edm(sigma_data=v),
 }
-POSITIVE = ("beta", "grad_clip", "temperature", "sigma_data")
+POSITIVE = ("beta", "clip", "grad_clip", "temperature", "sigma_data")
 
 
 @pytest.mark.parametrize("name", NUMBERS)
