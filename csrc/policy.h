@@ -1,4 +1,4 @@
-// Post-training by reward: DiffusionNFT (arXiv 2509.16117).
+// Post-training by reward: DiffusionNFT (arXiv 2509.16117) and the stochastic steps of Flow-GRPO (arXiv 2505.05470).
 #pragma once
 
 #include <tuple>
@@ -185,10 +185,100 @@ Tensor diffusion_nft_loss_backward(const Tensor& row_grad, const Tensor& pred, c
   return grad;
 }
 
+// mean = k_x x_t + k_v pred, and the log-probability of `sample` under a normal distribution of that mean, an element.
+// Streams: pred, x_t, sample.
+template <class T>
+struct FlowStep {
+  static constexpr int kStreams = 3, kSums = 1, kMapStreams = 2;
+  static constexpr bool kMapsAtOnce = true;
+  struct Row {
+    T scale, k_x, k_v;
+  };
+  const T *k_x, *k_v, *std;
+  T share;      // 1/D
+  T* log_prob;  // [rows]
+
+  FASTGEN_HD Row row(int64_t row, int64_t) const { return {share, k_x[row], k_v[row]}; }
+  FASTGEN_HD T map(const Row& row, T, const T* v) const { return row.k_x * v[1] + row.k_v * v[0]; }
+  FASTGEN_HD void accumulate(const Row& row, const T* v, T* sums) const {
+    const T error = v[2] - map(row, T(0), v);
+    sums[0] += error * error;
+  }
+  FASTGEN_HD T epilogue(int64_t row, const T* sums) const {
+    const T s = std[row], half_log_2_pi = T(0.91893853320467274178);
+    log_prob[row] = -sums[0] / (T(2) * s * s) - std::log(s) - half_log_2_pi;
+    return T(0);
+  }
+  FASTGEN_HD T coefficient(int64_t, int64_t, const Row&, T) const { return T(0); }
+};
+
+// Its gradient with respect to pred: k_v (grad_log_prob (sample - mean)/(std² D) + grad_mean).
+// Streams: sample, mean, [grad_mean].
+template <class T, bool kMean>
+struct FlowStepBackward {
+  static constexpr int kStreams = 2 + kMean, kSums = 0, kMapStreams = kStreams;
+  struct Row {
+    T error, k_v;
+  };
+  const T *grad, *k_v, *std;
+  T share;
+
+  FASTGEN_HD Row row(int64_t row, int64_t) const {
+    return {k_v[row] * (grad[row] * share / (std[row] * std[row])), k_v[row]};
+  }
+  FASTGEN_HD T coefficient(int64_t, int64_t, const Row&, T) const { return T(0); }
+  FASTGEN_HD T map(const Row& row, T, const T* v) const {
+    const T gradient = row.error * (v[0] - v[1]);
+    if constexpr (kMean) return gradient + row.k_v * v[2];
+    else return gradient;
+  }
+};
+
+template <class Device>
+std::tuple<Tensor, Tensor> flow_sde_step(const Tensor& pred, const Tensor& x_t, const Tensor& sample,
+                                         const Tensor& k_x, const Tensor& k_v, const Tensor& std, ScalarType dtype) {
+  const Rows<3> rows({pred, x_t, sample});
+  const auto arithmetic = rows.arithmetic();
+  const auto by_x = row_scalars(k_x, arithmetic), by_v = row_scalars(k_v, arithmetic),
+             deviation = row_scalars(std, arithmetic);
+  const Tensor log_prob = new_vector(pred, rows.count, arithmetic), mean = Device::new_output(rows, dtype);
+  with_arithmetic(arithmetic, [&](auto zero) {
+    using T = decltype(zero);
+    const FlowStep<T> formula{data_or_null<T>(by_x), data_or_null<T>(by_v), data_or_null<T>(deviation),
+                              T(1.0 / static_cast<double>(rows.size)), mutable_data<T>(log_prob)};
+    Device::template rowwise<T>(formula, Groups::single(rows.count), rows, {mean.mutable_data_ptr(), dtype});
+  });
+  return {mean, log_prob};
+}
+
+template <class Device>
+Tensor flow_sde_step_backward(const Tensor& grad, const Tensor& sample, const Tensor& mean,
+                              const std::optional<Tensor>& grad_mean, const Tensor& k_v, const Tensor& std,
+                              ScalarType dtype) {
+  const auto arithmetic = arithmetic_of({sample, mean, grad_mean}, dtype);
+  const auto row_grad = row_scalars(grad, arithmetic), by_v = row_scalars(k_v, arithmetic),
+             deviation = row_scalars(std, arithmetic);
+  Tensor out;
+  with_arithmetic(arithmetic, [&](auto zero) {
+    with_flag(grad_mean.has_value(), [&](auto has_mean) {
+      using T = decltype(zero);
+      using Formula = FlowStepBackward<T, has_mean>;
+      const Rows<Formula::kStreams> rows(present<Formula::kStreams>({sample, mean, grad_mean}));
+      out = Device::new_output(rows, dtype);
+      const Formula formula{data_or_null<T>(row_grad), data_or_null<T>(by_v), data_or_null<T>(deviation),
+                            T(1.0 / static_cast<double>(rows.size))};
+      Device::template rowwise<T>(formula, Groups::single(rows.count), rows, {out.mutable_data_ptr(), dtype});
+    });
+  });
+  return out;
+}
+
 template <class Device>
 void register_policy(torch::stable::detail::StableLibrary& m) {
   m.impl("diffusion_nft_loss", TORCH_BOX(&diffusion_nft_loss<Device>));
   m.impl("diffusion_nft_loss_backward", TORCH_BOX(&diffusion_nft_loss_backward<Device>));
+  m.impl("flow_sde_step", TORCH_BOX(&flow_sde_step<Device>));
+  m.impl("flow_sde_step_backward", TORCH_BOX(&flow_sde_step_backward<Device>));
 }
 
 }  // namespace fastgen

@@ -147,7 +147,7 @@ def test_bad_input_names_the_argument(message):
         call()
 
 
-@pytest.mark.parametrize("case", FAMILIES["policy"], ids=lambda c: c.name)
+@pytest.mark.parametrize("case", [c for c in FAMILIES["policy"] if "nft" in c.name], ids=lambda c: c.name)
 def test_gradcheck_of_the_references(case):
     """But for the normalisers, which have no gradient: a tiny step does not move them where they are at their floor."""
     tensors = case.inputs((4, 6), torch.float64)

@@ -1,9 +1,10 @@
-"""Post-training by reward: DiffusionNFT (arXiv 2509.16117), as in ``csrc/policy.h``."""
+"""Post-training by reward, as in ``csrc/policy.h``: DiffusionNFT (arXiv 2509.16117), Flow-GRPO (arXiv 2505.05470)."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -164,3 +165,98 @@ def diffusion_nft_loss_backward(
     grad_pred = rows.new_output(pred.dtype)
     run(NFT_BACKWARD, Groups(rows.count), rows, args, grad_pred)
     return grad_pred
+
+
+# -- mean = k_x x_t + k_v pred, and the log-probability of `sample` around it. Streams: pred, x_t, sample
+
+
+class Flow(NamedTuple):
+    k_v: Tensor
+    std: Tensor
+    share: float | int  # 1/D
+    k_x: Tensor | None = None
+    log_prob: Tensor | None = None
+    grad: Tensor | None = None
+
+
+@triton.jit
+def _flow_row(args, row, rank, T: tl.constexpr):
+    return number(args.share, T), tl.load(args.k_x + row), tl.load(args.k_v + row)
+
+
+@triton.jit
+def _flow_mean(constants, coefficient, v):
+    return constants[1] * v[1] + constants[2] * v[0]
+
+
+@triton.jit
+def _flow_accumulate(constants, v):
+    error = v[2] - _flow_mean(constants, None, v)
+    return (error * error,)
+
+
+@triton.jit
+def _flow_epilogue(args, row, sums, T: tl.constexpr):
+    std = tl.load(args.std + row)
+    half_log_2_pi = tl.full((), 0.91893853320467274178, T)
+    tl.store(args.log_prob + row, divide(-sums[0], 2.0 * std * std) - tl.log(std) - half_log_2_pi)
+    return sums[0]
+
+
+@triton.jit
+def _flow_coefficient(args, row, rank, constants, slope, T: tl.constexpr):
+    return constants[0]
+
+
+@triton.jit
+def _flow_backward_row(args, row, rank, T: tl.constexpr):
+    k_v, std = tl.load(args.k_v + row), tl.load(args.std + row)
+    return k_v * divide(tl.load(args.grad + row) * number(args.share, T), std * std), k_v
+
+
+# Streams: sample, mean, grad_mean or None
+
+
+@triton.jit
+def _flow_backward_map(constants, coefficient, v):
+    gradient = constants[0] * (v[0] - v[1])
+    if v[2] is None:
+        return gradient
+    else:
+        return gradient + constants[1] * v[2]
+
+
+FLOW = Formula(Functions(_flow_row, _flow_accumulate, _flow_epilogue, _flow_coefficient, _flow_mean), 1, 2)
+FLOW_BACKWARD = Formula(
+    Functions(_flow_backward_row, coefficient=_flow_coefficient, map=_flow_backward_map), map_streams=3
+)
+
+
+def _flow(rows: Rows, k_v: Tensor, std: Tensor) -> Flow:
+    return Flow(rows.scalars(k_v), rows.scalars(std), scalar.argument(1 / max(rows.size, 1), rows.dtype))
+
+
+def flow_sde_step(
+    pred: Tensor, x_t: Tensor, sample: Tensor, k_x: Tensor, k_v: Tensor, std: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    rows = Rows(pred, x_t, sample)
+    mean, log_prob = rows.new_output(dtype), rows.new_vector(rows.count)
+    args = _flow(rows, k_v, std)._replace(k_x=rows.scalars(k_x), log_prob=log_prob)
+    run(FLOW, Groups(rows.count), rows, args, mean)
+    return mean, log_prob
+
+
+def flow_sde_step_backward(
+    grad_log_prob: Tensor,
+    sample: Tensor,
+    mean: Tensor,
+    grad_mean: Tensor | None,
+    k_v: Tensor,
+    std: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    rows = Rows(sample, mean, grad_mean, dtype=dtype)
+    grad = rows.new_output(dtype)
+    args = _flow(rows, k_v, std)._replace(grad=rows.scalars(grad_log_prob))
+    run(FLOW_BACKWARD, Groups(rows.count), rows, args, grad)
+    return grad

@@ -1,4 +1,4 @@
-"""Post-training by reward: DiffusionNFT. The operators are in ``operators.py``."""
+"""Post-training by reward: DiffusionNFT and Flow-GRPO. The operators are in ``operators.py``."""
 
 from __future__ import annotations
 
@@ -10,9 +10,18 @@ from torch import Tensor
 from ..core import checks, dispatch, distributed
 from ..schedule import PREDICTION_TYPES
 from . import operators, reference
-from .reference import NftStats
+from .flow import GrpoStats, flow_sde_step, grpo_loss
+from .reference import FlowStep, NftStats
 
-__all__ = ["NftStats", "diffusion_nft_loss", "optimality_probability"]
+__all__ = [
+    "FlowStep",
+    "GrpoStats",
+    "NftStats",
+    "diffusion_nft_loss",
+    "flow_sde_step",
+    "grpo_loss",
+    "optimality_probability",
+]
 
 REDUCTIONS = ("mean", "sum", "none")
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from typing import Annotated, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..core.autograd import differentiable
-from ..core.operator import Gradient, Loss, PerRow, PredictionType, Reduction, Role, Stream, operator
+from ..core.operator import Gradient, Loss, Output, PerRow, PredictionType, Reduction, Role, Stream, operator
 
 
 class NftOutputs(NamedTuple):
@@ -20,6 +21,13 @@ class NftOutputs(NamedTuple):
     slopes: Annotated[Tensor, Role.STACKED, 3]
     stats: Annotated[Tensor, Role.STACKED_GROUP, 5]
     grad_pred: Gradient
+
+
+class FlowOutputs(NamedTuple):
+    """Of :func:`flow_sde_step`."""
+
+    mean: Output
+    log_prob: PerRow
 
 
 class Branches(NamedTuple):
@@ -54,3 +62,23 @@ def diffusion_nft_loss(
     with_grad: bool,
 ) -> NftOutputs:
     """The terms of both branches, each over its normaliser, and of the reference."""
+
+
+@operator
+def flow_sde_step(
+    pred: Stream, x_t: Stream, sample: Stream, k_x: PerRow, k_v: PerRow, std: PerRow, dtype: torch.dtype
+) -> FlowOutputs:
+    """``mean = k_x x_t + k_v pred`` in `dtype`, and an element's log-probability of `sample`, normal around it."""
+
+
+@operator
+def flow_sde_step_backward(
+    grad_log_prob: PerRow,
+    sample: Stream,
+    mean: Stream,
+    grad_mean: Stream | None,
+    k_v: PerRow,
+    std: PerRow,
+    dtype: torch.dtype,
+) -> Gradient:
+    """``k_v (grad_log_prob (sample - mean) / (std² D) + grad_mean)``: the gradient of pred."""
