@@ -9,6 +9,7 @@ from . import (
     diffusion_classifier,
     elbo,
     energy,
+    policy,
     sampling,
     schedule,
     score_distillation,
@@ -21,6 +22,7 @@ from .core.dispatch import build_info, use_backend
 from .diffusion_classifier import *
 from .elbo import *
 from .energy import *
+from .policy import *
 from .sampling import *
 from .sampling.sampler import *
 from .schedule import *
@@ -37,6 +39,7 @@ __all__ += analytic_dpm.__all__
 __all__ += diffusion_classifier.__all__
 __all__ += elbo.__all__
 __all__ += energy.__all__
+__all__ += policy.__all__
 __all__ += sampling.__all__
 __all__ += sampling.sampler.__all__
 __all__ += schedule.__all__

@@ -8,16 +8,15 @@ from .adversarial import cases as adversarial
 from .analytic_dpm import cases as analytic_dpm
 from .core.case import Case
 from .elbo import cases as elbo
+from .policy import cases as policy
 from .sampling import cases as sampling
 from .schedule import cases as schedule
 from .score_distillation import cases as score_distillation
 from .sequence import cases as sequence
 from .trajectory import cases as trajectory
 
-FAMILIES: dict[str, tuple[Case, ...]] = {
-    module.__name__.split(".")[-2]: module.CASES
-    for module in (elbo, score_distillation, sequence, sampling, schedule, analytic_dpm, trajectory, adversarial)
-}
+MODULES = (elbo, policy, score_distillation, sequence, sampling, schedule, analytic_dpm, trajectory, adversarial)
+FAMILIES: dict[str, tuple[Case, ...]] = {module.__name__.split(".")[-2]: module.CASES for module in MODULES}
 CASES: dict[str, Case] = {case.name: case for case in itertools.chain(*FAMILIES.values())}
 FUNCTIONS: dict[str, list[Case]] = {}
 for _case in CASES.values():

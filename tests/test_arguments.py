@@ -30,6 +30,11 @@ CALLS = {
     fastgen.diffusion_dpo_loss: {"pred": X, "ref_pred": Y, "target": Z},
     fastgen.diffusion_kto_loss: {"pred": X, "ref_pred": Y, "target": Z, "is_desirable": REAL},
     fastgen.mapo_loss: {"pred": X, "target": Y},
+    fastgen.diffusion_nft_loss: {
+        **{"pred": X, "old_pred": Y, "x_t": Z, "x0": Y},
+        **{"r": ROW, "alpha_t": ROW, "sigma_t": ROW},
+    },
+    fastgen.flow_sde_step: {"pred": X, "x_t": Y},
     fastgen.sds_loss: {"x": X, "pred_cond": Y, "noise": Z},
     fastgen.vsd_loss: {"x": X, "real_cond": Y, "fake": Z},
     fastgen.dmd_loss: {"x": X, "x_t": Y, "real_cond": Z, "fake": Y, "alpha_t": ROW, "sigma_t": ROW},
@@ -54,6 +59,7 @@ CALLS = {
     fastgen.optimal_trajectory: {"cost": COST},
 }
 OTHERS = {
+    fastgen.flow_sde_step: {"t": 0.5, "t_next": 0.25, "sample": Z},
     fastgen.guidance: {"scale": 2.0},
     fastgen.reverse_step: {"coefficients": STEP},
     fastgen.reverse_step_: {"coefficients": STEP},
@@ -116,6 +122,8 @@ def test_views_whose_memory_holds_the_negatives_count_as_what_they_show(function
     values = CALLS[function]
     view = negated(values[name].clone())
     got, wanted = call(function, **{name: view}), call(function)
+    if function is fastgen.flow_sde_step:
+        got, wanted = got.log_prob, wanted.log_prob
     if function is fastgen.optimal_trajectory:
         got, wanted = got.total_cost, wanted.total_cost
     torch.testing.assert_close(got, wanted)
@@ -172,6 +180,10 @@ NUMBERS = {
     "desirable_weight": lambda v: call(fastgen.diffusion_kto_loss, desirable_weight=v),
     "undesirable_weight": lambda v: call(fastgen.diffusion_kto_loss, undesirable_weight=v),
     "baseline": lambda v: call(fastgen.diffusion_kto_loss, baseline=v),
+    "noise_level": lambda v: call(fastgen.flow_sde_step, noise_level=v).log_prob,
+    "advantage_clip": lambda v: fastgen.grpo_loss(ROW, ROW, ROW, advantage_clip=v),
+    "kl_weight": lambda v: call(fastgen.diffusion_nft_loss, ref_pred=Z, kl_weight=v),
+    "clip": lambda v: fastgen.optimality_probability(X, clip=v),
     "guidance_scale": lambda v: call(fastgen.sds_loss, pred_uncond=Y, guidance_scale=v),
     "grad_clip": lambda v: call(fastgen.sds_loss, grad_clip=v),
     "normalizer_eps": lambda v: call(fastgen.dmd_loss, normalizer_eps=v),
@@ -185,7 +197,7 @@ NUMBERS = {
     "l1_weight": lambda v: fastgen.pix2pix_loss(X, X, Y, l1_weight=v),
     "sigma_data": lambda v: fastgen.NoiseSchedule.edm(sigma_data=v),
 }
-POSITIVE = ("beta", "grad_clip", "temperature", "sigma_data")
+POSITIVE = ("advantage_clip", "beta", "clip", "grad_clip", "noise_level", "temperature", "sigma_data")
 
 
 @pytest.mark.parametrize("name", NUMBERS)

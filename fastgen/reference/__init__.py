@@ -9,6 +9,7 @@ from ..analytic_dpm.reference import *
 from ..diffusion_classifier.reference import *
 from ..elbo.reference import *
 from ..energy.reference import *
+from ..policy.reference import *
 from ..sampling.reference import *
 from ..schedule.reference import *
 from ..score_distillation.reference import *

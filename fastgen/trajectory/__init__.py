@@ -18,8 +18,9 @@ from torch import library as torch_library
 from ..core import checks, dispatch
 from ..core.operator import Whole, operator
 from . import reference
+from .deviation import deviation_cost
 
-__all__ = ["FactoredCost", "Trajectory", "optimal_trajectory"]
+__all__ = ["FactoredCost", "Trajectory", "deviation_cost", "optimal_trajectory"]
 
 CONVENTIONS = ("edges", "nodes")
 METHODS = ("auto", "exact", "monge")
@@ -114,6 +115,7 @@ class _Solution:
     batch: torch.Size
     device: torch.device
     counts: tuple[int, ...]
+    discount: float
 
     def path(self, k: int) -> Tensor:
         _require_paths(self.totals[:, [self.counts.index(k)]], [k], self.problems, self.h, self.first)
@@ -123,9 +125,12 @@ class _Solution:
             "table": self.table,
             "first": self.first,
             "monge": self.monge,
+            "edges": k - self.first,
         }
-        trace = reference.trajectory_path if self.backend == "reference" else trajectory_path.of(self.backend)
-        path = trace(**problem, edges=k - self.first)
+        if self.backend == "reference":
+            path = reference.trajectory_path(**problem, discount=self.discount)
+        else:
+            path = trajectory_path(self.backend, **problem)
         return path.reshape(*self.batch, path.shape[1]).to(self.device)
 
 
@@ -184,6 +189,7 @@ def optimal_trajectory(
     *,
     convention: Literal["edges", "nodes"] = ...,
     method: Literal["auto", "exact", "monge"] = ...,
+    discount: float = ...,
 ) -> Trajectory[Tensor]: ...
 @overload
 def optimal_trajectory(
@@ -192,6 +198,7 @@ def optimal_trajectory(
     *,
     convention: Literal["edges", "nodes"] = ...,
     method: Literal["auto", "exact", "monge"] = ...,
+    discount: float = ...,
 ) -> Trajectory[Mapping[int, Tensor]]: ...
 def optimal_trajectory(
     cost: Tensor | FactoredCost,
@@ -199,6 +206,7 @@ def optimal_trajectory(
     *,
     convention: Literal["edges", "nodes"] = "edges",
     method: Literal["auto", "exact", "monge"] = "auto",
+    discount: float = 1.0,
 ) -> Trajectory[Tensor] | Trajectory[Mapping[int, Tensor]]:
     """The cheapest increasing path through timesteps 0 … N, for each wanted number of steps.
 
@@ -220,6 +228,9 @@ def optimal_trajectory(
         method: ``"exact"``, ``"monge"``, or ``"auto"``: Monge for a factored cost that is certified, else exact (for
             a matrix the certificate costs what Monge saves). Monge runs on CPUs, where a GPU's certified factored
             costs are solved too; other implementations take the exact method for a certified cost.
+        discount: γ > 0: the path's i-th edge, from i = 0, counts γ^i times. GITS (arXiv 2405.11326) takes 1.15 with
+            :func:`deviation_cost`. Other than 1 it is solved exactly, in plain PyTorch on any backend, and needs a
+            matrix.
 
     Returns:
         A :class:`Trajectory` on the cost's device. With ``"all"`` a K that ``inf`` entries rule out, or whose
@@ -243,24 +254,31 @@ def optimal_trajectory(
     """
     checks.choice("convention", convention, CONVENTIONS)
     checks.choice("method", method, METHODS)
+    discount = checks.number("discount", discount, low=0, open_low=True)
+    if discount != 1 and (method == "monge" or isinstance(cost, FactoredCost)):
+        what = "method 'exact' or 'auto'" if method == "monge" else "a matrix, as FactoredCost.matrix() makes it"
+        raise ValueError(f"discount = {discount:g} needs {what}")
     first = 0 if convention == "edges" else 1
     problems, h, batch = _problems(cost)
     device, last = problems.device, problems.shape[1] - 1
     counts = _step_counts(num_steps, first, last)
-    backend = dispatch.backend_for("trajectory_table", device.type)
+    backend = dispatch.backend_for("trajectory_table", device.type) if discount == 1 else "reference"
     certified = _certified(backend, problems, h, first, method)
     if certified and h is not None and dispatch.is_automatic("trajectory_table", "native", "cpu"):
         # Copying two vectors from a GPU costs less than its exhaustive sweep.
         backend, problems, h = "native", problems.cpu(), h.cpu()
     monge = certified and backend == "native" and problems.device.type == "cpu"
-    solve = reference.trajectory_table if backend == "reference" else trajectory_table.of(backend)
-    totals, table = solve(cost=problems, h=h, first=first, edges=max(counts) - first, monge=monge)
+    problem: dict[str, Any] = {"cost": problems, "h": h, "first": first, "edges": max(counts) - first, "monge": monge}
+    if backend == "reference":
+        totals, table = reference.trajectory_table(**problem, discount=discount)
+    else:
+        totals, table = trajectory_table(backend, **problem)
     totals = totals[:, slice(counts[0] - first, None) if num_steps == "all" else [k - first for k in counts]]
     totals = totals if h is None else totals.log()
     if num_steps != "all":
         _require_paths(totals, counts, problems, h, first)
 
-    solution = _Solution(backend, problems, h, first, totals, table, monge, batch, device, tuple(counts))
+    solution = _Solution(backend, problems, h, first, totals, table, monge, batch, device, tuple(counts), discount)
     name = "monge" if monge else "exact"
     if not isinstance(num_steps, Iterable):
         return Trajectory(solution.path(counts[0]), totals.reshape(batch).to(device), name)

@@ -58,6 +58,7 @@ def _factored(m: ModuleType, v: Tensor, h: Tensor) -> Tensor:
 CASES = (
     case("optimal_trajectory", {"cost": matrix}, "", _solved),
     case("optimal_trajectory-nodes", {"cost": matrix}, "", _solved, convention="nodes"),
+    case("optimal_trajectory-discounted", {"cost": matrix}, "", _solved, discount=1.15),
     case("optimal_trajectory-monge", {"cost": monge}, "", _solved, method="monge"),
     case("optimal_trajectory-factored", {"v": increasing, "h": decreasing}, "", _factored),
     case("optimal_trajectory-certified", {"v": increasing, "h": increasing}, "", _factored),

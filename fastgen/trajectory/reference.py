@@ -14,21 +14,28 @@ __all__ = ["optimal_trajectory"]
 
 
 def optimal_trajectory(
-    cost: Tensor, num_steps: int | Sequence[int], *, convention: str = "edges", method: str = "exact"
+    cost: Tensor,
+    num_steps: int | Sequence[int],
+    *,
+    convention: str = "edges",
+    method: str = "exact",
+    discount: float = 1.0,
 ) -> tuple[dict[int, Tensor], Tensor]:
     """Paths and their costs for each number of steps: ({K: [..., steps]}, [..., len(num_steps)])."""
     counts = [num_steps] if isinstance(num_steps, int) else list(num_steps)
     first = 0 if convention == "edges" else 1
     batch = cost.shape[:-2]
     problems = cost.reshape(-1, *cost.shape[-2:])
-    totals, table = trajectory_table(problems, None, first, max(counts) - first, False)
-    steps = {k: trajectory_path(problems, None, table, first, k - first, False) for k in counts}
+    totals, table = trajectory_table(problems, None, first, max(counts) - first, False, discount)
+    steps = {k: trajectory_path(problems, None, table, first, k - first, False, discount) for k in counts}
     edges = torch.tensor(counts, device=cost.device) - first
     return {k: path.reshape(*batch, -1) for k, path in steps.items()}, totals[:, edges].reshape(*batch, -1)
 
 
-def trajectory_table(cost: Tensor, h: Tensor | None, first: int, edges: int, monge: bool) -> tuple[Tensor, Tensor]:
-    """``C[k+1, t] = min over s < t of C[k, s] + F[s, t]``: totals [B, edges + 1] and table [B, edges + 1, nodes].
+def trajectory_table(
+    cost: Tensor, h: Tensor | None, first: int, edges: int, monge: bool, discount: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """``C[k+1, t] = min over s < t of C[k, s] + γ^k F[s, t]``: totals [B, edges + 1] and table [B, edges + 1, nodes].
 
     With `h`, `cost` is v and paths carry ``exp(cost)``: the product of the ``(v_s + h_t) / (v_t + h_t)``.
     """
@@ -36,20 +43,23 @@ def trajectory_table(cost: Tensor, h: Tensor | None, first: int, edges: int, mon
     layer = torch.full_like(edge[:, 0], torch.inf)
     layer[:, 0] = 0 if h is None else 1
     layers = [layer]
-    for _ in range(edges):
-        layers.append(_extend(layers[-1], edge, h).amin(1) / common)
+    for k in range(edges):
+        layers.append(_extend(layers[-1], _discounted(edge, discount, k), h).amin(1) / common)
     table = torch.stack(layers, 1)
     return table[:, :, -1].clone(), table
 
 
-def trajectory_path(cost: Tensor, h: Tensor | None, table: Tensor, first: int, edges: int, monge: bool) -> Tensor:
+def trajectory_path(
+    cost: Tensor, h: Tensor | None, table: Tensor, first: int, edges: int, monge: bool, discount: float = 1.0
+) -> Tensor:
     """The nodes of the cheapest paths [B, edges + 1]; of predecessors that give the same cost, the lowest."""
     edge, common = _edges(cost, h, first)
     rows = torch.arange(len(edge), device=edge.device)
     t = torch.full_like(rows, edge.shape[1] - 1)
     path = [t]
     for k in range(edges, 0, -1):
-        through = _extend(table[:, k - 1], edge[rows, :, t].unsqueeze(2), h).squeeze(2) / common[rows, t, None]
+        last = _discounted(edge[rows, :, t].unsqueeze(2), discount, k - 1)
+        through = _extend(table[:, k - 1], last, h).squeeze(2) / common[rows, t, None]
         before = torch.arange(edge.shape[1], device=edge.device) < t[:, None]
         t = (before & (through == table[rows, k, t][:, None])).long().argmax(1)
         path.append(t)
@@ -84,6 +94,11 @@ def _edges(cost: Tensor, h: Tensor | None, first: int) -> tuple[Tensor, Tensor]:
     forbidden = torch.ones_like(edge, dtype=torch.bool).tril()
     common = torch.ones_like(edge[:, 0]) if h is None else edge.diagonal(dim1=1, dim2=2)
     return edge.masked_fill(forbidden, torch.inf), common
+
+
+def _discounted(edge: Tensor, discount: float, k: int) -> Tensor:
+    """The costs of edges that k others come before."""
+    return edge if discount == 1 else edge * torch.tensor(discount, dtype=torch.float64).pow(k)
 
 
 def _extend(layer: Tensor, edge: Tensor, h: Tensor | None) -> Tensor:

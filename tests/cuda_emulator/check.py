@@ -80,7 +80,7 @@ def check_offsets(what: str, size: int) -> None:
 
 
 def check_images(what: str, rows: int, size: int, dtypes: list[torch.dtype]) -> None:
-    for family in ("elbo", "score_distillation", "sampling", "schedule", "analytic_dpm", "adversarial"):
+    for family in ("elbo", "policy", "score_distillation", "sampling", "schedule", "analytic_dpm", "adversarial"):
         if rows == 0 and family in ("analytic_dpm", "adversarial"):  # means of nothing
             continue
         for case in FAMILIES[family]:
