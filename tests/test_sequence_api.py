@@ -367,7 +367,7 @@ BAD_CALLS = {
     "num_items must be a number or a 0-dim": (ValueError, lambda: jsd(S, S, num_items=torch.ones(2))),
     "num_items must be a number, got": (TypeError, lambda: jsd(S, S, num_items="2")),
     "mask and labels": (ValueError, lambda: jsd(S, S, Y, mask=Y > 0)),
-    "mask must be a bool": (TypeError, lambda: jsd(S, S, mask=Y)),
+    "mask must be a bool tensor, got torch.int64": (TypeError, lambda: jsd(S, S, mask=Y)),
     "weight must have shape": (ValueError, lambda: jsd(S, S, weight=torch.ones(7))),
     "scaled must be a bool": (TypeError, lambda: jsd(S, S, scaled=None)),
     r"logits must have shape \[B, T, V\]": (ValueError, lambda: ddo(S[0], S[0], Y[0], R)),

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..core import checks, dispatch, distributed
 from ..triton_kernels.layout import arithmetic_dtype
 from . import operators, reference
-from .linear_losses import linear_generalized_jsd_loss, linear_token_logprob
+from .linear_losses import linear_generalized_jsd_loss, linear_sparse_divergence_loss, linear_token_logprob
 from .operators import IGNORE_INDEX
 from .options import Reduction, check_divergence, check_rows, labels_of, scale_of, weighted
 from .sparse import sparse_divergence_loss
@@ -17,6 +17,7 @@ from .sparse import sparse_divergence_loss
 __all__ = [
     "generalized_jsd_loss",
     "linear_generalized_jsd_loss",
+    "linear_sparse_divergence_loss",
     "linear_token_logprob",
     "sequence_ddo_loss",
     "sparse_divergence_loss",

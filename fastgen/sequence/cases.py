@@ -85,6 +85,7 @@ SPARSE = {"student_logits": stream, "teacher_logprobs": entries, "teacher_ids": 
 LABELLED = MODELS | {"labels": tokens}
 WEIGHTED = {"mask": counted, "weight": row_weights}
 STUDENT = {"student_hidden": hidden(0), "student_weight": head(0, WIDTH), "student_bias": head(0)}
+HEAD = {"hidden": hidden(0), "weight": head(0, WIDTH), "bias": head(0)}
 TEACHER = {"teacher_hidden": hidden(1), "teacher_weight": head(1, WIDTH), "teacher_bias": head(1)}
 
 CASES = (
@@ -146,7 +147,7 @@ CASES = (
     ),
     case(
         "linear_token_logprob",
-        {"hidden": hidden(0), "weight": head(0, WIDTH), "bias": head(0), "tokens": tokens},
+        HEAD | {"tokens": tokens},
         "hidden weight bias",
         temperature=2.0,
     ),
@@ -155,6 +156,33 @@ CASES = (
         STUDENT | TEACHER | {"labels": tokens},
         "student_hidden student_weight student_bias",
         beta=0.5,
+    ),
+    case(
+        "linear_generalized_jsd_loss-each",
+        STUDENT | TEACHER | {"mask": counted, "token_weight": row_weights},
+        "student_hidden student_weight student_bias",
+        beta=0.3,
+        scaled=True,
+        reduction="none",
+    ),
+    case(
+        "linear_generalized_jsd_loss-weighted",
+        STUDENT | TEACHER | {"token_weight": row_weights},
+        "student_hidden student_weight student_bias",
+        beta=1.0,
+    ),
+    case(
+        "linear_sparse_divergence_loss",
+        HEAD | {"teacher_logprobs": entries, "teacher_ids": ids, "mask": counted, "token_weight": row_weights},
+        "hidden weight bias",
+    ),
+    case(
+        "linear_sparse_divergence_loss-each",
+        HEAD | {"teacher_logprobs": entries, "teacher_ids": ids, "labels": tokens},
+        "hidden weight bias",
+        kind="jsd",
+        tail="renormalize",
+        reduction="none",
     ),
     case(
         "joint_energy_loss",

@@ -23,6 +23,7 @@ def check_rows(
     reduction: str,
     num_items: float | Tensor | None,
     ignore_index: int,
+    name: str = "weight",
 ) -> None:
     """Which rows of `rows` [..., N] count, how much, and what their sum is divided by."""
     if labels is not None:
@@ -32,12 +33,12 @@ def check_rows(
             raise ValueError("mask and labels both say which tokens count: pass one of them")
         checks.mask("mask", mask, rows[..., 0])
     if weight is not None:
-        checks.floating("weight", weight)
-        checks.local("weight", weight)
+        checks.floating(name, weight)
+        checks.local(name, weight)
         if weight.shape != rows.shape[:-1]:
-            raise ValueError(f"weight must have shape {list(rows.shape[:-1])}, got {list(weight.shape)}")
+            raise ValueError(f"{name} must have shape {list(rows.shape[:-1])}, got {list(weight.shape)}")
         if weight.device != rows.device:
-            raise ValueError(f"weight is on {weight.device}, but the batch is on {rows.device}")
+            raise ValueError(f"{name} is on {weight.device}, but the batch is on {rows.device}")
     checks.choice("reduction", reduction, TOKEN_REDUCTIONS)
     checks.integer("ignore_index", ignore_index)
     if isinstance(num_items, Tensor):

@@ -16,6 +16,7 @@ from ..schedule.reference import widened
 __all__ = [
     "generalized_jsd_loss",
     "linear_generalized_jsd_loss",
+    "linear_sparse_divergence_loss",
     "linear_token_logprob",
     "sequence_ddo_loss",
     "sparse_divergence_loss",
@@ -183,6 +184,7 @@ def linear_token_logprob(
     tokens: Tensor,
     *,
     bias: Tensor | None = None,
+    num_valid: int | None = None,
     round_logits: bool = False,
     max_chunk_bytes: int = 0,
     **options: Any,
@@ -200,6 +202,8 @@ def linear_generalized_jsd_loss(
     *,
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    num_valid: int | None = None,
     round_logits: bool = False,
     max_chunk_bytes: int = 0,
     **options: Any,
@@ -208,7 +212,27 @@ def linear_generalized_jsd_loss(
     with torch.no_grad():
         teacher_logits = linear_logits(teacher_hidden, teacher_weight, teacher_bias, round_logits)
     student_logits = linear_logits(student_hidden, student_weight, student_bias, round_logits)
-    return generalized_jsd_loss(student_logits, teacher_logits, labels, **options)
+    return generalized_jsd_loss(student_logits, teacher_logits, labels, weight=token_weight, **options)
+
+
+def linear_sparse_divergence_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    teacher_logprobs: Tensor,
+    teacher_ids: Tensor,
+    *,
+    bias: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    num_valid: int | None = None,
+    round_logits: bool = False,
+    max_chunk_bytes: int = 0,
+    **options: Any,
+) -> Tensor:
+    """`sparse_divergence_loss` of the logits ``hidden weightᵀ + bias``."""
+    logits = linear_logits(hidden, weight, bias, round_logits)
+    loss = sparse_divergence_loss(logits, teacher_logprobs, teacher_ids, weight=token_weight, **options)
+    assert isinstance(loss, Tensor)  # without masses
+    return loss
 
 
 def masked(tokens: Tensor, mask: Tensor | None, ignore_index: int) -> Tensor:

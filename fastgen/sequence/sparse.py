@@ -158,7 +158,7 @@ def sparse_divergence_loss(
             ignore_index=ignore_index,
             return_masses=return_masses,
         )
-    beta = {"forward": 0.0, "reverse": 1.0}.get(kind, beta)
+    beta = beta_of(kind, beta)
     labels = labels_of(student_logits, labels, mask, ignore_index)
     dtype, vocabulary = arithmetic_dtype(student_logits, teacher_logprobs), student_logits.shape[-1]
     loss, masses = operators.sparse_divergence(
@@ -204,3 +204,8 @@ def check_kind(kind: str, beta: float, scaled: bool, tail: str, temperature: flo
     check_divergence(beta, scaled, temperature)
     if kind == "jsd" and not 0 < beta < 1:
         raise ValueError(f"beta must be in (0, 1) for kind='jsd', got {beta}: the ends are 'forward' and 'reverse'")
+
+
+def beta_of(kind: str, beta: float) -> float:
+    """The beta that stands for a kind in operators."""
+    return {"forward": 0.0, "reverse": 1.0}.get(kind, beta)
