@@ -48,7 +48,11 @@ def given(case, s, t, y):
     names = {"logits": s, "student_logits": s, "ref_logits": t, "teacher_logits": t, "tokens": y, "labels": y}
     roles = BY_NAME[case].roles
     if "is_real" in roles:
-        names |= {"is_real": is_real(y), "mask": y % 3 != 0}
+        names["is_real"] = is_real(y)
+    if "mask" in roles:
+        names["mask"] = (y % 3 != 0) & (y >= 0)
+    if "weight" in roles:
+        names["weight"] = 1 + torch.arange(y.numel(), device=y.device).reshape(y.shape) % 3 / 2
     if "num_items" in roles:
         names["num_items"] = torch.tensor(11.0, device=y.device)
     return {name: names[name] for name in roles}

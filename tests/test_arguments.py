@@ -16,6 +16,7 @@ X, Y, Z = (torch.randn(2, 3, generator=torch.Generator().manual_seed(i)).to(DEVI
 ROW = torch.ones(2, device=DEVICE)
 REAL = torch.tensor([True, False], device=DEVICE)
 TOKENS = torch.tensor([0, 2], device=DEVICE)
+IDS = torch.tensor([[0, 2], [1, 0]], device=DEVICE)
 TIMES = torch.tensor([1, 2], device=DEVICE)
 COST = torch.rand(5, 5, generator=torch.Generator().manual_seed(3)).to(DEVICE)
 SCHEDULE = fastgen.NoiseSchedule.linear(10)
@@ -54,6 +55,7 @@ CALLS = {
         "is_real": REAL,
     },
     fastgen.generalized_jsd_loss: {"student_logits": X, "teacher_logits": Y},
+    fastgen.sparse_divergence_loss: {"student_logits": X, "teacher_logprobs": -1 - Y.abs()[:, :2], "teacher_ids": IDS},
     fastgen.joint_energy_loss: {"logits_real": X, "labels": TOKENS, "logits_fake": Y},
     fastgen.fake_score_loss: {"pred": X, "x0": Y, "noise": Z, "alpha_t": ROW, "sigma_t": ROW},
     fastgen.optimal_trajectory: {"cost": COST},
@@ -238,7 +240,6 @@ INTEGERS = {
     "timesteps": lambda v: call(fastgen.mapo_loss, timesteps=v),
     "mc_samples": lambda v: call(fastgen.ddo_loss, is_real=REAL[:1], mc_samples=v),
     "ignore_index": lambda v: call(fastgen.token_logprob, ignore_index=v),
-    "num_items": lambda v: call(fastgen.generalized_jsd_loss, num_items=v),
     "num_steps": lambda v: call(fastgen.optimal_trajectory, num_steps=v).steps,
     "steps": lambda v: fastgen.langevin_sample(lambda x: x, X, steps=v, noise_scale=0.0),
     "max_chunk_bytes": lambda v: fastgen.linear_token_logprob(X, Y, TOKENS % 2, max_chunk_bytes=v),
@@ -288,7 +289,7 @@ def test_ignore_index_takes_all_of_int64():
 def test_num_items_is_a_real_number():
     for value, kind in ((torch.tensor(2 + 1j), "complex"), (torch.tensor(True), "bool")):
         with pytest.raises(TypeError, match=f"num_items must hold real numbers, got torch.{kind}"):
-            INTEGERS["num_items"](value.to(DEVICE))
+            call(fastgen.generalized_jsd_loss, num_items=value.to(DEVICE))
 
 
 # ---------------------------------------------------------------- the solver

@@ -12,6 +12,7 @@ from sequences import native
 
 import fastgen
 from fastgen import reference
+from fastgen.sequence import linear as machinery
 from fastgen.sequence.linear import chunks
 
 backend, kernel_backend = sequences.backend, sequences.kernel_backend
@@ -297,7 +298,9 @@ BAD_CALLS = {
     "teacher_hidden has rows": (ValueError, lambda: linear(H, W, H[:1], W)),
     r"labels must have shape \[2, 3\]": (ValueError, lambda: linear(H, W, H, W, Y[0])),
     r"beta must be in \[0, 1\]": (ValueError, lambda: linear(H, W, H, W, beta=2.0)),
-    "reduction must be one of 'batchmean', 'sum', 'mean';": (ValueError, lambda: linear(H, W, H, W, reduction="none")),
+    "reduction must be one of": (ValueError, lambda: linear(H, W, H, W, reduction="tokens")),
+    "num_valid must be at least 0": (ValueError, lambda: tokens(H, W, Y, num_valid=-1)),
+    r"token_weight must have shape \[2, 3\]": (ValueError, lambda: linear(H, W, H, W, token_weight=B)),
 }
 
 
@@ -306,3 +309,26 @@ def test_bad_input_names_the_argument(message):
     error, call = BAD_CALLS[message]
     with pytest.raises(error, match=message):
         call()
+
+
+def test_rows_that_do_not_count_are_not_projected(monkeypatch, kernel_backend, device):
+    """Where it is known without a sync which ones count: on a CPU always, elsewhere by the number or a mask there."""
+    projected = []
+    linear_logits = machinery.linear_logits
+    monkeypatch.setattr(
+        machinery,
+        "linear_logits",
+        lambda head, rows, *rest: projected.append(head.hidden[rows].shape[0]) or linear_logits(head, rows, *rest),
+    )
+    hidden, weight = torch.randn(3, 5, 8, device=device, requires_grad=True), torch.randn(20, 8, device=device)
+    tokens = torch.randint(20, (3, 5), device=device)
+    mask = torch.arange(15).reshape(3, 5) % 4 == 1  # of a CPU
+    whole = fastgen.token_logprob(hidden @ weight.T, tokens, mask=mask.to(device))
+    for counts in ({"mask": mask}, {"mask": mask.to(device), "num_valid": 4}, {"mask": mask, "num_valid": 7}):
+        projected.clear()
+        logprob = fastgen.linear_token_logprob(hidden, weight, tokens, **counts)
+        assert sum(projected) == counts.get("num_valid", 4)
+        torch.testing.assert_close(logprob, whole)
+        (grad,) = torch.autograd.grad(logprob.sum(), hidden)
+        (wanted,) = torch.autograd.grad(whole.sum(), hidden, retain_graph=True)
+        torch.testing.assert_close(grad, wanted)

@@ -1,6 +1,6 @@
 """Losses over the tokens of sequences: log-probabilities, DDO of their sums (arXiv 2503.01103), and the operators of
-the divergences in ``divergence.py``. Logarithms inside kernels are base 2: the hardware's 2^x then takes one
-multiplication less, and its error does not grow with the exponent."""
+the divergences in ``divergence.py`` and ``sparse_divergence.py``. Logarithms inside kernels are base 2: the hardware's
+2^x then takes one multiplication less, and its error does not grow with the exponent."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from .divergence import generalized_jsd, generalized_jsd_backward
 from .elbo import ddo_link, ddo_term
 from .rowwise import Formula, Functions, Groups, Rows, run
 from .scalar import divide, expm1, number
+from .sparse_divergence import sparse_divergence, sparse_divergence_backward
 from .sweep import LOG2E, LogitRows, sweep, sweep_map
 from .sweep import Formula as SweepFormula
 from .sweep import Functions as SweepFunctions
@@ -24,6 +25,8 @@ __all__ = [
     "generalized_jsd",
     "generalized_jsd_backward",
     "sequence_ddo_loss",
+    "sparse_divergence",
+    "sparse_divergence_backward",
     "token_logprob",
     "token_logprob_backward",
 ]

@@ -3,6 +3,7 @@
 
 #include "../skeleton/paths.h"
 #include "../skeleton/rowwise.h"
+#include "../skeleton/scatter.h"
 #include "../skeleton/sweep.h"
 #include "device.h"
 #include "pooled.h"
@@ -10,6 +11,13 @@
 namespace fastgen {
 
 struct Cpu {
+  // One thread.
+  struct Team {
+    static int64_t first() { return 0; }
+    static int64_t step() { return 1; }
+    static double sum(double x) { return x; }
+  };
+
   template <class T, class F, int N>
   static void rowwise(const F& formula, const Groups& groups, const Rows<N>& rows, Output out = {}) {
     if constexpr (MayBeIdle<F>)
@@ -29,6 +37,18 @@ struct Cpu {
   template <class T, class F, int N>
   static void sweep(const F& formula, const TokenRows<N>& rows, Output out, int64_t width) {
     cpu::sweep<T>(formula, rows, out, width);
+  }
+
+  template <class T, class F>
+  static void scatter(const F& formula, const Tensor&, int64_t rows, const Output& out) {
+    cpu::scatter<T>(formula, rows, out);
+  }
+
+  static void check_indices(const char* name, const Tensor& contiguous, int64_t size) {
+    const int64_t* data = static_cast<const int64_t*>(contiguous.const_data_ptr());
+    int64_t largest = -1;
+    for (int64_t i = 0; i < contiguous.numel(); ++i) largest = data[i] > largest ? data[i] : largest;
+    STD_TORCH_CHECK(largest < size, name, " must be less than ", size, ", the size of the vocabulary; got ", largest);
   }
 
   template <class Costs, class T>

@@ -3,6 +3,7 @@
 
 #include "../skeleton/paths.cuh"
 #include "../skeleton/rowwise.cuh"
+#include "../skeleton/scatter.cuh"
 #include "../skeleton/sweep.cuh"
 
 namespace fastgen {
@@ -34,6 +35,13 @@ __global__ void __launch_bounds__(kMaxThreads) count_flags(const uint8_t* flags,
 }  // namespace cuda
 
 struct Cuda {
+  // A warp.
+  struct Team {
+    static __device__ __forceinline__ int64_t first() { return threadIdx.x % 32; }
+    static __device__ __forceinline__ int64_t step() { return 32; }
+    static __device__ __forceinline__ double sum(double x) { return cuda::warp_sum(x); }
+  };
+
   template <class T, class F, int N>
   static void rowwise(const F& formula, const Groups& groups, const Rows<N>& rows, Output out = {}) {
     cuda::rowwise<T>(formula, groups, rows, out);
@@ -52,6 +60,13 @@ struct Cuda {
   static void sweep(const F& formula, const TokenRows<N>& rows, Output out, int64_t width) {
     cuda::sweep<T>(formula, rows, out, width);
   }
+
+  template <class T, class F>
+  static void scatter(const F& formula, const Tensor& on, int64_t rows, const Output& out) {
+    cuda::scatter<T>(formula, on, rows, out);
+  }
+
+  static void check_indices(const char*, const Tensor&, int64_t) {}  // looking at them would take a sync
 
   template <class Costs, class T>
   static Tensor solve_paths(const Costs& costs, const Tensor& like, int64_t nodes, int64_t edges, bool use_monge,

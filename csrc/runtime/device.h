@@ -8,6 +8,14 @@
 //     static void rowwise(const F& formula, const Groups&, const Rows<N>& rows, Output out = {});
 //     template <class T, class F, int N>
 //     static void sweep(const F& formula, const TokenRows<N>& rows, Output out, int64_t width);
+//     // Who runs a sweep's row() together, all with the same row and none apart from the others: each takes the numbers
+//     // first(), first() + step(), …; the sum over all of them is the same for each.
+//     struct Team { static int64_t first(); static int64_t step(); static double sum(double); };
+//     // Some elements of each row of `out`, [rows, columns], again (skeleton/scatter.h); `on` is a tensor of the device.
+//     template <class T, class F>
+//     static void scatter(const F& formula, const Tensor& on, int64_t rows, const Output& out);
+//     // Raises an error where one is not below `size`, on devices where looking at them costs no sync.
+//     static void check_indices(const char* name, const Tensor& contiguous, int64_t size);
 //     // The (min, +) skeleton, over Costs (skeleton/costs.h): skeleton/paths.h says what each does.
 //     static Tensor solve_paths(costs, like, nodes, edges, use_monge, totals);
 //     static void find_paths(costs, table, problems, nodes, edges, use_monge, steps);

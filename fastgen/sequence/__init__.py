@@ -4,30 +4,36 @@ from __future__ import annotations
 
 from typing import Any, Literal, overload
 
-import torch
 from torch import Tensor
 
 from ..core import checks, dispatch, distributed
-from . import linear, operators, reference
-from .linear import MAX_CHUNK_BYTES
+from ..triton_kernels.layout import arithmetic_dtype
+from . import operators, reference
+from .linear_losses import linear_generalized_jsd_loss, linear_sparse_divergence_loss, linear_token_logprob
 from .operators import IGNORE_INDEX
+from .options import Reduction, check_divergence, check_rows, labels_of, scale_of, weighted
+from .sparse import sparse_divergence_loss
 
 __all__ = [
     "generalized_jsd_loss",
     "linear_generalized_jsd_loss",
+    "linear_sparse_divergence_loss",
     "linear_token_logprob",
     "sequence_ddo_loss",
+    "sparse_divergence_loss",
     "token_logprob",
 ]
 
 REDUCTIONS = ("mean", "sum", "none")
-TOKEN_REDUCTIONS = ("batchmean", "sum", "mean", "none")
-
-Reduction = Literal["batchmean", "sum", "mean", "none"]
 
 
 def token_logprob(
-    logits: Tensor, tokens: Tensor, *, temperature: float = 1.0, ignore_index: int = IGNORE_INDEX
+    logits: Tensor,
+    tokens: Tensor,
+    *,
+    mask: Tensor | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = IGNORE_INDEX,
 ) -> Tensor:
     """The log-probability of each token: ``logit_token / τ - log Σ exp(logits / τ)``.
 
@@ -42,8 +48,10 @@ def token_logprob(
             vocabulary. The leading dimensions may have any strides: ``logits[:, :-1]`` is not copied. Gradients flow to
             it alone: ``grad (onehot - softmax) / τ``, contiguous.
         tokens: int64 [...], the index of each row's token.
+        mask: bool, broadcasting to `tokens`: those that count; all, if None.
         temperature: τ > 0, which divides the logits: the one that the tokens were sampled with.
-        ignore_index: rows with this token are not read; their log-probability and gradient are 0.
+        ignore_index: rows with this token, and those that `mask` leaves out, are not read; their log-probability and
+            gradient are 0.
 
     Returns:
         [...], float32 (float64 for float64), computed in that precision, with the maximum split off: logits of ±10⁴
@@ -67,6 +75,9 @@ def token_logprob(
     checks.row_indices("tokens", tokens, logits)
     temperature = checks.number("temperature", temperature, low=0, open_low=True)
     ignore_index = checks.integer("ignore_index", ignore_index)
+    if mask is not None:
+        checks.mask("mask", mask, tokens)
+        tokens = reference.masked(tokens, mask, ignore_index)
     backend = dispatch.backend_for("token_logprob", logits.device.type)
     if backend == "reference":
         return reference.token_logprob(logits, tokens, temperature=temperature, ignore_index=ignore_index)
@@ -205,8 +216,7 @@ def sequence_ddo_loss(
             return_delta=return_delta,
             group=group,
         )
-    if mask is not None:
-        tokens = torch.where(mask, tokens, IGNORE_INDEX)
+    tokens = reference.masked(tokens, mask, IGNORE_INDEX)
     counts = distributed.loss_counts(is_real, group) if reduction == "mean" else None
     scale = 1 / max(alpha, 1.0) if normalize else 1.0
     options: dict[str, Any] = {"tokens": tokens, "temperature": 1.0, "ignore_index": IGNORE_INDEX}
@@ -229,10 +239,13 @@ def generalized_jsd_loss(
     teacher_logits: Tensor,
     labels: Tensor | None = None,
     *,
+    mask: Tensor | None = None,
+    weight: Tensor | None = None,
     beta: float = 0.5,
+    scaled: bool = False,
     temperature: float = 1.0,
     reduction: Reduction = "batchmean",
-    num_items: int | Tensor | None = None,
+    num_items: float | Tensor | None = None,
     ignore_index: int = IGNORE_INDEX,
 ) -> Tensor:
     """The divergences of knowledge distillation and GKD (arXiv 2306.13649) between a teacher P and a student Q.
@@ -262,15 +275,20 @@ def generalized_jsd_loss(
         labels: int64 [...], of which only ``labels == ignore_index`` matters: those rows are not read, and count for
             nothing. None: all rows count. Logits at position t belong to the label at t: shift them as for a
             cross-entropy.
+        mask: bool, broadcasting to [...], instead of labels: the rows that count.
+        weight: [...], a factor of each row's loss, such as an importance ratio; no gradient flows to it. Where it is
+            given, the backward pass makes the gradient, and reads both rows again.
         beta: in [0, 1].
+        scaled: divide by β (1 - β) where 0 < β < 1, for a loss that tends to the KL divergences of both ends: four
+            times the Jensen-Shannon divergence at β = ½.
         temperature: τ > 0.
         reduction: ``"batchmean"``: the sum over the valid tokens, divided by their number (at least 1); ``"sum"``;
             ``"mean"``: ``"batchmean"`` divided by the size of the vocabulary, as in ``torch.nn.functional.kl_div``; or
             ``"none"``: the loss of each token [...]. (Without labels, releases of TRL divide ``"batchmean"`` by B·T or
             by B.)
-        num_items: divides instead of the number of valid tokens: an int, or a 0-dimensional tensor, such as
-            Transformers' ``num_items_in_batch``. With the number of valid tokens of all micro-batches of an optimizer
-            step, accumulated gradients equal those of one large batch. For ``"batchmean"`` and ``"mean"``.
+        num_items: divides instead of the number of valid tokens, and under the other reductions too: a number > 0, or a
+            0-dimensional tensor, such as Transformers' ``num_items_in_batch``. With the number of valid tokens of all
+            micro-batches of an optimizer step, accumulated gradients equal those of one large batch.
         ignore_index: see `labels`.
 
     Returns:
@@ -294,9 +312,9 @@ def generalized_jsd_loss(
         >>> torch.allclose(student.grad[0], torch.stack([0.25 - teacher[0, 0].softmax(0), torch.zeros(4)]))
         True
     """
-    vocabulary = _check_divergence(
-        student_logits, teacher_logits, labels, beta, temperature, reduction, num_items, ignore_index
-    )
+    checks.logits(student_logits=student_logits, teacher_logits=teacher_logits)
+    check_rows(student_logits, labels, mask, weight, reduction, num_items, ignore_index)
+    check_divergence(beta, scaled, temperature)
     beta, temperature = float(beta), float(temperature)
     backend = dispatch.backend_for("generalized_jsd", student_logits.device.type)
     if backend == "reference":
@@ -304,14 +322,20 @@ def generalized_jsd_loss(
             student_logits,
             teacher_logits,
             labels,
+            mask=mask,
+            weight=weight,
             beta=beta,
+            scaled=scaled,
             temperature=temperature,
             reduction=reduction,
             num_items=num_items,
             ignore_index=ignore_index,
         )
-    scale = _scale(student_logits, teacher_logits, labels, reduction, num_items, ignore_index, vocabulary)
-    return operators.generalized_jsd(
+    labels = labels_of(student_logits, labels, mask, ignore_index)
+    vocabulary = min(student_logits.shape[-1], teacher_logits.shape[-1])
+    dtype = arithmetic_dtype(student_logits, teacher_logits)
+    scale = scale_of(student_logits, dtype, labels, reduction, num_items, ignore_index, vocabulary, beta, scaled)
+    loss = operators.generalized_jsd(
         backend,
         student=student_logits,
         teacher=teacher_logits,
@@ -320,271 +344,6 @@ def generalized_jsd_loss(
         beta=beta,
         temperature=temperature,
         ignore_index=ignore_index,
-        reduction="none" if reduction == "none" else "sum",
+        reduction="none" if reduction == "none" or weight is not None else "sum",
     )
-
-
-def linear_token_logprob(
-    hidden: Tensor,
-    weight: Tensor,
-    tokens: Tensor,
-    *,
-    bias: Tensor | None = None,
-    temperature: float = 1.0,
-    ignore_index: int = IGNORE_INDEX,
-    round_logits: bool = False,
-    max_chunk_bytes: int = MAX_CHUNK_BYTES,
-) -> Tensor:
-    """:func:`token_logprob` of ``logits = hidden weightᵀ + bias``, without ever holding the logits.
-
-    Tokens are taken in chunks; the backward pass computes each chunk's logits once more. Logits of bfloat16 and float16
-    operands are computed and kept in float32, and so are the sums of all gradients.
-
-    Args:
-        hidden: [..., H], the output layer's input, in float32, bfloat16, float16 or float64.
-        weight: [V, H], the output layer's weight, of the same dtype. It may be a DTensor, such as a parameter under
-            FSDP2, beside plain hidden states of each rank: it is gathered here, and its gradient is the mean over the
-            ranks, as that of FSDP2's other parameters is. (For their sum pass
-            ``weight.full_tensor(grad_placements=[Partial()])``.)
-        tokens: int64 [...].
-        bias: [V], of the same dtype, or None; a DTensor as `weight` may be.
-        temperature, ignore_index: as in :func:`token_logprob`.
-        round_logits: keep the logits in the dtype of `hidden`, as a layer returns them, instead of float32. In bfloat16
-            that halves their memory and costs accuracy, as :func:`token_logprob` says. float16 is refused: the gradient
-            of its logits would underflow.
-        max_chunk_bytes: memory for the logits of a chunk and, in the backward pass, their gradient; and a quarter more
-            for parts of the weight, or of its gradient, in float32.
-
-    Returns:
-        [...], float32 (float64 for float64). Gradients flow to `hidden`, `weight` and `bias`, once differentiable.
-        Under autocast the three are cast to its dtype; the logits are float32 there too.
-
-    Raises:
-        TypeError, ValueError: naming the argument that does not fit.
-
-    Example::
-
-        >>> import torch, fastgen
-        >>> head = torch.nn.Linear(16, 1000)
-        >>> hidden, tokens = torch.randn(2, 5, 16), torch.randint(1000, (2, 5))
-        >>> logprob = fastgen.linear_token_logprob(hidden, head.weight, tokens, bias=head.bias)
-        >>> torch.allclose(logprob, fastgen.token_logprob(head(hidden), tokens), atol=1e-5)
-        True
-        >>> (-logprob.mean()).backward()
-    """
-    checks.head("", hidden, weight, bias)
-    checks.row_indices("tokens", tokens, hidden)
-    temperature = checks.number("temperature", temperature, low=0, open_low=True)
-    ignore_index = checks.integer("ignore_index", ignore_index)
-    _check_rounding(round_logits, "hidden", hidden)
-    max_chunk_bytes = checks.positive_int("max_chunk_bytes", max_chunk_bytes)
-    weight, bias = distributed.whole_parameters(weight, bias)
-    backend = dispatch.backend_for("token_logprob", hidden.device.type)
-    if backend == "reference":
-        return reference.linear_token_logprob(
-            hidden,
-            weight,
-            tokens,
-            bias=bias,
-            temperature=temperature,
-            ignore_index=ignore_index,
-            round_logits=round_logits,
-        )
-    head = linear.flat_head(hidden, weight, bias)
-    logprob = linear.run(
-        linear.token_logprob,
-        backend,
-        head,
-        tokens=tokens.flatten(),
-        temperature=temperature,
-        ignore_index=ignore_index,
-        round_logits=round_logits,
-        max_chunk_bytes=max_chunk_bytes,
-    )
-    return logprob.view(tokens.shape)
-
-
-def linear_generalized_jsd_loss(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    labels: Tensor | None = None,
-    *,
-    student_bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
-    beta: float = 0.5,
-    temperature: float = 1.0,
-    reduction: Literal["batchmean", "sum", "mean"] = "batchmean",
-    num_items: int | Tensor | None = None,
-    ignore_index: int = IGNORE_INDEX,
-    round_logits: bool = False,
-    max_chunk_bytes: int = MAX_CHUNK_BYTES,
-) -> Tensor:
-    """:func:`generalized_jsd_loss` of ``logits = hidden weightᵀ + bias``, without ever holding the logits.
-
-    Tokens are taken in chunks. Where a gradient is needed the forward pass computes it, while a chunk's logits are
-    there: the backward pass only scales. At 4 096 tokens and a vocabulary of 128 000 the logits of a student and a
-    teacher and their gradient are 6 GB in float32; here they are `max_chunk_bytes`.
-
-    Logits of bfloat16 and float16 operands are computed and kept in float32, and so are the sums of all gradients: the
-    gradient of a bfloat16 head is off by 0.25 %, of which 0.17 % is its own rounding, however close the student is to
-    the teacher. Rounded logits would make it 66 % where the two differ by 1 %.
-
-    Args:
-        student_hidden: [..., H], the input of the student's output layer, in float32, bfloat16, float16 or float64.
-        student_weight: [V, H], that layer's weight, of the same dtype. A frozen one (``requires_grad=False``) costs no
-            gradient. It may be a DTensor, such as a parameter under FSDP2, beside plain hidden states of each rank: it
-            is gathered here, and its gradient is the mean over the ranks, as that of FSDP2's other parameters is. (For
-            their sum pass ``student_weight.full_tensor(grad_placements=[Partial()])``.)
-        teacher_hidden: [..., H'], the teacher's; H' and the dtype may differ from the student's.
-        teacher_weight: [V', H'], of the dtype of `teacher_hidden`, or a DTensor. V' may differ from V, as in
-            :func:`generalized_jsd_loss`.
-        labels: int64 [...] or None, as there.
-        student_bias, teacher_bias: [V], [V'] or None; DTensors as the weights may be.
-        beta, temperature, num_items, ignore_index: as in :func:`generalized_jsd_loss`.
-        reduction: as there, but for ``"none"``.
-        round_logits: keep the logits in the dtype of the hidden states, as a layer returns them, instead of float32. In
-            bfloat16 that halves their memory and costs accuracy, as :func:`generalized_jsd_loss` says. A float16
-            student is refused: the gradient of its logits would underflow.
-        max_chunk_bytes: memory for a chunk's logits, the teacher's, and the gradient of the student's; and a quarter
-            more for parts of a weight, or of its gradient, in float32. On a GPU a larger budget makes for larger matrix
-            products.
-
-    Returns:
-        The loss, float32 (float64 if an input is). Gradients flow to the student's hidden states, weight and bias, once
-        differentiable. Under autocast all are cast to its dtype; the logits are float32 there too.
-
-    Raises:
-        TypeError, ValueError: naming the argument that does not fit.
-
-    Example::
-
-        >>> import torch, fastgen
-        >>> student, teacher = torch.nn.Linear(16, 1000, bias=False), torch.nn.Linear(32, 1000, bias=False)
-        >>> s, t = torch.randn(2, 5, 16), torch.randn(2, 5, 32)
-        >>> loss = fastgen.linear_generalized_jsd_loss(s, student.weight, t, teacher.weight, beta=0.5)
-        >>> loss.backward()
-        >>> torch.allclose(loss, fastgen.generalized_jsd_loss(student(s), teacher(t), beta=0.5))
-        True
-    """
-    checks.head("student_", student_hidden, student_weight, student_bias)
-    checks.head("teacher_", teacher_hidden, teacher_weight, teacher_bias)
-    if teacher_hidden.shape[:-1] != student_hidden.shape[:-1]:
-        raise ValueError(
-            f"teacher_hidden has rows {list(teacher_hidden.shape[:-1])}, but student_hidden has"
-            f" {list(student_hidden.shape[:-1])}"
-        )
-    checks.choice("reduction", reduction, TOKEN_REDUCTIONS[:3])
-    _check_options(student_hidden, labels, beta, temperature, reduction, num_items, ignore_index)
-    _check_rounding(round_logits, "student_hidden", student_hidden)
-    max_chunk_bytes = checks.positive_int("max_chunk_bytes", max_chunk_bytes)
-    beta, temperature = float(beta), float(temperature)
-    student_weight, student_bias = distributed.whole_parameters(student_weight, student_bias)
-    teacher_weight, teacher_bias = distributed.whole_parameters(teacher_weight, teacher_bias)
-    backend = dispatch.backend_for("generalized_jsd", student_hidden.device.type)
-    if backend == "reference":
-        return reference.linear_generalized_jsd_loss(
-            student_hidden,
-            student_weight,
-            teacher_hidden,
-            teacher_weight,
-            labels,
-            student_bias=student_bias,
-            teacher_bias=teacher_bias,
-            beta=beta,
-            temperature=temperature,
-            reduction=reduction,
-            num_items=num_items,
-            ignore_index=ignore_index,
-            round_logits=round_logits,
-        )
-    vocabulary = min(student_weight.shape[0], teacher_weight.shape[0])
-    scale = _scale(student_hidden, teacher_hidden, labels, reduction, num_items, ignore_index, vocabulary)
-    student = linear.flat_head(student_hidden, student_weight, student_bias)
-    teacher = linear.flat_head(teacher_hidden, teacher_weight, teacher_bias)
-    return linear.run(
-        linear.generalized_jsd,
-        backend,
-        student,
-        **{f"teacher_{name}": value for name, value in teacher._asdict().items()},
-        labels=None if labels is None else labels.flatten(),
-        scale=scale,
-        beta=beta,
-        temperature=temperature,
-        ignore_index=ignore_index,
-        round_logits=round_logits,
-        max_chunk_bytes=max_chunk_bytes,
-    )
-
-
-def _check_divergence(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor | None,
-    beta: float,
-    temperature: float,
-    reduction: str,
-    num_items: int | Tensor | None,
-    ignore_index: int,
-) -> int:
-    """The size of the vocabulary that both have."""
-    checks.logits(student_logits=student, teacher_logits=teacher)
-    checks.choice("reduction", reduction, TOKEN_REDUCTIONS)
-    _check_options(student, labels, beta, temperature, reduction, num_items, ignore_index)
-    return min(student.shape[-1], teacher.shape[-1])
-
-
-def _check_options(
-    rows: Tensor,
-    labels: Tensor | None,
-    beta: float,
-    temperature: float,
-    reduction: str,
-    num_items: int | Tensor | None,
-    ignore_index: int,
-) -> None:
-    if labels is not None:
-        checks.row_indices("labels", labels, rows)
-    if checks.number("beta", beta, low=0) > 1:
-        raise ValueError(f"beta must be in [0, 1], got {beta}")
-    checks.number("temperature", temperature, low=0, open_low=True)
-    checks.integer("ignore_index", ignore_index)
-    if num_items is None:
-        return
-    if reduction not in ("batchmean", "mean"):
-        raise ValueError(f"num_items is what 'batchmean' and 'mean' divide by; reduction is {reduction!r}")
-    if not isinstance(num_items, Tensor):
-        checks.positive_int("num_items", num_items)
-    elif num_items.dim() != 0:
-        raise ValueError(f"num_items must be an int or a 0-dimensional tensor, got shape {list(num_items.shape)}")
-    else:
-        checks.real("num_items", num_items)
-
-
-def _check_rounding(round_logits: bool, name: str, hidden: Tensor) -> None:
-    if not isinstance(round_logits, bool):
-        raise TypeError(f"round_logits must be a bool, got {type(round_logits).__name__}")
-    if round_logits and reference.autocast_dtype(hidden) == torch.float16:
-        raise ValueError(f"round_logits must be False where {name} is float16: the gradient of its logits underflows")
-
-
-def _scale(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor | None,
-    reduction: str,
-    num_items: int | Tensor | None,
-    ignore_index: int,
-    vocabulary: int,
-) -> Tensor | None:
-    """What the sum over rows is multiplied by, 0-dimensional: no value on the device is read."""
-    if reduction in ("sum", "none"):
-        return None
-    dtype = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
-    factor = 1 / vocabulary if reduction == "mean" else 1.0
-    rows = student[..., 0]
-    items = reference.item_count(rows, labels, num_items, ignore_index)
-    if isinstance(items, Tensor):
-        return factor / items.to(device=student.device, dtype=dtype)
-    return student.new_full((), factor / items, dtype=dtype)
+    return loss if weight is None else weighted(loss, labels, weight, reduction, ignore_index)

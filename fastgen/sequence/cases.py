@@ -28,6 +28,26 @@ def items(draw: Draw) -> Tensor:
     return torch.full((), 11.0, device=draw.device)
 
 
+ENTRIES = 5  # of a teacher
+
+
+def entries(draw: Draw) -> Tensor:
+    """Log-probabilities of a teacher's entries, of which together it has most of its probability."""
+    return (draw.placed(draw.normal(*draw.shape[:-1], ENTRIES)).float().log_softmax(-1) - 0.3).to(draw.dtypes[-1])
+
+
+def ids(draw: Draw) -> Tensor:
+    """The entries' ids, of which one in seven is padding."""
+    shape = (*draw.shape[:-1], ENTRIES)
+    n = torch.arange(torch.Size(shape).numel(), device=draw.device).reshape(shape)
+    return (n * 3 % draw.shape[-1]).masked_fill(n % 7 == 4, -1)
+
+
+def row_weights(draw: Draw) -> Tensor:
+    """Positive, one for each row of logits."""
+    return (draw.normal(*draw.shape[:-1]).abs() + 0.1).to(draw.wide)
+
+
 def hidden(model: int) -> Role:
     """Input of a model's output layer, in the dtype of the first or the second stream."""
     return lambda draw: draw.normal(*draw.shape[:-1], WIDTH).to(draw.dtypes[model % len(draw.dtypes)])
@@ -61,12 +81,16 @@ def _joint_energy(m: ModuleType, logits_real: Tensor, labels: Tensor, logits_fak
 TOKENS = {"logits": stream, "tokens": tokens}
 DDO = {"logits": stream, "ref_logits": near, "tokens": tokens, "is_real": flags}
 MODELS = {"student_logits": stream, "teacher_logits": stream}
+SPARSE = {"student_logits": stream, "teacher_logprobs": entries, "teacher_ids": ids}
 LABELLED = MODELS | {"labels": tokens}
+WEIGHTED = {"mask": counted, "weight": row_weights}
 STUDENT = {"student_hidden": hidden(0), "student_weight": head(0, WIDTH), "student_bias": head(0)}
+HEAD = {"hidden": hidden(0), "weight": head(0, WIDTH), "bias": head(0)}
 TEACHER = {"teacher_hidden": hidden(1), "teacher_weight": head(1, WIDTH), "teacher_bias": head(1)}
 
 CASES = (
     case("token_logprob", TOKENS, "logits"),
+    case("token_logprob-masked", TOKENS | {"mask": counted}, "logits"),
     case("token_logprob-hot", TOKENS, "logits", temperature=4.0),
     case("token_logprob-cold", TOKENS, "logits", temperature=0.5),
     case("sequence_ddo_loss", DDO, "logits", _sequence_ddo, alpha=2.0, beta=0.05),
@@ -96,9 +120,34 @@ CASES = (
         temperature=0.7,
         reduction="mean",
     ),
+    case("generalized_jsd_loss-weighted", MODELS | WEIGHTED, "student_logits", scaled=True, reduction="sum"),
+    *(
+        case(
+            f"sparse_divergence_loss-{kind}-{tail}", SPARSE | {"labels": tokens}, "student_logits", kind=kind, tail=tail
+        )
+        for kind in ("forward", "reverse", "jsd")
+        for tail in ("bucket", "renormalize", "none")
+    ),
+    case(
+        "sparse_divergence_loss-weighted",
+        SPARSE | WEIGHTED | {"num_items": items},
+        "student_logits",
+        temperature=2.0,
+        reduction="sum",
+    ),
+    case(
+        "sparse_divergence_loss-each",
+        SPARSE | WEIGHTED,
+        "student_logits",
+        kind="jsd",
+        beta=0.2,
+        scaled=True,
+        temperature=0.7,
+        reduction="none",
+    ),
     case(
         "linear_token_logprob",
-        {"hidden": hidden(0), "weight": head(0, WIDTH), "bias": head(0), "tokens": tokens},
+        HEAD | {"tokens": tokens},
         "hidden weight bias",
         temperature=2.0,
     ),
@@ -107,6 +156,33 @@ CASES = (
         STUDENT | TEACHER | {"labels": tokens},
         "student_hidden student_weight student_bias",
         beta=0.5,
+    ),
+    case(
+        "linear_generalized_jsd_loss-each",
+        STUDENT | TEACHER | {"mask": counted, "token_weight": row_weights},
+        "student_hidden student_weight student_bias",
+        beta=0.3,
+        scaled=True,
+        reduction="none",
+    ),
+    case(
+        "linear_generalized_jsd_loss-weighted",
+        STUDENT | TEACHER | {"token_weight": row_weights},
+        "student_hidden student_weight student_bias",
+        beta=1.0,
+    ),
+    case(
+        "linear_sparse_divergence_loss",
+        HEAD | {"teacher_logprobs": entries, "teacher_ids": ids, "mask": counted, "token_weight": row_weights},
+        "hidden weight bias",
+    ),
+    case(
+        "linear_sparse_divergence_loss-each",
+        HEAD | {"teacher_logprobs": entries, "teacher_ids": ids, "labels": tokens},
+        "hidden weight bias",
+        kind="jsd",
+        tail="renormalize",
+        reduction="none",
     ),
     case(
         "joint_energy_loss",

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core.autograd import Differentiable, Forward, Gradients, apply
+from ..core.autograd import Forward, FusedLoss, Gradients, apply
+from ..core.operator import Operator
 from . import operators
 from .reference import autocast_head
 
@@ -164,113 +165,114 @@ class HeadGradients:
         return self.hidden, self.weight, self.bias
 
 
-class _LinearLogprob:
-    """Log-probabilities of tokens; the backward pass computes each chunk's logits again."""
+class LinearLoss:
+    """A loss of rows of logits, from the heads that make them.
 
-    tensors = (*Head._fields, "tokens", "stats")
-    options = ("temperature", "ignore_index", "round_logits", "max_chunk_bytes")
+    Each row's number (reduction ``"none"``), where the backward pass computes each chunk's logits once more; or their
+    sum, whose gradients are made while a chunk's logits are there.
+
+    Args:
+        loss: the operator over logits; the first of `logits` has a gradient.
+        logits: the operator's arguments that heads make, each by the prefix of the head's tensors.
+        per_row: its arguments that have one entry a row, or a row of several.
+    """
+
+    def __init__(self, loss: FusedLoss, logits: Mapping[str, str], per_row: tuple[str, ...]) -> None:
+        self.loss, self.logits, self.per_row = loss, logits, per_row
+        declared = loss.operator.arguments
+        self.settings = tuple(n for n, role in declared.items() if role is None and n not in ("reduction", "with_grad"))
+        # What the operator's row numbers are not times already.
+        self.weighs = "weight" in per_row and "weight" not in declared
+        heads = [f"{prefix}{name}" for prefix in logits.values() for name in Head._fields]
+        self.tensors = (*heads, *per_row, "scale", "stats")
+        self.options = (*self.settings, "reduction", "round_logits", "max_chunk_bytes")
 
     def forward(self, backend: str, keep: bool, needed: tuple[bool, ...], arguments: dict[str, Any]) -> Forward:
-        head, tokens = _head(arguments), arguments["tokens"]
-        logprob = head.hidden.new_empty(tokens.shape, dtype=wide(head.hidden))
-        stats = head.hidden.new_empty((2, *tokens.shape), dtype=wide(head.hidden))
-        for rows, logits in self.chunks(head, 1, arguments):
-            logprob[rows], stats[:, rows] = operators.token_logprob.operator(
-                backend,
-                logits=logits.pop(),  # freed before the next chunk's are made
-                tokens=tokens[rows],
-                temperature=arguments["temperature"],
-                ignore_index=arguments["ignore_index"],
-            )
-        return Forward((logprob,), arguments | {"stats": stats}, (None,) * 3)
+        summed, weight = arguments["reduction"] == "sum", arguments["weight"] if self.weighs else None
+        gradients = self.gradients(needed, arguments) if summed and any(needed) else None
+        found: list[tuple[Tensor, ...]] = []
+        for rows, given in self.chunks(arguments, gradients is not None):
+            at_once = gradients is not None and weight is None
+            results = self.of_logits(backend, given, at_once)
+            grad_logits = getattr(results, self.loss.buffer) if at_once and self.loss.buffer else None
+            if gradients is not None and weight is not None:
+                grad_logits = self.gradient(backend, given, weight[rows].to(results.stats.dtype), results.stats)
+            found.append((results.stats, *self.loss.returned(results)))
+            given.clear()  # the logits, before anything else is made
+            del results
+            if gradients is not None and grad_logits is not None:
+                gradients.add(rows, grad_logits)
+            del grad_logits
+        stats, value, *others = (torch.cat(parts, -1) for parts in zip(*found, strict=True))
+        if weight is not None:
+            value = value * weight.to(value.dtype)
+        value, scale = value.sum() if summed else value, arguments["scale"]
+        results = (value if scale is None else value * scale, *others)
+        made = gradients.all() if gradients is not None else (None,) * len(Head._fields)
+        return Forward(results, arguments | {"stats": stats}, made, scale)
 
     def backward(self, backend: str, needed: tuple[bool, ...], saved: Mapping[str, Any], grad: Tensor) -> Gradients:
-        head = _head(saved)
-        gradients = HeadGradients(head, needed, saved["max_chunk_bytes"] // 4)
-        for rows, logits in self.chunks(head, 2, saved):
-            grad_logits = operators.token_logprob_backward(
-                backend,
-                grad=grad[rows],
-                logits=logits.pop(),
-                tokens=saved["tokens"][rows],
-                stats=saved["stats"][:, rows],
-                temperature=saved["temperature"],
-                ignore_index=saved["ignore_index"],
-            )
+        grad = grad if saved["scale"] is None else grad * saved["scale"]
+        grad = grad * saved["weight"].to(grad.dtype) if self.weighs and saved["weight"] is not None else grad
+        gradients, stats = self.gradients(needed, saved), saved["stats"]
+        grad = grad.expand(stats.shape[1])
+        for rows, given in self.chunks(saved, True):
+            grad_logits = self.gradient(backend, given, grad[rows], stats[:, rows])
+            given.clear()
             gradients.add(rows, grad_logits)
             del grad_logits
         return gradients.all()
 
-    @staticmethod
-    def chunks(head: Head, copies: int, options: Mapping[str, Any]) -> Iterator[tuple[slice, list[Tensor]]]:
-        """Chunks of rows and their logits, of which there are so many `copies` in memory at once."""
-        dtype, max_bytes = logits_dtype(head, options), options["max_chunk_bytes"]
-        for rows in chunks_of(head, copies * head.weight.shape[0] * dtype.itemsize, max_bytes):
-            with no_autocast(head.weight):
-                yield rows, [linear_logits(head, rows, dtype, max_bytes // 4)]
+    def head(self, arguments: Mapping[str, Any], prefix: str) -> Head:
+        return Head(*(arguments[f"{prefix}{name}"] for name in Head._fields))
 
+    def gradients(self, needed: tuple[bool, ...], arguments: Mapping[str, Any]) -> HeadGradients:
+        prefix = next(iter(self.logits.values()))
+        return HeadGradients(self.head(arguments, prefix), needed, arguments["max_chunk_bytes"] // 4)
 
-class _LinearJsd:
-    """The sum over rows of the divergence, times `scale`, and its gradients while a chunk's logits are there."""
+    def chunks(self, arguments: Mapping[str, Any], with_grad: bool) -> Iterator[tuple[slice, dict[str, Any]]]:
+        """Chunks of rows, and what the operator takes of each: who has it clears it when it is done with the logits."""
+        heads = {name: self.head(arguments, prefix) for name, prefix in self.logits.items()}
+        dtypes = {name: logits_dtype(head, arguments) for name, head in heads.items()}
+        first, max_bytes = next(iter(heads)), arguments["max_chunk_bytes"]
+        row_bytes = {name: head.weight.shape[0] * dtypes[name].itemsize for name, head in heads.items()}
+        total = sum(row_bytes.values()) + (row_bytes[first] if with_grad else 0)
+        for rows in chunks_of(heads[first], total, max_bytes):
+            with no_autocast(heads[first].weight):
+                given: dict[str, Any] = {
+                    n: linear_logits(head, rows, dtypes[n], max_bytes // 4) for n, head in heads.items()
+                }
+                for name in self.per_row:
+                    given[name] = None if arguments[name] is None else arguments[name][rows]
+                given.update({name: arguments[name] for name in self.settings})
+                yield rows, given
 
-    tensors = (*Head._fields, *(f"teacher_{name}" for name in Head._fields), "labels", "scale")
-    options = ("beta", "temperature", "ignore_index", "round_logits", "max_chunk_bytes")
+    def of_logits(self, backend: str, given: Mapping[str, Any], with_grad: bool) -> Any:
+        operator, how = self.loss.operator, {"scale": None, "reduction": "none", "with_grad": with_grad}
+        return operator.run(backend, {name: how[name] if name in how else given[name] for name in operator.arguments})
 
-    def forward(self, backend: str, keep: bool, needed: tuple[bool, ...], arguments: dict[str, Any]) -> Forward:
-        total, gradients = self.run(backend, needed, arguments)
-        scale = arguments["scale"]
-        return Forward((total if scale is None else total * scale,), arguments, gradients, scale)
-
-    def backward(self, backend: str, needed: tuple[bool, ...], saved: Mapping[str, Any], grad: Tensor) -> Gradients:
-        _, gradients = self.run(backend, needed, saved)
-        factor = grad if saved["scale"] is None else grad * saved["scale"]
-        return tuple(None if g is None else g.mul_(factor) for g in gradients)
-
-    @staticmethod
-    def run(backend: str, needed: tuple[bool, ...], arguments: Mapping[str, Any]) -> tuple[Tensor, Gradients]:
-        """The sum of the rows' divergences and its gradients for the student's head."""
-        student, teacher, labels = _head(arguments), _head(arguments, "teacher_"), arguments["labels"]
-        student_dtype, teacher_dtype = (logits_dtype(head, arguments) for head in (student, teacher))
-        max_bytes, with_grad = arguments["max_chunk_bytes"], any(needed)
-        gradients = HeadGradients(student, needed, max_bytes // 4)
-        logits_bytes = (1 + with_grad) * student.weight.shape[0] * student_dtype.itemsize
-        logits_bytes += teacher.weight.shape[0] * teacher_dtype.itemsize
-        losses = []
-        with no_autocast(student.weight):
-            for rows in chunks_of(student, logits_bytes, max_bytes):
-                student_logits = linear_logits(student, rows, student_dtype, max_bytes // 4)
-                teacher_logits = linear_logits(teacher, rows, teacher_dtype, max_bytes // 4)
-                found = operators.generalized_jsd.operator(
-                    backend,
-                    student=student_logits,
-                    teacher=teacher_logits,
-                    labels=None if labels is None else labels[rows],
-                    scale=None,
-                    beta=arguments["beta"],
-                    temperature=arguments["temperature"],
-                    ignore_index=arguments["ignore_index"],
-                    reduction="none",
-                    with_grad=with_grad,
-                )
-                losses.append(found.loss)
-                del student_logits, teacher_logits  # before anything else is made
-                if with_grad:
-                    gradients.add(rows, found.grad_student)
-                del found
-        return torch.cat(losses).sum(), gradients.all()
-
-
-def _head(arguments: Mapping[str, Any], prefix: str = "") -> Head:
-    return Head(*(arguments[f"{prefix}{name}"] for name in Head._fields))
+    def gradient(self, backend: str, given: Mapping[str, Any], grad: Tensor, stats: Tensor) -> Tensor:
+        operator, of_rows = self.loss.gradient, {"grad": grad, "stats": stats}
+        assert isinstance(operator, Operator)
+        names = operator.arguments
+        return operator.run(backend, {name: of_rows[name] if name in of_rows else given[name] for name in names})
 
 
 def logits_dtype(head: Head, options: Mapping[str, Any]) -> torch.dtype:
     return head.hidden.dtype if options["round_logits"] else wide(head.hidden)
 
 
-def run(loss: Differentiable, backend: str, head: Head, **arguments: Any) -> Any:
-    """`loss` of a head, differentiable in its three tensors where one of them needs it."""
-    return apply(loss, backend, True, head, arguments | head._asdict())
+def run(loss: LinearLoss, backend: str, *heads: Head, **arguments: Any) -> Any:
+    """`loss` of heads, differentiable in the first one's tensors where one of them needs it."""
+    for prefix, head in zip(loss.logits.values(), heads, strict=True):
+        arguments.update({f"{prefix}{name}": value for name, value in head._asdict().items()})
+    return apply(loss, backend, True, heads[0], arguments)
 
 
-token_logprob, generalized_jsd = _LinearLogprob(), _LinearJsd()
+token_logprob = LinearLoss(operators.token_logprob, {"logits": "student_"}, ("tokens",))
+generalized_jsd = LinearLoss(
+    operators.generalized_jsd, {"student": "student_", "teacher": "teacher_"}, ("labels", "weight")
+)
+sparse_divergence = LinearLoss(
+    operators.sparse_divergence, {"student": "student_"}, ("teacher_logprobs", "teacher_ids", "labels", "weight")
+)

@@ -2,7 +2,7 @@
 
 Logits are [..., V]; what there is one of per row (tokens, labels, log-probabilities) has the shape before V. The last
 dimension is dense or copied once; leading dimensions may have any strides, and a gradient is always contiguous. Scalars
-of rows are float32 (float64 where logits are). The kernels are in ``csrc/sequence.h`` and
+of rows are float32 (float64 where logits are). The kernels are in ``csrc/sequence.h``, ``csrc/sparse_divergence.h`` and
 ``triton_kernels/sequence.py``. With m the maximum of a row's logits, its ``stats`` are m and
 ``sum = Σ exp((logit - m) / temperature)``: m plus the logarithm of the sum would round what logits of 10 000 leave
 after the comma. Rows that are ignored are not read; their results, stats and gradients are 0.
@@ -10,7 +10,7 @@ after the comma. Rows that are ignored are not read; their results, stats and gr
 
 from __future__ import annotations
 
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -21,6 +21,11 @@ IGNORE_INDEX = -100
 
 TokenStats = Annotated[Tensor, Role.STACKED, 2]
 DivergenceStats = Annotated[Tensor, Role.STACKED, 5]
+SparseStats = Annotated[Tensor, Role.STACKED, 6]
+Masses = Annotated[Tensor, Role.STACKED, 2]
+
+# The order is the kernels': csrc/sparse_divergence.h.
+Tail = Literal["bucket", "renormalize", "none"]
 
 
 class TokenOutputs(NamedTuple):
@@ -43,6 +48,15 @@ class DivergenceOutputs(NamedTuple):
 
     loss: Loss
     stats: DivergenceStats
+    grad_student: Gradient
+
+
+class SparseOutputs(NamedTuple):
+    """Of :func:`sparse_divergence`."""
+
+    loss: Loss
+    masses: Masses
+    stats: SparseStats
     grad_student: Gradient
 
 
@@ -111,4 +125,45 @@ def generalized_jsd(
     The vocabularies may differ: columns that one of the two lacks are left out, and have gradient 0. stats [5, ...]:
     the student's m and sum, the teacher's, and the row's center: 0, KL(Q‖P) or KL(Q‖M) for
     beta = 0, 1 and between.
+    """
+
+
+@operator
+def sparse_divergence_backward(
+    grad: PerRow,
+    student: Logits,
+    teacher_logprobs: Logits,
+    teacher_ids: Logits,
+    labels: PerRow | None,
+    weight: PerRow | None,
+    stats: SparseStats,
+    beta: float,
+    tail: Tail,
+    temperature: float,
+    ignore_index: int,
+) -> Gradient:
+    """The student's gradient from one number per row, which may be expanded; 0 in ignored rows."""
+
+
+@differentiable(sparse_divergence_backward, "student", slope="scale", returns=("loss", "masses"))
+@operator
+def sparse_divergence(
+    student: Logits,
+    teacher_logprobs: Logits,
+    teacher_ids: Logits,
+    labels: PerRow | None,
+    weight: PerRow | None,
+    scale: Whole | None,
+    beta: float,
+    tail: Tail,
+    temperature: float,
+    ignore_index: int,
+    reduction: Reduction,
+    with_grad: bool,
+) -> SparseOutputs:
+    """The divergence of each row from a teacher [..., K], or their sum, times `weight` and the 0-dimensional `scale`.
+
+    A teacher's entry of a negative id is none. masses [2, ...]: Q and P of the entries. stats [6, ...]: the student's m
+    and sum; what renormalising takes from log Q and log P; and of the gradient the center and what is times Q outside
+    the entries.
     """

@@ -16,18 +16,27 @@ from ..schedule.reference import widened
 __all__ = [
     "generalized_jsd_loss",
     "linear_generalized_jsd_loss",
+    "linear_sparse_divergence_loss",
     "linear_token_logprob",
     "sequence_ddo_loss",
+    "sparse_divergence_loss",
     "token_logprob",
 ]
 
 IGNORE_INDEX = -100
+ROUNDED_MASS = 1 / 32  # what rounding to 16 bits may put a log-probability above 0, or a sum of probabilities above 1
 
 
 def token_logprob(
-    logits: Tensor, tokens: Tensor, *, temperature: float = 1.0, ignore_index: int = IGNORE_INDEX
+    logits: Tensor,
+    tokens: Tensor,
+    *,
+    mask: Tensor | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = IGNORE_INDEX,
 ) -> Tensor:
     """``log softmax(logits / temperature)`` at the tokens."""
+    tokens = masked(tokens, mask, ignore_index)
     logprobs = log_softmax(logits, temperature)
     inside = (tokens >= 0) & (tokens < logits.shape[-1])
     picked = logprobs.gather(-1, torch.where(inside, tokens, 0).unsqueeze(-1)).squeeze(-1)
@@ -50,9 +59,7 @@ def sequence_ddo_loss(
     group: Any = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """DDO with ``delta_i = Σ_t mask (log p(token) - log p_ref(token))``."""
-    if mask is not None:
-        tokens = torch.where(mask, tokens, IGNORE_INDEX)
-    difference = token_logprob(logits, tokens) - token_logprob(ref_logits.detach(), tokens)
+    difference = token_logprob(logits, tokens, mask=mask) - token_logprob(ref_logits.detach(), tokens, mask=mask)
     delta = difference.flatten(1).sum(1)
     term = torch.where(is_real, softplus(-beta * delta), alpha * softplus(beta * delta))
     if normalize:
@@ -69,31 +76,106 @@ def generalized_jsd_loss(
     teacher_logits: Tensor,
     labels: Tensor | None = None,
     *,
+    mask: Tensor | None = None,
+    weight: Tensor | None = None,
     beta: float = 0.5,
+    scaled: bool = False,
     temperature: float = 1.0,
     reduction: str = "batchmean",
-    num_items: int | Tensor | None = None,
+    num_items: float | Tensor | None = None,
     ignore_index: int = IGNORE_INDEX,
 ) -> Tensor:
     """``beta KL(P‖M) + (1 - beta) KL(Q‖M)``, ``M = beta P + (1 - beta) Q``; KL(P‖Q) at beta = 0, KL(Q‖P) at 1."""
     vocabulary = min(student_logits.shape[-1], teacher_logits.shape[-1])
     log_q, log_p = (log_softmax(t[..., :vocabulary], temperature) for t in (student_logits, teacher_logits.detach()))
+    rows = _divergence(log_q, log_p, beta, scaled)
+    counted = _counted(rows, labels, mask, ignore_index)
+    return _reduced(rows, counted, weight, num_items, reduction, vocabulary)
+
+
+def _divergence(log_q: Tensor, log_p: Tensor, beta: float, scaled: bool) -> Tensor:
+    """Of each row; `scaled`: a mixture's is divided by beta (1 - beta)."""
     if beta == 0:
-        rows = kl_divergence(log_p, log_q)
-    elif beta == 1:
-        rows = kl_divergence(log_q, log_p)
-    else:
-        # Finite, so that the gradient of logaddexp is one where both are -inf.
-        q, p = (t.clamp(min=-1e30) for t in (log_q, log_p))
-        log_m = torch.logaddexp(p + math.log(beta), q + math.log1p(-beta))
-        rows = beta * kl_divergence(log_p, log_m) + (1 - beta) * kl_divergence(log_q, log_m)
-    if labels is not None:
-        rows = torch.where(labels != ignore_index, rows, 0.0)
-    if reduction == "none":
-        return rows
-    if reduction == "sum":
-        return rows.sum()
-    return rows.sum() / item_count(rows, labels, num_items, ignore_index) / (vocabulary if reduction == "mean" else 1)
+        return kl_divergence(log_p, log_q)
+    if beta == 1:
+        return kl_divergence(log_q, log_p)
+    # Finite, so that the gradient of logaddexp is one where both are -inf.
+    q, p = (t.clamp(min=-1e30) for t in (log_q, log_p))
+    log_m = torch.logaddexp(p + math.log(beta), q + math.log1p(-beta))
+    rows = beta * kl_divergence(log_p, log_m) + (1 - beta) * kl_divergence(log_q, log_m)
+    return rows / (beta * (1 - beta)) if scaled else rows
+
+
+def _counted(rows: Tensor, labels: Tensor | None, mask: Tensor | None, ignore_index: int) -> Tensor | None:
+    """Which rows count; None: all."""
+    if mask is not None:
+        return mask.expand(rows.shape)
+    return None if labels is None else labels != ignore_index
+
+
+def _reduced(
+    rows: Tensor,
+    counted: Tensor | None,
+    weight: Tensor | None,
+    num_items: float | Tensor | None,
+    reduction: str,
+    vocabulary: int,
+) -> Tensor:
+    if weight is not None:  # that of a row that does not count may be anything
+        rows = rows * (weight.detach() if counted is None else torch.where(counted, weight.detach(), 0))
+    if counted is not None:
+        rows = torch.where(counted, rows, 0.0)
+    loss = rows if reduction == "none" else rows.sum()
+    if num_items is not None or reduction in ("batchmean", "mean"):
+        loss = loss / item_count(rows, counted, num_items)
+    return loss / vocabulary if reduction == "mean" else loss
+
+
+def sparse_divergence_loss(
+    student_logits: Tensor,
+    teacher_logprobs: Tensor,
+    teacher_ids: Tensor,
+    *,
+    kind: str = "forward",
+    beta: float = 0.5,
+    scaled: bool = False,
+    tail: str = "bucket",
+    temperature: float = 1.0,
+    labels: Tensor | None = None,
+    mask: Tensor | None = None,
+    weight: Tensor | None = None,
+    num_items: float | Tensor | None = None,
+    reduction: str = "batchmean",
+    ignore_index: int = IGNORE_INDEX,
+    return_masses: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The divergence of the student from a teacher's K entries, and a category of all other ids (``"bucket"``)."""
+    vocabulary = student_logits.shape[-1]
+    present = teacher_ids >= 0
+    on_cpu = teacher_ids.device.type == "cpu"  # gather raises there
+    inside = present if on_cpu else present & (teacher_ids < vocabulary)
+    log_q = log_softmax(student_logits, temperature).gather(-1, torch.where(inside, teacher_ids, 0))
+    log_p = widened(teacher_logprobs.detach()).to(torch.promote_types(log_q.dtype, widened(teacher_logprobs).dtype))
+    log_p = torch.where(inside & (log_p <= ROUNDED_MASS), log_p.clamp(max=0), math.nan)
+    log_q, log_p = (torch.where(present, t, -math.inf) for t in (log_q, log_p))
+    mass_q, mass_p = log_q.exp().sum(-1), log_p.exp().sum(-1)
+    mass_p = torch.where(mass_p <= 1 + ROUNDED_MASS, mass_p, math.nan)
+    masses = torch.stack([mass_q.clamp(max=1), mass_p.clamp(max=1)])
+    if tail == "bucket":
+        most = 1 - torch.finfo(log_q.dtype).eps / 2
+        log_q, log_p = (
+            torch.cat([t, torch.log1p(-m.clamp(max=most)).unsqueeze(-1)], -1)
+            for t, m in ((log_q, mass_q), (log_p, mass_p))
+        )
+    elif tail == "renormalize":
+        log_q, log_p = (t - m.log().unsqueeze(-1) for t, m in ((log_q, mass_q), (log_p, mass_p)))
+    rows = _divergence(log_q, log_p, {"forward": 0, "reverse": 1}.get(kind, beta), scaled)
+    rows = torch.where(present.any(-1), rows * (1 + 0 * mass_p), 0.0)  # NaN, as its gradient, of what is no teacher
+    counted = _counted(rows, labels, mask, ignore_index)
+    if counted is not None:
+        masses = torch.where(counted, masses, 0.0)
+    loss = _reduced(rows, counted, weight, num_items, reduction, vocabulary)
+    return (loss, masses.detach()) if return_masses else loss
 
 
 def linear_token_logprob(
@@ -102,14 +184,13 @@ def linear_token_logprob(
     tokens: Tensor,
     *,
     bias: Tensor | None = None,
-    temperature: float = 1.0,
-    ignore_index: int = IGNORE_INDEX,
+    num_valid: int | None = None,
     round_logits: bool = False,
     max_chunk_bytes: int = 0,
+    **options: Any,
 ) -> Tensor:
     """`token_logprob` of ``hidden weightᵀ + bias``."""
-    logits = linear_logits(hidden, weight, bias, round_logits)
-    return token_logprob(logits, tokens, temperature=temperature, ignore_index=ignore_index)
+    return token_logprob(linear_logits(hidden, weight, bias, round_logits), tokens, **options)
 
 
 def linear_generalized_jsd_loss(
@@ -121,27 +202,42 @@ def linear_generalized_jsd_loss(
     *,
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
-    beta: float = 0.5,
-    temperature: float = 1.0,
-    reduction: str = "batchmean",
-    num_items: int | Tensor | None = None,
-    ignore_index: int = IGNORE_INDEX,
+    token_weight: Tensor | None = None,
+    num_valid: int | None = None,
     round_logits: bool = False,
     max_chunk_bytes: int = 0,
+    **options: Any,
 ) -> Tensor:
     """`generalized_jsd_loss` of the logits ``hidden weightᵀ + bias``."""
     with torch.no_grad():
         teacher_logits = linear_logits(teacher_hidden, teacher_weight, teacher_bias, round_logits)
-    return generalized_jsd_loss(
-        linear_logits(student_hidden, student_weight, student_bias, round_logits),
-        teacher_logits,
-        labels,
-        beta=beta,
-        temperature=temperature,
-        reduction=reduction,
-        num_items=num_items,
-        ignore_index=ignore_index,
-    )
+    student_logits = linear_logits(student_hidden, student_weight, student_bias, round_logits)
+    return generalized_jsd_loss(student_logits, teacher_logits, labels, weight=token_weight, **options)
+
+
+def linear_sparse_divergence_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    teacher_logprobs: Tensor,
+    teacher_ids: Tensor,
+    *,
+    bias: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    num_valid: int | None = None,
+    round_logits: bool = False,
+    max_chunk_bytes: int = 0,
+    **options: Any,
+) -> Tensor:
+    """`sparse_divergence_loss` of the logits ``hidden weightᵀ + bias``."""
+    logits = linear_logits(hidden, weight, bias, round_logits)
+    loss = sparse_divergence_loss(logits, teacher_logprobs, teacher_ids, weight=token_weight, **options)
+    assert isinstance(loss, Tensor)  # without masses
+    return loss
+
+
+def masked(tokens: Tensor, mask: Tensor | None, ignore_index: int) -> Tensor:
+    """`tokens`, of which those that do not count are to be ignored."""
+    return tokens if mask is None else torch.where(mask, tokens, ignore_index)
 
 
 def linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, round_logits: bool) -> Tensor:
@@ -177,10 +273,10 @@ def kl_divergence(log_a: Tensor, log_b: Tensor) -> Tensor:
     return (a * torch.where(a > 0, log_a - log_b, 0.0)).sum(-1)
 
 
-def item_count(rows: Tensor, labels: Tensor | None, num_items: int | Tensor | None, ignore_index: int) -> int | Tensor:
-    """`num_items`, or how many rows are not ignored; 1 instead of 0, where there is nothing to divide."""
+def item_count(rows: Tensor, counted: Tensor | None, num_items: float | Tensor | None) -> float | Tensor:
+    """`num_items`, or how many rows count; 1 instead of 0, where there is nothing to divide."""
     if isinstance(num_items, Tensor):
         return torch.where(num_items == 0, 1, num_items.detach())
     if num_items is not None:
         return num_items
-    return max(rows.numel(), 1) if labels is None else (labels != ignore_index).sum().clamp(min=1)
+    return max(rows.numel(), 1) if counted is None else counted.sum().clamp(min=1)

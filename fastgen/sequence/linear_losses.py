@@ -1,0 +1,414 @@
+"""The losses of ``sequence`` from hidden states and output layers: the public functions over ``linear.py``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core import checks, dispatch, distributed
+from ..triton_kernels.layout import arithmetic_dtype
+from . import linear, reference
+from .linear import MAX_CHUNK_BYTES, Head
+from .operators import IGNORE_INDEX, Tail
+from .options import Reduction, check_divergence, check_rounding, check_rows, labels_of, scale_of
+from .sparse import Kind, beta_of, check_kind, check_teacher
+
+__all__ = ["linear_generalized_jsd_loss", "linear_sparse_divergence_loss", "linear_token_logprob"]
+
+
+def linear_token_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    num_valid: int | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = IGNORE_INDEX,
+    round_logits: bool = False,
+    max_chunk_bytes: int = MAX_CHUNK_BYTES,
+) -> Tensor:
+    """:func:`token_logprob` of ``logits = hidden weightᵀ + bias``, without ever holding the logits.
+
+    Tokens are taken in chunks; the backward pass computes each chunk's logits once more. Logits of bfloat16 and float16
+    operands are computed and kept in float32, and so are the sums of all gradients.
+
+    Args:
+        hidden: [..., H], the output layer's input, in float32, bfloat16, float16 or float64.
+        weight: [V, H], the output layer's weight, of the same dtype. It may be a DTensor, such as a parameter under
+            FSDP2, beside plain hidden states of each rank: it is gathered here, and its gradient is the mean over the
+            ranks, as that of FSDP2's other parameters is. (For their sum pass
+            ``weight.full_tensor(grad_placements=[Partial()])``.)
+        tokens: int64 [...].
+        bias: [V], of the same dtype, or None; a DTensor as `weight` may be.
+        mask, temperature, ignore_index: as in :func:`token_logprob`.
+        num_valid: how many tokens count; rows of the others are then not even projected. Known here without it where
+            `hidden` is on a CPU, and where `mask` is: that may stay there beside hidden states on a GPU. Elsewhere
+            finding out would wait for the device, and without it all rows are projected. It may be too large; where it
+            is too small, the last tokens that count are left out.
+        round_logits: keep the logits in the dtype of `hidden`, as a layer returns them, instead of float32. In bfloat16
+            that halves their memory and costs accuracy, as :func:`token_logprob` says. float16 is refused: the gradient
+            of its logits would underflow.
+        max_chunk_bytes: memory for the logits of a chunk and, in the backward pass, their gradient; and a quarter more
+            for parts of the weight, or of its gradient, in float32.
+
+    Returns:
+        [...], float32 (float64 for float64). Gradients flow to `hidden`, `weight` and `bias`, once differentiable.
+        Under autocast the three are cast to its dtype; the logits are float32 there too.
+
+    Raises:
+        TypeError, ValueError: naming the argument that does not fit.
+
+    Example::
+
+        >>> import torch, fastgen
+        >>> head = torch.nn.Linear(16, 1000)
+        >>> hidden, tokens = torch.randn(2, 5, 16), torch.randint(1000, (2, 5))
+        >>> logprob = fastgen.linear_token_logprob(hidden, head.weight, tokens, bias=head.bias)
+        >>> torch.allclose(logprob, fastgen.token_logprob(head(hidden), tokens), atol=1e-5)
+        True
+        >>> (-logprob.mean()).backward()
+    """
+    checks.head("", hidden, weight, bias)
+    checks.row_indices("tokens", tokens, hidden)
+    mask, num_valid = _valid(hidden, mask, num_valid)
+    if mask is not None:
+        checks.mask("mask", mask, tokens)
+    temperature = checks.number("temperature", temperature, low=0, open_low=True)
+    ignore_index = checks.integer("ignore_index", ignore_index)
+    check_rounding(round_logits, "hidden", hidden)
+    max_chunk_bytes = checks.positive_int("max_chunk_bytes", max_chunk_bytes)
+    weight, bias = distributed.whole_parameters(weight, bias)
+    backend = dispatch.backend_for("token_logprob", hidden.device.type)
+    if backend == "reference":
+        return reference.linear_token_logprob(
+            hidden,
+            weight,
+            tokens,
+            bias=bias,
+            mask=mask,
+            temperature=temperature,
+            ignore_index=ignore_index,
+            round_logits=round_logits,
+        )
+    tokens = reference.masked(tokens, mask, ignore_index)
+    logprob, *_ = _run(
+        linear.token_logprob,
+        backend,
+        [linear.flat_head(hidden, weight, bias)],
+        {"tokens": tokens},
+        tokens != ignore_index,
+        num_valid,
+        hidden.dim() - 1,
+        scale=None,
+        temperature=temperature,
+        ignore_index=ignore_index,
+        reduction="none",
+        round_logits=round_logits,
+        max_chunk_bytes=max_chunk_bytes,
+    )
+    return logprob.view(tokens.shape)
+
+
+def linear_generalized_jsd_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    labels: Tensor | None = None,
+    *,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    num_valid: int | None = None,
+    token_weight: Tensor | None = None,
+    beta: float = 0.5,
+    scaled: bool = False,
+    temperature: float = 1.0,
+    reduction: Reduction = "batchmean",
+    num_items: float | Tensor | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    round_logits: bool = False,
+    max_chunk_bytes: int = MAX_CHUNK_BYTES,
+) -> Tensor:
+    """:func:`generalized_jsd_loss` of ``logits = hidden weightᵀ + bias``, without ever holding the logits.
+
+    Tokens are taken in chunks. Where a gradient is needed the forward pass computes it, while a chunk's logits are
+    there: the backward pass only scales. At 4 096 tokens and a vocabulary of 128 000 the logits of a student and a
+    teacher and their gradient are 6 GB in float32; here they are `max_chunk_bytes`.
+
+    Logits of bfloat16 and float16 operands are computed and kept in float32, and so are the sums of all gradients: the
+    gradient of a bfloat16 head is off by 0.25 %, of which 0.17 % is its own rounding, however close the student is to
+    the teacher. Rounded logits would make it 66 % where the two differ by 1 %.
+
+    Args:
+        student_hidden: [..., H], the input of the student's output layer, in float32, bfloat16, float16 or float64.
+        student_weight: [V, H], that layer's weight, of the same dtype. A frozen one (``requires_grad=False``) costs no
+            gradient. It may be a DTensor, such as a parameter under FSDP2, beside plain hidden states of each rank: it
+            is gathered here, and its gradient is the mean over the ranks, as that of FSDP2's other parameters is. (For
+            their sum pass ``student_weight.full_tensor(grad_placements=[Partial()])``.)
+        teacher_hidden: [..., H'], the teacher's; H' and the dtype may differ from the student's.
+        teacher_weight: [V', H'], of the dtype of `teacher_hidden`, or a DTensor. V' may differ from V, as in
+            :func:`generalized_jsd_loss`.
+        labels: int64 [...] or None, as there.
+        student_bias, teacher_bias: [V], [V'] or None; DTensors as the weights may be.
+        mask, beta, scaled, temperature, reduction, num_items, ignore_index: as in :func:`generalized_jsd_loss`. With
+            ``"none"`` the backward pass computes the logits once more.
+        token_weight: [...], the `weight` of that function.
+        num_valid: how many tokens count, for the others not even to be projected: as in :func:`linear_token_logprob`.
+        round_logits: keep the logits in the dtype of the hidden states, as a layer returns them, instead of float32. In
+            bfloat16 that halves their memory and costs accuracy, as :func:`generalized_jsd_loss` says. A float16
+            student is refused: the gradient of its logits would underflow.
+        max_chunk_bytes: memory for a chunk's logits, the teacher's, and the gradient of the student's; and a quarter
+            more for parts of a weight, or of its gradient, in float32. On a GPU a larger budget makes for larger matrix
+            products.
+
+    Returns:
+        The loss, float32 (float64 if an input is). Gradients flow to the student's hidden states, weight and bias, once
+        differentiable. Under autocast all are cast to its dtype; the logits are float32 there too.
+
+    Raises:
+        TypeError, ValueError: naming the argument that does not fit.
+
+    Example::
+
+        >>> import torch, fastgen
+        >>> student, teacher = torch.nn.Linear(16, 1000, bias=False), torch.nn.Linear(32, 1000, bias=False)
+        >>> s, t = torch.randn(2, 5, 16), torch.randn(2, 5, 32)
+        >>> loss = fastgen.linear_generalized_jsd_loss(s, student.weight, t, teacher.weight, beta=0.5)
+        >>> loss.backward()
+        >>> torch.allclose(loss, fastgen.generalized_jsd_loss(student(s), teacher(t), beta=0.5))
+        True
+    """
+    checks.head("student_", student_hidden, student_weight, student_bias)
+    checks.head("teacher_", teacher_hidden, teacher_weight, teacher_bias)
+    if teacher_hidden.shape[:-1] != student_hidden.shape[:-1]:
+        raise ValueError(
+            f"teacher_hidden has rows {list(teacher_hidden.shape[:-1])}, but student_hidden has"
+            f" {list(student_hidden.shape[:-1])}"
+        )
+    mask, num_valid = _valid(student_hidden, mask, num_valid)
+    check_rows(student_hidden, labels, mask, token_weight, reduction, num_items, ignore_index, "token_weight")
+    check_divergence(beta, scaled, temperature)
+    check_rounding(round_logits, "student_hidden", student_hidden)
+    max_chunk_bytes = checks.positive_int("max_chunk_bytes", max_chunk_bytes)
+    beta, temperature = float(beta), float(temperature)
+    student_weight, student_bias = distributed.whole_parameters(student_weight, student_bias)
+    teacher_weight, teacher_bias = distributed.whole_parameters(teacher_weight, teacher_bias)
+    backend = dispatch.backend_for("generalized_jsd", student_hidden.device.type)
+    if backend == "reference":
+        return reference.linear_generalized_jsd_loss(
+            student_hidden,
+            student_weight,
+            teacher_hidden,
+            teacher_weight,
+            labels,
+            student_bias=student_bias,
+            teacher_bias=teacher_bias,
+            mask=mask,
+            token_weight=token_weight,
+            beta=beta,
+            scaled=scaled,
+            temperature=temperature,
+            reduction=reduction,
+            num_items=num_items,
+            ignore_index=ignore_index,
+            round_logits=round_logits,
+        )
+    labels = labels_of(student_hidden, labels, mask, ignore_index)
+    vocabulary = min(student_weight.shape[0], teacher_weight.shape[0])
+    dtype = arithmetic_dtype(student_hidden, teacher_hidden)
+    loss, *_ = _run(
+        linear.generalized_jsd,
+        backend,
+        [
+            linear.flat_head(student_hidden, student_weight, student_bias),
+            linear.flat_head(teacher_hidden, teacher_weight, teacher_bias),
+        ],
+        {"labels": labels, "weight": _weights(token_weight, labels, ignore_index)},
+        None if labels is None else labels != ignore_index,
+        num_valid,
+        student_hidden.dim() - 1,
+        scale=scale_of(student_hidden, dtype, labels, reduction, num_items, ignore_index, vocabulary, beta, scaled),
+        beta=beta,
+        temperature=temperature,
+        ignore_index=ignore_index,
+        reduction="none" if reduction == "none" else "sum",
+        round_logits=round_logits,
+        max_chunk_bytes=max_chunk_bytes,
+    )
+    return loss.view(student_hidden.shape[:-1]) if reduction == "none" else loss
+
+
+def linear_sparse_divergence_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    teacher_logprobs: Tensor,
+    teacher_ids: Tensor,
+    *,
+    bias: Tensor | None = None,
+    kind: Kind = "forward",
+    beta: float = 0.5,
+    scaled: bool = False,
+    tail: Tail = "bucket",
+    temperature: float = 1.0,
+    labels: Tensor | None = None,
+    mask: Tensor | None = None,
+    num_valid: int | None = None,
+    token_weight: Tensor | None = None,
+    num_items: float | Tensor | None = None,
+    reduction: Reduction = "batchmean",
+    ignore_index: int = IGNORE_INDEX,
+    round_logits: bool = False,
+    max_chunk_bytes: int = MAX_CHUNK_BYTES,
+) -> Tensor:
+    """:func:`sparse_divergence_loss` of ``logits = hidden weightᵀ + bias``, without ever holding the logits.
+
+    Tokens are taken in chunks. Where a gradient is needed the forward pass computes it, while a chunk's logits are
+    there: the backward pass only scales (but for ``reduction="none"``, with which it computes the logits once more).
+    Logits of bfloat16 and float16 operands are computed and kept in float32, and so are the sums of all gradients.
+
+    Args:
+        hidden: [..., H], the output layer's input, in float32, bfloat16, float16 or float64.
+        weight: [V, H], the output layer's weight, of the same dtype. It may be a DTensor, such as a parameter under
+            FSDP2, beside plain hidden states of each rank: it is gathered here, and its gradient is the mean over the
+            ranks, as that of FSDP2's other parameters is.
+        teacher_logprobs: [..., K], the teacher's log-probabilities of the K ids, as in :func:`sparse_divergence_loss`.
+        teacher_ids: int64 [..., K]; a negative id is padding.
+        bias: [V], of the same dtype, or None; a DTensor as `weight` may be.
+        kind, beta, scaled, tail, temperature, labels, mask, num_items, reduction, ignore_index: as in
+            :func:`sparse_divergence_loss`.
+        num_valid: how many tokens count, for the others not even to be projected: as in :func:`linear_token_logprob`.
+        token_weight: [...], a factor of each token's loss, without gradient.
+        round_logits: keep the logits in the dtype of `hidden`, as a layer returns them, instead of float32. In bfloat16
+            that halves their memory and costs accuracy. float16 is refused: the gradient of its logits would underflow.
+        max_chunk_bytes: memory for the logits of a chunk and their gradient; and a quarter more for parts of the
+            weight, or of its gradient, in float32.
+
+    Returns:
+        The loss, float32 (float64 if an input is). Gradients flow to `hidden`, `weight` and `bias`, once
+        differentiable. Under autocast the three are cast to its dtype; the logits are float32 there too.
+
+    Raises:
+        TypeError, ValueError: naming the argument that does not fit.
+        RuntimeError: on a CPU, for an id ≥ V. On a GPU it makes its token NaN.
+
+    Example::
+
+        >>> import torch, fastgen
+        >>> head, hidden = torch.nn.Linear(16, 1000), torch.randn(2, 5, 16)
+        >>> logprobs, ids = torch.randn(2, 5, 1000).log_softmax(-1).topk(8)
+        >>> loss = fastgen.linear_sparse_divergence_loss(hidden, head.weight, logprobs, ids, bias=head.bias)
+        >>> loss.backward()
+        >>> torch.allclose(loss, fastgen.sparse_divergence_loss(head(hidden), logprobs, ids))
+        True
+    """
+    checks.head("", hidden, weight, bias)
+    check_teacher(hidden, teacher_logprobs, teacher_ids, weight.shape[0])
+    mask, num_valid = _valid(hidden, mask, num_valid)
+    check_rows(hidden, labels, mask, token_weight, reduction, num_items, ignore_index, "token_weight")
+    check_kind(kind, beta, scaled, tail, temperature)
+    check_rounding(round_logits, "hidden", hidden)
+    max_chunk_bytes = checks.positive_int("max_chunk_bytes", max_chunk_bytes)
+    beta, temperature = float(beta), float(temperature)
+    weight, bias = distributed.whole_parameters(weight, bias)
+    backend = dispatch.backend_for("sparse_divergence", hidden.device.type)
+    if backend == "reference":
+        return reference.linear_sparse_divergence_loss(
+            hidden,
+            weight,
+            teacher_logprobs,
+            teacher_ids,
+            bias=bias,
+            kind=kind,
+            beta=beta,
+            scaled=scaled,
+            tail=tail,
+            temperature=temperature,
+            labels=labels,
+            mask=mask,
+            token_weight=token_weight,
+            num_items=num_items,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            round_logits=round_logits,
+        )
+    beta, labels = beta_of(kind, beta), labels_of(hidden, labels, mask, ignore_index)
+    dtype = arithmetic_dtype(hidden, teacher_logprobs)
+    loss, *_ = _run(
+        linear.sparse_divergence,
+        backend,
+        [linear.flat_head(hidden, weight, bias)],
+        {
+            "teacher_logprobs": teacher_logprobs.detach(),
+            "teacher_ids": teacher_ids,
+            "labels": labels,
+            "weight": _weights(token_weight, labels, ignore_index),
+        },
+        None if labels is None else labels != ignore_index,
+        num_valid,
+        hidden.dim() - 1,
+        scale=scale_of(hidden, dtype, labels, reduction, num_items, ignore_index, weight.shape[0], beta, scaled),
+        beta=beta,
+        tail=tail,
+        temperature=temperature,
+        ignore_index=ignore_index,
+        reduction="none" if reduction == "none" else "sum",
+        round_logits=round_logits,
+        max_chunk_bytes=max_chunk_bytes,
+    )
+    return loss.view(hidden.shape[:-1]) if reduction == "none" else loss
+
+
+def _valid(hidden: Tensor, mask: Tensor | None, num_valid: int | None) -> tuple[Tensor | None, int | None]:
+    """The mask beside `hidden`, and how many rows count where that is known on the host."""
+    if num_valid is not None:
+        num_valid = checks.integer("num_valid", num_valid, low=0)
+    if mask is None or not isinstance(mask, Tensor) or mask.device == hidden.device or mask.device.type != "cpu":
+        return mask, num_valid
+    if num_valid is None and not torch.compiler.is_compiling():
+        checks.mask("mask", mask, mask)
+        num_valid = int(mask.expand(hidden.shape[:-1]).sum())
+    return mask.to(hidden.device, non_blocking=True), num_valid
+
+
+def _weights(weight: Tensor | None, labels: Tensor | None, ignore_index: int) -> Tensor | None:
+    """The weights of rows, of which those of ignored rows may be anything."""
+    if weight is None or labels is None:
+        return None if weight is None else weight.detach()
+    return torch.where(labels != ignore_index, weight.detach(), 0)
+
+
+def _run(
+    loss: linear.LinearLoss,
+    backend: str,
+    heads: list[Head],
+    per_row: dict[str, Tensor | None],
+    counted: Tensor | None,
+    num_valid: int | None,
+    dims: int,
+    **options: Any,
+) -> tuple[Tensor, ...]:
+    """The results of `loss` over the rows that count, as far as it is known without a sync which ones do.
+
+    `dims`: the leading dimensions of `per_row` that are rows.
+    """
+    rows = heads[0].hidden.shape[0]
+    flat = {n: None if t is None else t.reshape(rows, *t.shape[dims:]) for n, t in per_row.items()}
+    if counted is not None and num_valid is None and type(counted) is Tensor and counted.device.type == "cpu":
+        num_valid = None if torch.compiler.is_compiling() else int(counted.sum())
+    if counted is None or num_valid is None or num_valid >= rows:
+        results = linear.run(loss, backend, *heads, **flat, **options)
+        return results if isinstance(results, tuple) else (results,)
+    # Those that count first, in their order: the sort takes no sync, and too large a number does no harm.
+    index = counted.flatten().logical_not().to(torch.uint8).argsort(stable=True)[:num_valid]
+    heads = [head._replace(hidden=head.hidden.index_select(0, index)) for head in heads]
+    flat = {name: None if t is None else t.index_select(0, index) for name, t in flat.items()}
+    results = linear.run(loss, backend, *heads, **flat, **options)
+    value, *others = results if isinstance(results, tuple) else (results,)
+    if options["reduction"] == "none":
+        value = value.new_zeros(rows).index_copy(0, index, value)
+    return value, *others

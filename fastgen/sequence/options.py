@@ -1,0 +1,102 @@
+"""What the losses of ``sequence`` have in common: the checks of their options, and what their sums are divided by."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..core import checks
+from . import reference
+
+TOKEN_REDUCTIONS = ("batchmean", "sum", "mean", "none")
+
+Reduction = Literal["batchmean", "sum", "mean", "none"]
+
+
+def check_rows(
+    rows: Tensor,
+    labels: Tensor | None,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    reduction: str,
+    num_items: float | Tensor | None,
+    ignore_index: int,
+    name: str = "weight",
+) -> None:
+    """Which rows of `rows` [..., N] count, how much, and what their sum is divided by."""
+    if labels is not None:
+        checks.row_indices("labels", labels, rows)
+    if mask is not None:
+        if labels is not None:
+            raise ValueError("mask and labels both say which tokens count: pass one of them")
+        checks.mask("mask", mask, rows[..., 0])
+    if weight is not None:
+        checks.floating(name, weight)
+        checks.local(name, weight)
+        if weight.shape != rows.shape[:-1]:
+            raise ValueError(f"{name} must have shape {list(rows.shape[:-1])}, got {list(weight.shape)}")
+        if weight.device != rows.device:
+            raise ValueError(f"{name} is on {weight.device}, but the batch is on {rows.device}")
+    checks.choice("reduction", reduction, TOKEN_REDUCTIONS)
+    checks.integer("ignore_index", ignore_index)
+    if isinstance(num_items, Tensor):
+        checks.real("num_items", num_items)
+        if num_items.dim() != 0:
+            raise ValueError(f"num_items must be a number or a 0-dimensional tensor, got shape {list(num_items.shape)}")
+    elif num_items is not None:
+        checks.number("num_items", num_items, low=0, open_low=True)
+
+
+def check_divergence(beta: float, scaled: bool, temperature: float) -> None:
+    if checks.number("beta", beta, low=0) > 1:
+        raise ValueError(f"beta must be in [0, 1], got {beta}")
+    if not isinstance(scaled, bool):
+        raise TypeError(f"scaled must be a bool, got {type(scaled).__name__}")
+    checks.number("temperature", temperature, low=0, open_low=True)
+
+
+def check_rounding(round_logits: bool, name: str, hidden: Tensor) -> None:
+    if not isinstance(round_logits, bool):
+        raise TypeError(f"round_logits must be a bool, got {type(round_logits).__name__}")
+    if round_logits and reference.autocast_dtype(hidden) == torch.float16:
+        raise ValueError(f"round_logits must be False where {name} is float16: the gradient of its logits underflows")
+
+
+def labels_of(rows: Tensor, labels: Tensor | None, mask: Tensor | None, ignore_index: int) -> Tensor | None:
+    """Labels of which `ignore_index` alone matters, from them or from a mask."""
+    if mask is None:
+        return labels
+    return torch.where(mask.expand(rows.shape[:-1]), int(ignore_index == 0), ignore_index)
+
+
+def scale_of(
+    rows: Tensor,
+    dtype: torch.dtype,
+    labels: Tensor | None,
+    reduction: str,
+    num_items: float | Tensor | None,
+    ignore_index: int,
+    vocabulary: int,
+    beta: float,
+    scaled: bool,
+) -> Tensor | None:
+    """What the sum over rows is multiplied by, 0-dimensional: no value on the device is read."""
+    factor = 1 / (beta * (1 - beta)) if scaled and 0 < beta < 1 else 1.0
+    if reduction == "mean":
+        factor /= vocabulary
+    if num_items is None and reduction in ("sum", "none"):
+        return None if factor == 1 else rows.new_full((), factor, dtype=dtype)
+    counted = None if labels is None else labels != ignore_index
+    items = reference.item_count(rows[..., 0], counted, num_items)
+    if isinstance(items, Tensor):
+        return factor / items.to(device=rows.device, dtype=dtype)
+    return rows.new_full((), factor / items, dtype=dtype)
+
+
+def weighted(rows: Tensor, labels: Tensor | None, weight: Tensor, reduction: str, ignore_index: int) -> Tensor:
+    """The losses of rows, or their sum, times weights, of which those of ignored rows may be anything."""
+    weight = weight.detach() if labels is None else torch.where(labels != ignore_index, weight.detach(), 0)
+    rows = rows * weight.to(rows.dtype)
+    return rows if reduction == "none" else rows.sum()
