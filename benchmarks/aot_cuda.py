@@ -74,6 +74,7 @@ def _readable(symbols: Sequence[str]) -> dict[str, str]:
     for symbol, name in zip(symbols, output.splitlines(), strict=True):
         name = re.sub(r"\((?:fastgen::cuda::)?Access\)", "access=", name.removeprefix("void "))
         name = name.replace("access=0", "wide").replace("access=1", "single").replace("access=2", "peeled")
+        name = re.sub(r"\([\w:]*ScalarType\)(\d+)", lambda m: {"15": "bf16"}.get(m[1], "any"), name)
         name = re.sub(r"\((?:fastgen::)?Divergence\)(\d)", lambda m: ("forward", "mixed", "reverse")[int(m[1])], name)
         names[symbol] = re.sub(r"fastgen::(?:cuda::)?", "", name.partition("(")[0]).replace(" >", ">")
     return names

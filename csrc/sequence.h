@@ -50,10 +50,11 @@ struct TokenLogprobBackward {
   static constexpr int kStreams = 1, kSums = 0, kParts = 1;
   static constexpr bool kNormalizes = false;
   struct Row {
+    Origin<T> origin;
     T max, coefficient, share, log_sum;
   };
   Tokens<T> tokens;
-  T inverse_temperature;
+  T inverse_temperature, scale;  // scale: 1 / temperature to the device's base
   const T* grad;
   Softmax<const T*> saved;
 
@@ -61,15 +62,18 @@ struct TokenLogprobBackward {
   FASTGEN_HD void ignore(int64_t) const {}
   FASTGEN_HD Row row(int64_t row, const Softmax<T>*) const {
     const T coefficient = grad[row] * inverse_temperature, sum = saved.sum[row];
-    return {base_of(saved.max[row]), coefficient, -coefficient / sum, std::log(sum)};
+    const T max = base_of(saved.max[row]);
+    const Origin<T> origin(max, scale);
+    return {origin, max, coefficient, -coefficient / sum * origin.factor, std::log(sum)};
   }
-  FASTGEN_HD T scaled(const Row& row, T v) const { return (v - row.max) * inverse_temperature; }
-  FASTGEN_HD void element(const Row& row, const T* v, T* parts, T*) const { parts[0] = exp_of(scaled(row, v[0])); }
+  FASTGEN_HD void element(const Row& row, const T* v, T* parts, T*) const {
+    parts[0] = Base::power(row.origin.from(v[0]));
+  }
   FASTGEN_HD void epilogue(int64_t, Row&, const T*) const {}
   FASTGEN_HD T map(const Row& row, const T* parts) const { return row.share * parts[0]; }
   FASTGEN_HD int64_t picked(int64_t row) const { return tokens.token[row]; }
   FASTGEN_HD T map_picked(const Row& row, T v) const {
-    return -row.coefficient * exponential(scaled(row, v) - row.log_sum).minus_one;
+    return -row.coefficient * exponential((v - row.max) * inverse_temperature - row.log_sum).minus_one;
   }
 };
 
@@ -103,10 +107,11 @@ enum class Divergence {
 
 template <class T>
 struct JsdRow {
-  T student_offset, teacher_offset;                          // one of them is 0
-  T student_max, student_share, teacher_max, teacher_share;  // without the offsets; share: 1 / sum
-  T shift;  // teacher - student: of the maxima without the offsets / temperature + the logarithms of the sums
-  T coefficient, center;
+  T student_offset, teacher_offset;  // one of them is 0
+  Origin<T> student, teacher;
+  T shift;   // of log P - log Q: maxima without the offsets / temperature + the logarithms of the sums
+  T student_share, teacher_share;  // what exponentials are times
+  T coefficient, center;  // of the gradient; center: to the base of d
 };
 
 // What `high` lies above `low`, rounded to a multiple of the last place of all logits of these maxima that matter (from
@@ -121,74 +126,79 @@ FASTGEN_HD T exact_offset(T high, T low, T inverse_temperature) {
 
 // What both the loss and its backward do with a pair of logits.
 //
-// With x = log Q, y = log P everything follows from d = y - x, the larger of the two probabilities and the ratio
-// e^-|d| of the smaller to it: nothing overflows, log(M / larger) is a log1p, and where the student is close to the
-// teacher no digits cancel. (Logits of close models subtract exactly, so d is formed of the logits themselves. What the
-// one row lies above the other, which means nothing, is first taken from the row of the larger logits, exactly too.)
+// Everything follows from Q, P and d = log P - log Q. Where |d| is small no digits cancel: d is formed of the logits
+// themselves, for those of close models subtract exactly (what the one row lies above the other, which means nothing, is
+// first taken from the row of the larger logits, exactly too), and what would cancel is a series in d. Elsewhere nothing
+// overflows, for Q and P have exponentials of their own.
 //
-//             gradient / coefficient       loss
-//   forward   Q - P                        Σ P d + (Q - P)
-//   mixed     Q (a - Σ Q a), a = x - log M   Σ beta P (y - log M) + (1 - beta) Q a
-//   reverse   Q (a - Σ Q a), a = x - y       Σ Q a - (Q - P)
+//             gradient / coefficient         loss
+//   forward   Q - P                          Σ P d + (Q - P)
+//   mixed     Q (a - Σ Q a), a = log Q/M     Σ beta P (d + a) + (1 - beta) Q a
+//   reverse   Q (a - Σ Q a), a = -d          Σ Q a - (Q - P)
 //
 // In the loss Q - P, which sums to 0, makes every summand non-negative and cancels what the rounding of the sums adds.
-// 0 log 0 = 0.
+// 0 log 0 = 0. Between the ends of beta all logarithms are to the device's base.
 template <class T, Divergence D>
 struct JsdElement {
   static constexpr int kParts = D == Divergence::forward ? 1 : 2;  // Q - P; or Q and a
-  T beta, rest;  // rest: 1 - beta, which float would round
-  T inverse_temperature;
+  static constexpr bool kMixed = D == Divergence::mixed;
+  static constexpr double kLog = kMixed ? Base::kLog : 1;  // of what logarithms here are to
+  LogMixture<T> mixture;
+  T odds;  // (1 - beta) / beta: the loss is summed over beta
+  T inverse_temperature, scale, scale_of_d;  // 1 / temperature: natural, to the device's base, to that of d
+
+  JsdElement(double beta, double temperature)
+      : mixture(beta),
+        odds(static_cast<T>((1 - beta) / beta)),
+        inverse_temperature(static_cast<T>(1 / temperature)),
+        scale(Base::scale(inverse_temperature)),
+        scale_of_d(kMixed ? scale : inverse_temperature) {}
 
   FASTGEN_HD JsdRow<T> row(const Softmax<T>& student, const Softmax<T>& teacher, T coefficient, T center) const {
     T s = base_of(student.max), t = base_of(teacher.max);
+    const Origin<T> of_s(s, scale), of_t(t, scale);
     const T above = exact_offset(t, s, inverse_temperature);
     const bool of_teacher = std::abs(t) > std::abs(s);
     const T student_offset = of_teacher ? T(0) : -above, teacher_offset = of_teacher ? above : T(0);
     s -= student_offset, t -= teacher_offset;
-    const T shift = (t - s) * inverse_temperature + std::log(teacher.sum / student.sum);
-    return {student_offset, teacher_offset, s, T(1) / student.sum, t, T(1) / teacher.sum, shift, coefficient, center};
+    const T shift = (t - s) * scale_of_d + std::log(teacher.sum / student.sum) * T(1 / kLog);
+    const T teacher_share = of_t.factor / teacher.sum;
+    const T student_share = of_s.factor / student.sum + (teacher_share - teacher_share);  // NaN where a teacher has one
+    return {student_offset, teacher_offset, of_s,  of_t, shift, student_share, teacher_share, coefficient * T(kLog),
+            center * T(1 / kLog)};
   }
 
   FASTGEN_HD void element(const JsdRow<T>& row, const T* v, T* parts, T* sums) const {
-    const T s = v[0] - row.student_offset, t = v[1] - row.teacher_offset;
-    // Equal logits may both be -inf.
-    const T d = (s == t ? T(0) : t - s) * inverse_temperature - row.shift;
-    const bool teacher_larger = d > T(0);
-    // Finite, so that what has probability 0 adds 0 without a mask; the ends of beta can be infinite and need d itself.
-    const T gap = -std::abs(d) < T(-1e30) ? T(-1e30) : -std::abs(d);
-    const T above = teacher_larger ? t - row.teacher_max : s - row.student_max;
-    const T larger = exp_of(above * inverse_temperature) * (teacher_larger ? row.teacher_share : row.student_share);
-    const Exponential<T> ratio = exponential(gap);
-    const T smaller = larger * ratio.value;
-    if constexpr (D == Divergence::mixed) {
-      const T of_larger = teacher_larger ? beta : rest, of_smaller = teacher_larger ? rest : beta;
-      const T log_m = log_of(of_larger + of_smaller * ratio.value, of_smaller * ratio.minus_one);  // log(M / larger)
-      const T log_smaller = gap - log_m;  // log(smaller / M)
-      const T a = larger * -log_m, b = smaller * log_smaller;
-      parts[0] = teacher_larger ? smaller : larger, parts[1] = teacher_larger ? log_smaller : -log_m;
-      sums[0] += of_larger * a + of_smaller * b, sums[1] += teacher_larger ? b : a;
+    const T q = Base::power(row.student.from(v[0])) * row.student_share;
+    const T p = Base::power(row.teacher.from(v[1])) * row.teacher_share;
+    const T d = ((v[1] - row.teacher_offset) - (v[0] - row.student_offset)) * scale_of_d - row.shift;
+    if constexpr (kMixed) {
+      // NaN too, of two logits of -inf. What is beyond has probability 0 in one of the two.
+      const T bounded = at_most(at_least(d, T(-Base::kMost)), T(Base::kMost));
+      const T m = mixture.log(bounded), of_q = -q * m;
+      parts[0] = q, parts[1] = -m;
+      sums[0] += p * (bounded - m) + odds * of_q, sums[1] += of_q;
     } else {
-      const T difference = larger * (teacher_larger ? ratio.minus_one : -ratio.minus_one);  // Q - P
+      const T difference = std::abs(d) < T(kNear) ? -q * expm1_near(d) : q - p;  // Q - P
       if constexpr (D == Divergence::forward) {
-        const T p = teacher_larger ? larger : smaller;
         parts[0] = difference;
-        sums[0] += (p == T(0) ? T(0) : p * d) + difference;
+        sums[0] += p == T(0) ? difference : p * d + difference;
       } else {
-        const T q = teacher_larger ? smaller : larger, a = q == T(0) ? T(0) : -d;
+        const T a = q == T(0) ? T(0) : -d;
         parts[0] = q, parts[1] = a;
         sums[0] += q * a - difference, sums[1] += q * a;
       }
     }
   }
 
+  FASTGEN_HD T loss(const T* sums) const { return (kMixed ? mixture.beta * T(kLog) : T(1)) * sums[0]; }
+
   FASTGEN_HD T gradient(const JsdRow<T>& row, const T* parts) const {
     if constexpr (D == Divergence::forward) return row.coefficient * parts[0];
     else return row.coefficient * (parts[0] * (parts[1] - row.center));
   }
 
-  FASTGEN_HD T gradient_scale() const {
-    return (D == Divergence::mixed ? rest : T(1)) * inverse_temperature;
-  }
+  FASTGEN_HD T gradient_scale() const { return (kMixed ? mixture.rest : T(1)) * inverse_temperature; }
 };
 
 // Where the row statistics of a divergence lie: five vectors.
@@ -211,8 +221,8 @@ FASTGEN_HD bool label_ignored(const int64_t* labels, int64_t ignore_index, int64
 
 template <class T, Divergence D>
 struct GeneralizedJsd {
-  static constexpr int kStreams = 2, kSums = 2, kParts = JsdElement<T, D>::kParts;
-  static constexpr bool kNormalizes = true;
+  static constexpr int kStreams = 2, kSums = JsdElement<T, D>::kParts, kParts = kSums;
+  static constexpr bool kNormalizes = true, kMapsAtOnce = D == Divergence::forward;
   struct Row {
     JsdRow<T> of;
     Softmax<T> student, teacher;
@@ -237,8 +247,8 @@ struct GeneralizedJsd {
   FASTGEN_HD void element(const Row& row, const T* v, T* parts, T* sums) const { of.element(row.of, v, parts, sums); }
   FASTGEN_HD void epilogue(int64_t row, Row& constants, const T* sums) const {
     constants.of.center = D == Divergence::forward ? T(0) : sums[1];
-    loss[row] = (scale ? *scale : T(1)) * sums[0];
-    stats.store(row, constants.student, constants.teacher, constants.of.center);
+    loss[row] = (scale ? *scale : T(1)) * of.loss(sums);
+    stats.store(row, constants.student, constants.teacher, constants.of.center * T(JsdElement<T, D>::kLog));
   }
   FASTGEN_HD T map(const Row& row, const T* parts) const { return of.gradient(row.of, parts); }
 };
@@ -303,7 +313,8 @@ Tensor token_logprob_backward(const Tensor& grad, const Tensor& logits, const Te
     using T = decltype(zero);
     const T* s = static_cast<const T*>(saved.const_data_ptr());
     const TokenLogprobBackward<T> formula{tokens_of<T>(indices, logits, ignore_index), T(1 / temperature),
-                                          data_or_null<T>(row_grad), {s, s + rows.count}};
+                                          Base::scale(T(1 / temperature)), data_or_null<T>(row_grad),
+                                          {s, s + rows.count}};
     Device::template sweep<T>(formula, rows, Output{grad_logits.mutable_data_ptr(), logits.scalar_type()},
                               logits.size(-1));
   });
@@ -369,10 +380,9 @@ std::tuple<Tensor, Tensor, Tensor> generalized_jsd(const Tensor& student, const 
     using T = decltype(zero);
     with_divergence(beta, [&](auto divergence) {
       constexpr Divergence D = decltype(divergence)::value;
-      const T inverse = T(1 / temperature);
-      const GeneralizedJsd<T, D> formula{{T(beta), T(1 - beta), inverse},        inverse,
-                                         labels_or_null(labels),    ignore_index,
-                                         data_or_null<T>(factor),   mutable_data<T>(loss),
+      const GeneralizedJsd<T, D> formula{JsdElement<T, D>(beta, temperature), T(1 / temperature),
+                                         labels_or_null(labels),              ignore_index,
+                                         data_or_null<T>(factor),             mutable_data<T>(loss),
                                          jsd_stats<T>(stats, rows.count)};
       Device::template sweep<T>(formula, rows,
                                 Output{with_grad ? grad.mutable_data_ptr() : nullptr, student.scalar_type()},
@@ -396,10 +406,9 @@ Tensor generalized_jsd_backward(const Tensor& grad, const Tensor& student, const
     using T = decltype(zero);
     with_divergence(beta, [&](auto divergence) {
       constexpr Divergence D = decltype(divergence)::value;
-      const T inverse = T(1 / temperature);
-      const GeneralizedJsdBackward<T, D> formula{{T(beta), T(1 - beta), inverse},         inverse,
-                                                 labels_or_null(labels),     ignore_index,
-                                                 data_or_null<T>(row_grad),  jsd_stats<T>(saved, rows.count)};
+      const GeneralizedJsdBackward<T, D> formula{JsdElement<T, D>(beta, temperature), T(1 / temperature),
+                                                 labels_or_null(labels),              ignore_index,
+                                                 data_or_null<T>(row_grad),           jsd_stats<T>(saved, rows.count)};
       Device::template sweep<T>(formula, rows, Output{grad_student.mutable_data_ptr(), student.scalar_type()},
                                 student.size(-1));
     });

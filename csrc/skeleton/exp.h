@@ -2,6 +2,9 @@
 //
 // float: polynomials fitted here, errors against float64 over the whole domain (tests/test_sequence.py checks them):
 // exp below 1.1 units in the last place, expm1 and log below 2. double: the C library's.
+//
+// What a sweep does with every logit is to the base of the device (Base): 2 on a GPU, whose hardware has 2^x (to a
+// relative 2^-22) and log2 (there too, but between 1/2 and 2 to an absolute 2^-22), e on a CPU.
 #pragma once
 
 #include <cstring>
@@ -54,5 +57,139 @@ FASTGEN_HD float log_of(float u, float z) {
 }
 
 FASTGEN_HD double log_of(double u, double z) { return u > 0.5 ? std::log1p(z) : std::log(u); }
+
+#if defined(__CUDACC__) || defined(FASTGEN_EMULATED)
+#if defined(__CUDA_ARCH__)
+__device__ __forceinline__ float hardware_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float hardware_log2(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+#elif defined(FASTGEN_EMULATED)
+using emulator::hardware_exp2, emulator::hardware_log2;
+#else
+inline float hardware_exp2(float x) { return std::exp2(x); }  // never called: nvcc's own pass over host code
+inline float hardware_log2(float x) { return std::log2(x); }
+#endif
+
+// log(u, z): of u = 1 + z, as far as the device can tell the two apart. scale: 1 / temperature to the base.
+struct Base {
+  static constexpr double kLog = 0.69314718055994530942;  // natural, of the base
+  static constexpr float kMost = 126;                     // base^±most is a normal float
+
+  static FASTGEN_HD float power(float x) { return hardware_exp2(x); }
+  static FASTGEN_HD double power(double x) { return std::exp2(x); }
+  static FASTGEN_HD float log(float u, float) { return hardware_log2(u); }
+  static FASTGEN_HD double log(double u, double) { return std::log2(u); }
+  template <class T>
+  static FASTGEN_HD T scale(T inverse_temperature) {
+    return inverse_temperature * T(1 / kLog);
+  }
+};
+
+// (v - max) * scale for every v of a row, as one rounded operation, v * scale - base: base is max * scale, rounded, and
+// what that lost is a factor of the whole row. Of a maximum whose product overflows only what equals it counts, at any
+// scale.
+template <class T>
+struct Origin {
+  T scale, base, factor;  // factor: base^(base - max * scale), near 1
+
+  Origin() = default;
+  FASTGEN_HD Origin(T max, T scale_) : scale(std::abs(max * scale_) < T(1e37) ? scale_ : scale_ * T(0x1p-40)) {
+    base = max * scale;
+    factor = Base::power(-std::fma(max, scale, -base));
+  }
+  FASTGEN_HD T from(T v) const { return std::fma(v, scale, -base); }
+};
+#else
+struct Base {
+  static constexpr double kLog = 1;
+  static constexpr float kMost = 87;
+
+  static FASTGEN_HD float power(float x) { return exp_of(x); }
+  static FASTGEN_HD double power(double x) { return std::exp(x); }
+  static FASTGEN_HD float log(float u, float z) { return log_of(u, z); }
+  static FASTGEN_HD double log(double u, double) { return std::log(u); }
+  template <class T>
+  static FASTGEN_HD T scale(T inverse_temperature) {
+    return inverse_temperature;
+  }
+};
+
+template <class T>
+struct Origin {
+  T scale, base, factor;
+
+  Origin() = default;
+  FASTGEN_HD Origin(T max, T scale_) : scale(scale_), base(max), factor(1) {}
+  FASTGEN_HD T from(T v) const { return (v - base) * scale; }  // not fused: not every CPU can
+};
+#endif
+
+// The larger and the smaller number; of NaN and a number, the number `limit`.
+FASTGEN_HD float at_least(float x, float limit) {
+#ifdef __CUDA_ARCH__
+  return fmaxf(x, limit);
+#else
+  return x > limit ? x : limit;
+#endif
+}
+FASTGEN_HD float at_most(float x, float limit) {
+#ifdef __CUDA_ARCH__
+  return fminf(x, limit);
+#else
+  return x < limit ? x : limit;
+#endif
+}
+FASTGEN_HD double at_least(double x, double limit) { return x > limit ? x : limit; }
+FASTGEN_HD double at_most(double x, double limit) { return x < limit ? x : limit; }
+
+// How far from 0 the two series below are used, in natural units; elsewhere nothing cancels.
+constexpr float kNear = 0.35f;
+
+// e^x - 1 for |x| <= kNear, to 1 unit in the last place.
+FASTGEN_HD float expm1_near(float x) {
+  const float p = (((0x1.6da504p-10f * x + 0x1.1230a6p-7f) * x + 0x1.55547ap-5f) * x + 0x1.5554a4p-3f) * x + 0x1.0p-1f;
+  return x * (x * p + 1.0f);
+}
+FASTGEN_HD double expm1_near(double x) { return std::expm1(x); }
+
+// log(rest + beta base^d) to the base, with rest = 1 - beta: what M = beta P + (1 - beta) Q is over Q, for
+// P = Q base^d. Near 0 by its series in d, whose coefficients are the cumulants of a coin that shows 1 with probability
+// beta, over factorials; they converge for |d| < π.
+template <class T>
+struct LogMixture {
+  static constexpr int kTerms = 7;
+  T beta, rest;  // rest: 1 - beta, which float would round
+  T terms[kTerms];
+
+  explicit LogMixture(double probability) : beta(static_cast<T>(probability)), rest(static_cast<T>(1 - probability)) {
+    double mean[kTerms] = {probability};  // the series of β e^u / (rest + β e^u), whose integral is the logarithm: p' = p (1 - p)
+    double power = 1;
+    for (int n = 0; n < kTerms; ++n) {
+      terms[n] = static_cast<T>(mean[n] / (n + 1) * power);
+      power *= Base::kLog;
+      if (n + 1 == kTerms) break;
+      mean[n + 1] = mean[n];
+      for (int i = 0; i <= n; ++i) mean[n + 1] -= mean[i] * mean[n - i];
+      mean[n + 1] /= n + 1;
+    }
+  }
+
+  FASTGEN_HD float log(float d) const {
+    float near = terms[kTerms - 1];
+    for (int n = kTerms - 2; n >= 0; --n) near = near * d + terms[n];
+    const float power = Base::power(d), far = Base::log(beta * power + rest, beta * (power - 1.0f));
+    return std::abs(d) < static_cast<float>(kNear / Base::kLog) ? near * d : far;
+  }
+  FASTGEN_HD double log(double d) const {
+    return d < 1 ? std::log1p(beta * std::expm1(d * Base::kLog)) / Base::kLog : Base::log(beta * Base::power(d) + rest, 0);
+  }
+};
 
 }  // namespace fastgen

@@ -1,9 +1,10 @@
 // The sweep skeleton on a GPU (formula.h says what its formulas are): a row is one block's, or on sm_90 a
 // cluster's, whose blocks take equal shares.
 //
-// The first pass, which finds maximum and sum, leaves the row's logits in (distributed) shared memory as they came, so
-// that the passes after it read no global memory: two rows of 128 256 bfloat16 logits are 64 KB in each of eight blocks.
-// A row that does not fit is read again by each pass. A formula that neither normalizes nor sums has nothing to wait
+// The first pass, which finds maximum and sum, leaves the row's logits in (distributed) shared memory as they came; the
+// second, which sums what formulas want, leaves there what the map wants; so that only the first reads global memory,
+// and the last is short: of 128 256 pairs two floats each are 64 KB in each of sixteen blocks. A row that does not fit
+// is read again by each pass. A formula that neither normalizes nor sums has nothing to wait
 // for: any number of blocks map shares of a row.
 //
 // Sums have a fixed tree for a given shape, alignment and device: elements of a vector, vectors of a thread, threads,
@@ -16,9 +17,15 @@
 
 namespace fastgen::cuda {
 
+constexpr int kSweepThreads = 256;  // of a block
 template <class T>
-constexpr int kSweepThreads = sizeof(T) == 4 ? 512 : 256;  // of a block: 128 registers each, or all there are
-constexpr int kMapSlots = 4;                               // vectors of a thread where a row is only mapped
+constexpr int kSweepBlocks = sizeof(T) == 4 ? 4 : 1;  // on a multiprocessor at least: 64 registers a thread
+constexpr int kMapSlots = 4;        // vectors of a thread where a row is only mapped
+
+template <class F>
+constexpr bool kMapsAtOnce = requires { requires F::kMapsAtOnce; };
+template <class T>
+constexpr ScalarType kDtype = sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double;
 
 template <class F>
 constexpr bool kGathers = F::kNormalizes || F::kSums > 0;  // blocks wait for each other
@@ -26,14 +33,16 @@ constexpr bool kGathers = F::kNormalizes || F::kSums > 0;  // blocks wait for ea
 struct SweepPlan {
   int threads, parts, share;  // of a block; blocks of a row; vectors of a block
   int slots;                  // vectors of a thread kept in shared memory; 0: none
+  int held_pieces;            // of 16 bytes, of one of them
   int64_t shared_bytes;
 
   bool operator==(const SweepPlan&) const = default;
 };
 
-// `held_bytes`: of one vector of all streams, where later passes want it.
+// `held_bytes`: of one vector, that later passes want of all streams or of what the map wants.
 inline SweepPlan plan_sweep(int64_t rows, int64_t vectors, int held_bytes, bool gathers, const Limits& limits) {
   SweepPlan plan{};
+  plan.held_pieces = held_bytes / 16;
   if (!gathers) {
     plan.threads = team_threads(std::max<int64_t>(vectors, 33), std::min(limits.threads, kMapThreads));
     plan.share = kMapSlots * plan.threads;
@@ -78,39 +87,81 @@ struct SweepExchange {
     T max;
     double sum;
   };
+  struct Normals {
+    Normal of[N];
+  };
+  struct Totals {
+    double of[K];
+  };
   T warp_max[N][32];
   Exchange<double, N> normal_sums;
   Exchange<double, K> sums;
-  Normal normal[kMaxCluster][N];
-  double totals[kMaxCluster][K];
+  Normals normals[kMaxCluster];
+  Totals totals[kMaxCluster];
   typename F::Row row;
 };
 
+// Where a thread keeps what it has of a vector: 16-byte pieces in shared memory that it alone writes and reads, a
+// warp's being neighbours.
+struct Slot {
+  uint4* first;
+  int threads;
+
+  __device__ __forceinline__ void store(int piece, int bytes, const Raw& raw) const {
+    first[piece * threads] = get(raw, 0);
+    if (bytes > 16) first[(piece + 1) * threads] = get(raw, 4);
+  }
+  __device__ __forceinline__ void load(int piece, int bytes, Raw& raw) const {
+    put(raw, 0, first[piece * threads]);
+    if (bytes > 16) put(raw, 4, first[(piece + 1) * threads]);
+  }
+};
+
 // One block's work on its share of a row: vectors first + thread, first + thread + threads, … below last.
-template <Access access, class T, class F, int N>
+// `alike`: the dtype of all streams and of the output, Undefined where only the launch knows them.
+template <Access access, ScalarType alike, class T, class F, int N>
 struct Sweep {
   const SweepArguments<T, F, N>& job;
   const SweepPlan& plan;
   SweepExchange<T, F>& exchange;
-  char* memory;
-  int64_t row, first, last;
-  int part;
-  int head;
+  uint4* memory;
+  int64_t row;
+  int first, last, part, head;
+  const void* in[N];  // the row
+
+  __device__ __forceinline__ Sweep(const SweepArguments<T, F, N>& job_, const SweepPlan& plan_,
+                                   SweepExchange<T, F>& exchange_, uint4* memory_)
+      : job(job_), plan(plan_), exchange(exchange_), memory(memory_), row(blockIdx.x / plan_.parts) {
+    part = static_cast<int>(blockIdx.x - static_cast<unsigned>(row) * plan.parts);
+    first = part * plan.share;
+    last = static_cast<int>(min(job.vectors, static_cast<int64_t>(first) + plan.share));
+    head = access == Access::peeled ? job.head(row) : 0;
+#pragma unroll
+    for (int s = 0; s < N; ++s)
+      in[s] = static_cast<const char*>(job.in[s].data) + job.start(s, row) * bytes_of<false>(dtype(s));
+  }
+
+  __device__ __forceinline__ ScalarType dtype(int stream) const {
+    return alike == ScalarType::Undefined ? job.in[stream].dtype : alike;
+  }
+  __device__ __forceinline__ Stream stream(int s) const { return {in[s], dtype(s), 0}; }
+  __device__ __forceinline__ Output out() const {
+    return {job.out.data, alike == ScalarType::Undefined ? job.out.dtype : alike};
+  }
 
   __device__ __forceinline__ Span span(int64_t v) const {
     if constexpr (access == Access::peeled) return peeled_span_of(v, head, job.size, kWidth<T>);
     return span_of(v, job.vectors, job.size, kWidth<T>);
   }
 
-  __device__ __forceinline__ int64_t start(int s) const { return job.start(s, row); }
+  __device__ __forceinline__ int bytes(int stream) const { return bytes_of<false>(dtype(stream)) * kWidth<T>; }
 
-  __device__ __forceinline__ Held<T, false> holder(int stream) const {
-    char* base = memory;
-#pragma unroll
-    for (int s = 0; s < N; ++s)
-      if (s < stream) base += plan.slots * plan.threads * bytes_of<false>(job.in[s].dtype) * kWidth<T>;
-    return {base, plan.threads, static_cast<int>(threadIdx.x)};
+  __device__ __forceinline__ Slot slot(int index) const {
+    return {memory + index * plan.held_pieces * plan.threads + threadIdx.x, plan.threads};
   }
+
+  // The first piece of a stream in a slot.
+  __device__ __forceinline__ int piece(int stream) const { return stream == 0 ? 0 : bytes(0) > 16 ? 2 : 1; }
 
   // Whether 16-byte accesses reach all of vector v, and from which column on.
   __device__ __forceinline__ bool whole(int64_t v) const {
@@ -122,35 +173,29 @@ struct Sweep {
   }
 
   template <Use use>
-  __device__ __forceinline__ void load(int64_t v, Raw (&raw)[N]) const {
+  __device__ __forceinline__ void load(int v, Raw (&raw)[N]) const {
     const bool wide = whole(v);
 #pragma unroll
     for (int s = 0; s < N; ++s) {
-      const Stream in{job.in[s].data, job.in[s].dtype, 0};
-      if (wide) load_wide<T, use, false>(in, start(s) + begin(v), raw[s]);
-      else load_single<T, use, false>(in, start(s), span(v), raw[s]);
+      if (wide) load_wide<T, use, false>(stream(s), begin(v), raw[s]);
+      else load_single<T, use, false>(stream(s), 0, span(v), raw[s]);
     }
   }
 
-  __device__ __forceinline__ void again(int64_t v, int slot, Raw (&raw)[N]) const {
+  __device__ __forceinline__ void again(int v, int index, Raw (&raw)[N]) const {
     if (plan.slots == 0) return load<Use::again>(v, raw);
 #pragma unroll
-    for (int s = 0; s < N; ++s) holder(s).load(slot, job.in[s].dtype, raw[s]);
+    for (int s = 0; s < N; ++s) slot(index).load(piece(s), bytes(s), raw[s]);
   }
 
   __device__ __forceinline__ int count(int64_t v) const {
     return access == Access::wide ? kWidth<T> : span(v).count;
   }
 
-  __device__ __forceinline__ int64_t column(int64_t v, int j) const {
-    if constexpr (access == Access::wide) return v * kWidth<T> + j;
-    const Span of = span(v);
-    return of.start + int64_t{1} * j * of.stride;
-  }
-
-  __device__ __forceinline__ void store(int64_t v, const Raw& raw) const {
-    if (whole(v)) store_wide<T>(job.out, row * job.width + begin(v), raw);
-    else store_single<T>(job.out, row * job.width, span(v), raw);
+  __device__ __forceinline__ void store(int v, const T (&y)[kWidth<T>]) const {
+    const Raw raw = pack<T>(y, out().dtype);
+    if (whole(v)) store_wide<T>(out(), row * job.width + begin(v), raw);
+    else store_single<T>(out(), row * job.width, span(v), raw);
   }
 
   // Zeros in the columns from `begin` to the output's width.
@@ -159,12 +204,12 @@ struct Sweep {
     const Span one{0, 1, 1};
     for (int64_t i = begin + int64_t{1} * part * plan.threads + threadIdx.x; i < job.width;
          i += int64_t{1} * plan.parts * plan.threads)
-      store_single<T>(job.out, row * job.width + i, one, raw);
+      store_single<T>(out(), row * job.width + i, one, raw);
   }
 
   __device__ __forceinline__ void clear() const {
-    const Raw raw{};
-    for (int64_t v = first + threadIdx.x; v < last; v += plan.threads) store(v, raw);
+    const T zeros[kWidth<T>] = {};
+    for (int v = first + threadIdx.x; v < last; v += plan.threads) store(v, zeros);
     zero(job.size);
   }
 
@@ -186,124 +231,194 @@ struct Sweep {
     __syncthreads();
   }
 
-  // On every thread, the largest of the block's.
-  __device__ __forceinline__ T block_max(T x, T* warps) const {
-    for (int offset = 16; offset > 0; offset /= 2) {
-      const T other = __shfl_xor_sync(~0u, x, offset);
-      x = other > x ? other : x;
+  // On every thread, the largest of the block's of each stream.
+  __device__ __forceinline__ void block_max(T (&x)[N]) const {
+#pragma unroll
+    for (int s = 0; s < N; ++s) {
+      for (int offset = 16; offset > 0; offset /= 2) x[s] = at_least(__shfl_xor_sync(~0u, x[s], offset), x[s]);
+      if (threadIdx.x % 32 == 0) exchange.warp_max[s][threadIdx.x / 32] = x[s];
     }
-    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = x;
     __syncthreads();
-    for (int w = 0; w < plan.threads / 32; ++w) x = warps[w] > x ? warps[w] : x;
-    return x;
+    for (int w = 0; w < plan.threads / 32; ++w)
+#pragma unroll
+      for (int s = 0; s < N; ++s) x[s] = at_least(exchange.warp_max[s][w], x[s]);
+  }
+
+  // Adds a vector to the online sum of Σ base^((v - most) scale).
+  __device__ __forceinline__ void add_powers(const T (&x)[kWidth<T>], int n, T scale, T& most, T& sum) const {
+    T top = most;
+#pragma unroll
+    for (int j = 0; j < kWidth<T>; ++j)
+      if (j < n) top = at_least(x[j], top);
+    const T base = base_of(top);
+    T add = T(0);
+#pragma unroll
+    for (int j = 0; j < kWidth<T>; ++j)
+      if (j < n) add += Base::power((x[j] - base) * scale);
+    sum = sum * Base::power((most - base) * scale) + add;  // 0 at first
+    most = top;
   }
 
   __device__ __forceinline__ void normalize(Softmax<T> (&normal)[N]) const {
-    const T inverse = job.formula.inverse_temperature;
-    T most[N], sum[N];
+    const T scale = Base::scale(job.formula.inverse_temperature);
+    T most[N], sum[N], block[N];
 #pragma unroll
     for (int s = 0; s < N; ++s) most[s] = -static_cast<T>(INFINITY), sum[s] = T(0);
-#pragma unroll 1
-    for (int64_t v = first + threadIdx.x, slot = 0; v < last; v += plan.threads, ++slot) {
-      Raw raw[N];
-      load<Use::again>(v, raw);
+    const auto take = [&](int v, int index, const Raw (&raw)[N]) {
 #pragma unroll
       for (int s = 0; s < N; ++s) {
-        if (plan.slots > 0) holder(s).store(static_cast<int>(slot), job.in[s].dtype, raw[s]);
+        if (plan.slots > 0) slot(index).store(piece(s), bytes(s), raw[s]);
         T x[kWidth<T>];
-        unpack<T, false>(raw[s], job.in[s].dtype, x);
-        T top = most[s], add = T(0);
-#pragma unroll
-        for (int j = 0; j < kWidth<T>; ++j)
-          if (j < count(v)) top = x[j] > top ? x[j] : top;
-        const T base = base_of(top);
-#pragma unroll
-        for (int j = 0; j < kWidth<T>; ++j)
-          if (j < count(v)) add += exp_of((x[j] - base) * inverse);
-        if (top > most[s]) sum[s] *= exp_of((most[s] - base) * inverse), most[s] = top;  // exp_of(-inf) is 0
-        sum[s] += add;
+        unpack<T, false>(raw[s], dtype(s), x);
+        add_powers(x, count(v), scale, most[s], sum[s]);
+      }
+    };
+    int v = first + threadIdx.x, index = 0;
+    if constexpr (access == Access::wide) {  // two vectors of each stream in flight
+#pragma unroll 1
+      for (; v + plan.threads < last; v += 2 * plan.threads, index += 2) {
+        Raw raw[N], second[N];
+        load<Use::again>(v, raw);
+        load<Use::again>(v + plan.threads, second);
+        take(v, index, raw);
+        take(v + plan.threads, index + 1, second);
       }
     }
-    double totals[N];
-    T block[N];
-#pragma unroll
-    for (int s = 0; s < N; ++s) {
-      block[s] = block_max(most[s], exchange.warp_max[s]);
-      totals[s] = static_cast<double>(sum[s] * exp_of((most[s] - base_of(block[s])) * inverse));
+#pragma unroll 1
+    for (; v < last; v += plan.threads, ++index) {
+      Raw raw[N];
+      load<Use::again>(v, raw);
+      take(v, index, raw);
     }
-    block_sum(totals, exchange.normal_sums);
+    double totals[N];
+#pragma unroll
+    for (int s = 0; s < N; ++s) block[s] = most[s];
+    block_max(block);
 #pragma unroll
     for (int s = 0; s < N; ++s)
-      gather(&exchange.normal[part][s], typename SweepExchange<T, F>::Normal{block[s], totals[s]}, s == 0);
+      totals[s] = static_cast<double>(sum[s] * Base::power((most[s] - base_of(block[s])) * scale));
+    block_sum(totals, exchange.normal_sums);
+    typename SweepExchange<T, F>::Normals mine;
+#pragma unroll
+    for (int s = 0; s < N; ++s) mine.of[s] = {block[s], totals[s]};
+    gather(&exchange.normals[part], mine, true);
 #pragma unroll
     for (int s = 0; s < N; ++s) {
-      T max = exchange.normal[0][s].max;
-      for (int b = 1; b < plan.parts; ++b) max = exchange.normal[b][s].max > max ? exchange.normal[b][s].max : max;
+      T max = exchange.normals[0].of[s].max;
+#pragma unroll 1
+      for (int b = 1; b < plan.parts; ++b) max = at_least(exchange.normals[b].of[s].max, max);
       double total = 0;
+#pragma unroll 1
       for (int b = 0; b < plan.parts; ++b)
-        total += exchange.normal[b][s].sum *
-                 static_cast<double>(exp_of((exchange.normal[b][s].max - base_of(max)) * inverse));
+        total += exchange.normals[b].of[s].sum *
+                 static_cast<double>(Base::power((exchange.normals[b].of[s].max - base_of(max)) * scale));
       normal[s] = {max, static_cast<T>(total)};
     }
   }
 
-  // Runs `use(parts, v, j)` on the elements of this block's share, adding to `sums`.
-  template <class Finish>
-  __device__ __forceinline__ void elements(const typename F::Row& constants, T* sums, const Finish& finish) const {
-#pragma unroll 1
-    for (int64_t v = first + threadIdx.x, slot = 0; v < last; v += plan.threads, ++slot) {
-      Raw raw[N];
-      again(v, static_cast<int>(slot), raw);
-      T x[N][kWidth<T>], y[kWidth<T>];
+  // The vector's outputs. Only one element of a row is picked: the others cost one comparison a vector.
+  __device__ __forceinline__ void map(const typename F::Row& constants, [[maybe_unused]] const T (&x)[kWidth<T>],
+                                      const T (&parts)[F::kParts][kWidth<T>], int v,
+                                      [[maybe_unused]] int64_t picked) const {
+    T y[kWidth<T>];
 #pragma unroll
-      for (int s = 0; s < N; ++s) unpack<T, false>(raw[s], job.in[s].dtype, x[s]);
-      T add[F::kSums + 1] = {};
+    for (int j = 0; j < kWidth<T>; ++j) {
+      T one[F::kParts];
+#pragma unroll
+      for (int k = 0; k < F::kParts; ++k) one[k] = parts[k][j];
+      y[j] = job.formula.map(constants, one);
+    }
+    if constexpr (requires { job.formula.map_picked(constants, T(0)); }) {
+      const Span of = access == Access::wide ? Span{begin(v), 1, kWidth<T>} : span(v);
+      const int64_t behind = picked - of.start;
+      if (behind >= 0 && behind < int64_t{1} * of.count * of.stride && behind % of.stride == 0) {
+        const int at = static_cast<int>(behind / of.stride);
+        T value = x[0];
+#pragma unroll
+        for (int j = 1; j < kWidth<T>; ++j) value = j == at ? x[j] : value;
+        value = job.formula.map_picked(constants, value);
+#pragma unroll
+        for (int j = 0; j < kWidth<T>; ++j) y[j] = j == at ? value : y[j];
+      }
+    }
+    store(v, y);
+  }
+
+  // Hands the elements of this block's share to the formula. Its sums are added to `sums`; its parts are kept in shared
+  // memory, mapped, or dropped.
+  template <bool kSum, bool kMap>
+  __device__ __forceinline__ void elements(const typename F::Row& constants, T* sums, bool keep, int64_t picked) const {
+#pragma unroll 1
+    for (int v = first + threadIdx.x, index = 0; v < last; v += plan.threads, ++index) {
+      Raw raw[N];
+      again(v, index, raw);
+      T x[N][kWidth<T>], parts[F::kParts][kWidth<T>], add[F::kSums + 1] = {};
+#pragma unroll
+      for (int s = 0; s < N; ++s) unpack<T, false>(raw[s], dtype(s), x[s]);
 #pragma unroll
       for (int j = 0; j < kWidth<T>; ++j)
         if (j < count(v)) {
-          T one[N], parts[F::kParts];
+          T one[N], part[F::kParts];
 #pragma unroll
           for (int s = 0; s < N; ++s) one[s] = x[s][j];
-          job.formula.element(constants, one, parts, add);
-          y[j] = finish(parts, one[0], v, j);
+          job.formula.element(constants, one, part, add);
+#pragma unroll
+          for (int k = 0; k < F::kParts; ++k) parts[k][j] = part[k];
         }
-      for (int k = 0; k < F::kSums; ++k) sums[k] += add[k];
-      if constexpr (Finish::kWrites) store(v, pack<T>(y, job.out.dtype));
+      if constexpr (kSum)
+        for (int k = 0; k < F::kSums; ++k) sums[k] += add[k];
+      if constexpr (kMap) map(constants, x[0], parts, v, picked);
+      else if (keep)
+#pragma unroll
+        for (int k = 0; k < F::kParts; ++k) slot(index).store(2 * k, 32, pack<T>(parts[k], kDtype<T>));
     }
   }
 
-  struct Drop {
-    static constexpr bool kWrites = false;
-    __device__ __forceinline__ T operator()(const T*, T, int64_t, int) const { return T(0); }
-  };
-
-  struct Map {
-    static constexpr bool kWrites = true;
-    const Sweep& sweep;
-    const typename F::Row& constants;
-    int64_t picked;
-
-    __device__ __forceinline__ T operator()(const T* parts, T v, int64_t vector, int j) const {
-      if constexpr (requires(const F& f) { f.map_picked(constants, v); })
-        if (sweep.column(vector, j) == picked) return sweep.job.formula.map_picked(constants, v);
-      return sweep.job.formula.map(constants, parts);
+  // Maps what was kept.
+  __device__ __forceinline__ void map_kept(const typename F::Row& constants) const {
+#pragma unroll 1
+    for (int v = first + threadIdx.x, index = 0; v < last; v += plan.threads, ++index) {
+      T parts[F::kParts][kWidth<T>];
+#pragma unroll
+      for (int k = 0; k < F::kParts; ++k) {
+        Raw raw;
+        slot(index).load(2 * k, 32, raw);
+        unpack<T, false>(raw, kDtype<T>, parts[k]);
+      }
+      map(constants, parts[0], parts, v, -1);
     }
-  };
-
-  __device__ __forceinline__ void write(const typename F::Row& constants) const {
-    int64_t picked = -1;
-    if constexpr (requires(const F& f) { f.map_picked(constants, T(0)); }) picked = job.formula.picked(row);
-    T unused[F::kSums + 1] = {};
-    elements(constants, unused, Map{*this, constants, picked});
-    zero(job.size);
   }
 
   __device__ __forceinline__ T element_at(int64_t column) const {
     Raw raw[1];
-    load_single<T, Use::again, false>(Stream{job.in[0].data, job.in[0].dtype, 0}, start(0) + column, Span{0, 1, 1}, raw[0]);
+    load_single<T, Use::again, false>(stream(0), column, Span{0, 1, 1}, raw[0]);
     T x[kWidth<T>];
-    unpack<T, false>(raw[0], job.in[0].dtype, x);
+    unpack<T, false>(raw[0], dtype(0), x);
     return x[0];
+  }
+
+  // Adds up what the blocks have summed, completes the row and hands it to every thread.
+  __device__ __forceinline__ void finish(const T (&sums)[F::kSums], typename F::Row& constants) const {
+    double totals[F::kSums];
+#pragma unroll
+    for (int k = 0; k < F::kSums; ++k) totals[k] = static_cast<double>(sums[k]);
+    block_sum(totals, exchange.sums);
+    typename SweepExchange<T, F>::Totals mine;
+#pragma unroll
+    for (int k = 0; k < F::kSums; ++k) mine.of[k] = totals[k];
+    gather(&exchange.totals[part], mine, !F::kNormalizes);
+    if (threadIdx.x == 0) {  // of every block: they store the same numbers
+      T total[F::kSums];
+      for (int k = 0; k < F::kSums; ++k) {
+        double sum = 0;
+        for (int b = 0; b < plan.parts; ++b) sum += exchange.totals[b].of[k];
+        total[k] = static_cast<T>(sum);
+      }
+      job.formula.epilogue(row, constants, total);
+      exchange.row = constants;
+    }
+    __syncthreads();
+    constants = exchange.row;
   }
 
   __device__ __forceinline__ void run() const {
@@ -312,54 +427,40 @@ struct Sweep {
     typename F::Row constants = job.formula.row(row, normal);
     if constexpr (F::kSums > 0) {
       T sums[F::kSums] = {};
-      elements(constants, sums, Drop{});
-      double totals[F::kSums];
-#pragma unroll
-      for (int k = 0; k < F::kSums; ++k) totals[k] = static_cast<double>(sums[k]);
-      block_sum(totals, exchange.sums);
-#pragma unroll
-      for (int k = 0; k < F::kSums; ++k) gather(&exchange.totals[part][k], totals[k], false);
-      if (threadIdx.x == 0) {  // of every block: they store the same numbers
-        T total[F::kSums];
-        for (int k = 0; k < F::kSums; ++k) {
-          double sum = 0;
-          for (int b = 0; b < plan.parts; ++b) sum += exchange.totals[b][k];
-          total[k] = static_cast<T>(sum);
-        }
-        job.formula.epilogue(row, constants, total);
-        exchange.row = constants;
-      }
+      if (kMapsAtOnce<F> && job.out.data) elements<true, true>(constants, sums, false, -1);
+      else elements<true, false>(constants, sums, job.out.data && plan.slots > 0, -1);
+      finish(sums, constants);
       if (!job.out.data) return;
-      __syncthreads();
-      constants = exchange.row;
-    } else if (kGathers<F> && part == 0 && threadIdx.x == 0) {
-      job.formula.epilogue(row, constants, nullptr);
-      if constexpr (requires(const F& f) { f.pick(row, constants, T(0)); }) {
-        const int64_t picked = job.formula.picked(row);
-        if (picked >= 0 && picked < job.size) job.formula.pick(row, constants, element_at(picked));
+      if constexpr (!kMapsAtOnce<F>) {
+        if (plan.slots > 0) map_kept(constants);
+        else elements<false, true>(constants, nullptr, false, -1);
+      }
+    } else if (kGathers<F>) {
+      if (part == 0 && threadIdx.x == 0) {
+        job.formula.epilogue(row, constants, nullptr);
+        if constexpr (requires(const F& f) { f.pick(row, constants, T(0)); }) {
+          const int64_t picked = job.formula.picked(row);
+          if (picked >= 0 && picked < job.size) job.formula.pick(row, constants, element_at(picked));
+        }
       }
     }
-    if constexpr (F::kParts > 0) write(constants);
+    if constexpr (F::kSums == 0 && F::kParts > 0) {
+      int64_t picked = -1;
+      if constexpr (requires(const F& f) { f.map_picked(constants, T(0)); }) picked = job.formula.picked(row);
+      elements<false, true>(constants, nullptr, false, picked);
+    }
+    if constexpr (F::kParts > 0) zero(job.size);
   }
 };
 
-template <Access access, class T, class F, int N>
-__global__ void __launch_bounds__(kSweepThreads<T>, 1) sweep_rows(const __grid_constant__ SweepArguments<T, F, N> job,
-                                                                  const __grid_constant__ SweepPlan plan) {
+template <Access access, ScalarType alike, class T, class F, int N>
+__global__ void __launch_bounds__(kSweepThreads, kSweepBlocks<T>)
+    sweep_rows(const __grid_constant__ SweepArguments<T, F, N> job, const __grid_constant__ SweepPlan plan) {
   extern __shared__ uint4 held[];
   __shared__ SweepExchange<T, F> exchange;
-  const int64_t row = blockIdx.x / plan.parts, first = int64_t{1} * (blockIdx.x % plan.parts) * plan.share;
-  const Sweep<access, T, F, N> sweep{job,
-                                     plan,
-                                     exchange,
-                                     reinterpret_cast<char*>(held),
-                                     row,
-                                     first,
-                                     min(job.vectors, first + plan.share),
-                                     static_cast<int>(blockIdx.x % plan.parts),
-                                     access == Access::peeled ? job.head(row) : 0};
-  if (job.formula.ignored(row)) {  // all blocks of a cluster find so, before any barrier
-    if (sweep.part == 0 && threadIdx.x == 0) job.formula.ignore(row);
+  const Sweep<access, alike, T, F, N> sweep(job, plan, exchange, held);
+  if (job.formula.ignored(sweep.row)) {  // all blocks of a cluster find so, before any barrier
+    if (sweep.part == 0 && threadIdx.x == 0) job.formula.ignore(sweep.row);
     if (job.out.data) sweep.clear();
     return;
   }
@@ -407,20 +508,32 @@ void sweep(const F& formula, const TokenRows<N>& rows, const Output& out, int64_
   SweepArguments<T, F, N> job{formula, rows.size, width, ceil_div<int64_t>(rows.size, kWidth<T>), {}, out};
   std::copy(rows.stream.begin(), rows.stream.end(), job.in);
   int held_bytes = 0;
-  if (F::kSums > 0)
-    for (const TokenStream& s : job.in) held_bytes += bytes_of<false>(s.dtype) * kWidth<T>;
-  const auto run = [&](auto access) {
+  if (F::kSums > 0) {
+    for (const TokenStream& s : job.in) held_bytes += std::max(bytes_of<false>(s.dtype) * kWidth<T>, 16);
+    if (out.data && !kMapsAtOnce<F>) held_bytes = std::max(held_bytes, F::kParts * 32);
+  }
+  const auto run = [&](auto access, auto alike) {
     if (access() == Access::peeled) ++job.vectors;
-    const auto kernel = &sweep_rows<access(), T, F, N>;
-    const Limits limits = limits_of<&sweep_rows<access(), T, F, N>, kSweepThreads<T>>(launch.device);
+    const auto kernel = &sweep_rows<access(), alike(), T, F, N>;
+    const Limits limits = limits_of<&sweep_rows<access(), alike(), T, F, N>, kSweepThreads>(launch.device);
     const SweepPlan plan = plan_sweep(rows.count, job.vectors, held_bytes, kGathers<F>, limits);
     launch(kernel, rows.count * plan.parts, dim3(plan.threads), plan.shared_bytes, kGathers<F> ? plan.parts : 1, job,
            plan);
   };
-  if (is_wide(job, rows.count)) return run(std::integral_constant<Access, Access::wide>{});
+  constexpr std::integral_constant<ScalarType, ScalarType::Undefined> any;
+  if (is_wide(job, rows.count)) {
+    if constexpr (sizeof(T) == 4) {  // what language models are trained in
+      bool alike = !out.data || out.dtype == ScalarType::BFloat16;
+      for (const TokenStream& s : job.in) alike &= s.dtype == ScalarType::BFloat16;
+      if (alike)
+        return run(std::integral_constant<Access, Access::wide>{},
+                   std::integral_constant<ScalarType, ScalarType::BFloat16>{});
+    }
+    return run(std::integral_constant<Access, Access::wide>{}, any);
+  }
   if constexpr (sizeof(T) == 4)  // float64 is for checks
-    if (is_peelable(job, rows.count)) return run(std::integral_constant<Access, Access::peeled>{});
-  run(std::integral_constant<Access, Access::single>{});
+    if (is_peelable(job, rows.count)) return run(std::integral_constant<Access, Access::peeled>{}, any);
+  run(std::integral_constant<Access, Access::single>{}, any);
 }
 
 }  // namespace fastgen::cuda

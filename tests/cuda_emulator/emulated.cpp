@@ -1,6 +1,8 @@
 // The CUDA implementations of the operators, emulated, for CPU tensors.
 #include <algorithm>
 
+#define FASTGEN_EMULATED
+
 #include "cuda_runtime.h"
 #include "units.inc"  // csrc/units.py: every operator for CUDA, registered for the CPU
 

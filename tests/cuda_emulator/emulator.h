@@ -9,6 +9,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -252,4 +253,21 @@ inline double __hiloint2double(int hi, int lo) {
 }
 inline int __double2loint(double d) { return static_cast<int>(bit_copy<uint64_t>(d)); }
 inline int __double2hiint(double d) { return static_cast<int>(bit_copy<uint64_t>(d) >> 32); }
+
+namespace emulator {
+// As far off as the hardware may be, in either direction: PTX grants both a relative 2^-22, and log2 between 1/2 and 2
+// the same absolutely.
+inline double hardware_error(float x) {
+  const uint32_t bits = __float_as_uint(x) * 2654435761u;
+  return (static_cast<double>(bits) / 2147483648.0 - 1.0) * 0x1p-22;
+}
+inline float hardware_exp2(float x) {
+  const float y = static_cast<float>(std::exp2(static_cast<double>(x)) * (1.0 + hardware_error(x)));
+  return y < 0x1p-126f ? 0.0f : y;  // subnormal
+}
+inline float hardware_log2(float x) {
+  const double y = std::log2(static_cast<double>(x < 0x1p-126f ? 0.0f : x)), e = hardware_error(x);
+  return static_cast<float>(x > 0.5f && x < 2.0f ? y + e : y * (1.0 + e));
+}
+}  // namespace emulator
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
