@@ -133,8 +133,9 @@ def flow_sde_step(
     if sample is None and noise is None:
         noise = torch.randn_like(x_t)
     if backend == "reference":
-        options = {"noise_level": noise_level, "noise": noise, "sample": sample, "t_max": t_max}
-        return reference.flow_sde_step(pred, x_t, t, t_next, **options)
+        return reference.flow_sde_step(
+            pred, x_t, t, t_next, noise_level=noise_level, noise=noise, sample=sample, t_max=t_max
+        )
     numbers = reference.flow_sde_coefficients(t, t_next, noise_level, t_max)
     k_x, k_v, std = (n.to(arithmetic_dtype(pred, x_t)) for n in numbers)
     if sample is None:

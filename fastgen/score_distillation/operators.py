@@ -88,7 +88,7 @@ class DecoupledField(NamedTuple):
 class Normalized(NamedTuple):
     """How a DMD loss divides: `count` elements share the mean, `group_rows` rows a normaliser."""
 
-    count: Whole | None
+    count: Whole | None  # type: ignore[assignment]  # a name that tuples have too
     normalize: bool
     normalizer_min: float
     normalizer_eps: float
