@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from ..core import checks
@@ -11,6 +12,37 @@ from ..schedule import PREDICTION_TYPES
 from . import operators
 
 DMD_REDUCTIONS = ("mean", "sum", "none")
+ALIASES = {"x0": "sample", "eps": "epsilon"}  # other libraries' words
+
+
+def prediction_type_of(name: str, value: str) -> str:
+    checks.choice(name, value, (*PREDICTION_TYPES, *ALIASES))
+    return ALIASES.get(value, value)
+
+
+Given = TypeVar("Given", Tensor, Tensor | None)
+
+
+def per_row_of(value: Given, x: Tensor) -> Given:
+    """A number a sample, or a frame, as [B] or [B, F], where it comes with dimensions that broadcast it over x."""
+    if not isinstance(value, Tensor) or value.dim() < 2 or value.dim() != x.dim() or value.shape == x.shape:
+        return value
+    if any(n != 1 for n in value.shape[2:]):
+        return value
+    return value.flatten() if value.shape[1] == 1 else value.flatten(1)
+
+
+def noisy_of(
+    x: Tensor, x_t: Tensor | None, alpha_t: Tensor | None, sigma_t: Tensor | None, prediction_types: set[str]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The noisy image and its coefficients; of networks that predict x0 itself, which need none, whatever will do."""
+    for name, value in (("x_t", x_t), ("alpha_t", alpha_t), ("sigma_t", sigma_t)):
+        if value is None and prediction_types != {"sample"}:
+            raise TypeError(f"{name} must be a torch.Tensor, got NoneType; only 'sample' predictions need none")
+    if alpha_t is None or sigma_t is None:
+        one = x.new_ones(x.shape[:1], dtype=torch.float32)
+        alpha_t, sigma_t = (one if t is None else t for t in (alpha_t, sigma_t))
+    return x.detach() if x_t is None else x_t, per_row_of(alpha_t, x), per_row_of(sigma_t, x)
 
 
 def guidance_of(guidance_scale: float, uncond: Tensor | None, name: str) -> float:
@@ -45,9 +77,9 @@ def common_of(
     reduction: str,
 ) -> dict[str, Any]:
     """Checks what the DMD losses have in common; returns what the reference takes as it is."""
-    checks.choice("prediction_type", prediction_type, PREDICTION_TYPES)
+    prediction_type = prediction_type_of("prediction_type", prediction_type)
     if fake_prediction_type is not None:
-        checks.choice("fake_prediction_type", fake_prediction_type, PREDICTION_TYPES)
+        fake_prediction_type = prediction_type_of("fake_prediction_type", fake_prediction_type)
     if normalizer is not None:
         checks.choice("normalizer", normalizer, ("x0_l1",))
     checks.number("normalizer_eps", normalizer_eps, low=0)
@@ -61,7 +93,7 @@ def common_of(
         checks.mask("mask", mask, x)
     return {
         "prediction_type": prediction_type,
-        "fake_prediction_type": fake_prediction_type,
+        "fake_prediction_type": fake_prediction_type or prediction_type,
         "normalizer": normalizer,
         "normalizer_eps": normalizer_eps,
         "normalizer_min": normalizer_min,

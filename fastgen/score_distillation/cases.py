@@ -26,6 +26,10 @@ def _decoupled(m: ModuleType, x: Tensor, **given: Any) -> Tensor:
     return m.decoupled_dmd_loss(x, dm, ca, guidance_scale=3.0, **given)
 
 
+def _of_x0(m: ModuleType, x: Tensor, real_cond: Tensor, fake: Tensor) -> Tensor:
+    return m.dmd_loss(x, None, real_cond, fake, prediction_type="sample")
+
+
 CASES = (
     case("sds_loss", SDS | WEIGHT, "x", grad_clip=1.0, reduction="sum"),
     case("sds_loss-guided", SDS | WEIGHT | {"pred_uncond": stream}, "x", guidance_scale=7.5),
@@ -37,6 +41,7 @@ CASES = (
     case("dmd_loss-none", GUIDED | WEIGHT | MASK, "x", guidance_scale=2.0, reduction="none"),
     case("dmd_loss-v-none", GUIDED | MAP, "x", guidance_scale=2.0, prediction_type="v_prediction", reduction="none"),
     case("dmd_loss-mixed-none", GUIDED | WEIGHT | MASK, "x", guidance_scale=2.0, reduction="none", **MIXED),
+    case("dmd_loss-x0", {n: DMD[n] for n in ("x", "real_cond", "fake")}, "x", _of_x0),
     case("decoupled_dmd_loss", PAIRS, "x", _decoupled),
     case("decoupled_dmd_loss-mixed", PAIRS | WEIGHT | MASK, "x", _decoupled, **MIXED),
     case("decoupled_dmd_loss-none", PAIRS | WEIGHT | MASK, "x", _decoupled, reduction="none"),

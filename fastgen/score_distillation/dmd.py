@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..core import checks, dispatch
 from . import operators, reference
-from .arguments import common_of, guidance_of
+from .arguments import common_of, guidance_of, noisy_of, per_row_of
 from .reference import DistillationStats
 
 __all__ = ["dmd_loss"]
@@ -17,12 +17,12 @@ __all__ = ["dmd_loss"]
 @overload
 def dmd_loss(
     x: Tensor,
-    x_t: Tensor,
+    x_t: Tensor | None,
     real_cond: Tensor,
     fake: Tensor,
     *,
-    alpha_t: Tensor,
-    sigma_t: Tensor,
+    alpha_t: Tensor | None = ...,
+    sigma_t: Tensor | None = ...,
     prediction_type: str = ...,
     fake_prediction_type: str | None = ...,
     real_uncond: Tensor | None = ...,
@@ -39,12 +39,12 @@ def dmd_loss(
 @overload
 def dmd_loss(
     x: Tensor,
-    x_t: Tensor,
+    x_t: Tensor | None,
     real_cond: Tensor,
     fake: Tensor,
     *,
-    alpha_t: Tensor,
-    sigma_t: Tensor,
+    alpha_t: Tensor | None = ...,
+    sigma_t: Tensor | None = ...,
     prediction_type: str = ...,
     fake_prediction_type: str | None = ...,
     real_uncond: Tensor | None = ...,
@@ -61,12 +61,12 @@ def dmd_loss(
 @overload
 def dmd_loss(
     x: Tensor,
-    x_t: Tensor,
+    x_t: Tensor | None,
     real_cond: Tensor,
     fake: Tensor,
     *,
-    alpha_t: Tensor,
-    sigma_t: Tensor,
+    alpha_t: Tensor | None = ...,
+    sigma_t: Tensor | None = ...,
     prediction_type: str = ...,
     fake_prediction_type: str | None = ...,
     real_uncond: Tensor | None = ...,
@@ -82,12 +82,12 @@ def dmd_loss(
 ) -> Tensor | tuple[Tensor, DistillationStats]: ...
 def dmd_loss(
     x: Tensor,
-    x_t: Tensor,
+    x_t: Tensor | None,
     real_cond: Tensor,
     fake: Tensor,
     *,
-    alpha_t: Tensor,
-    sigma_t: Tensor,
+    alpha_t: Tensor | None = None,
+    sigma_t: Tensor | None = None,
     prediction_type: str = "epsilon",
     fake_prediction_type: str | None = None,
     real_uncond: Tensor | None = None,
@@ -113,16 +113,19 @@ def dmd_loss(
         x: the generator's output [B, …], or a video [B, F, …]; any floating dtype. Gradients flow to it alone.
         x_t: x renoised (:func:`fastgen.add_noise`), as the networks saw it.
         real_cond, fake: the real and the fake network's raw outputs at x_t, like `x`; dtypes may differ.
-        alpha_t, sigma_t: coefficients of x_t, float32 or float64 [B], or [B, F] where frames have their own times.
-        prediction_type: what the networks predict: ``"epsilon"``, ``"sample"``, ``"v_prediction"`` or
-            ``"flow_prediction"`` (:func:`fastgen.prediction_to_x0`).
+        alpha_t, sigma_t: coefficients of x_t, float32 or float64 [B], or [B, F] where frames have their own times;
+            with dimensions of 1 behind, if you like. Where both networks predict ``"sample"``, x0 itself, these and
+            `x_t` take no part and may be None.
+        prediction_type: what the networks predict: ``"epsilon"`` (or ``"eps"``), ``"sample"`` (or ``"x0"``),
+            ``"v_prediction"`` or ``"flow_prediction"`` (:func:`fastgen.prediction_to_x0`).
         fake_prediction_type: what the fake network predicts, where that differs.
         real_uncond: the real network's unconditional output; None: no guidance, and `guidance_scale` must be 1.
         guidance_scale: s in ``uncond + s (cond - uncond)``; 1 is no guidance. Not applied to the fake network.
         normalizer: ``"x0_l1"``: n above, with the guided r; None: n = 1.
         normalizer_eps, normalizer_min: ``n = max(mean, min) + eps``. DMD2 has neither; others add 1e-6 or clip at 1e-5.
         normalizer_dims: ``"sample"``, or ``"frame"``: each frame of a video has its own n.
-        weight: w, float32 or float64 [B] or [B, F], or a map of x's shape in any floating dtype; 1 if None.
+        weight: w, float32 or float64 [B] or [B, F], or a map of x's shape in any floating dtype; 1 if None. For
+            f-distill see :func:`fastgen.f_distill_weight`.
         mask: bool, broadcastable to x. Elements outside it get no gradient and do not count in the mean, which is over
             the batch's selected elements; the normaliser still sees all. With a weight map too, one temporary is made.
         reduction: ``"mean"`` over all (selected) elements, ``"sum"``, or ``"none"``: each sample's sum [B].
@@ -141,17 +144,17 @@ def dmd_loss(
 
         >>> import torch, fastgen
         >>> x = torch.zeros(1, 2, requires_grad=True)
-        >>> one = torch.ones(1)
         >>> real, fake = torch.tensor([[1.0, 3.0]]), torch.tensor([[2.0, 1.0]])
         >>> loss, stats = fastgen.dmd_loss(
-        ...     x, x.detach(), real, fake, alpha_t=one, sigma_t=one, prediction_type="sample", return_stats=True
+        ...     x, None, real, fake, prediction_type="sample", return_stats=True
         ... )
         >>> loss.backward()
         >>> x.grad, stats.normalizer
         (tensor([[ 0.2500, -0.5000]]), tensor([2.]))
     """
-    checks.streams(x=x, x_t=x_t, real_cond=real_cond, fake=fake, **checks.given(real_uncond=real_uncond))
+    checks.streams(x=x, real_cond=real_cond, fake=fake, **checks.given(x_t=x_t, real_uncond=real_uncond))
     checks.local("x", x)
+    weight = per_row_of(weight, x)
     guidance = guidance_of(guidance_scale, real_uncond, "real_uncond")
     common = common_of(
         x,
@@ -165,6 +168,8 @@ def dmd_loss(
         normalizer_dims,
         reduction,
     )
+    types = common["prediction_type"], common["fake_prediction_type"]
+    x_t, alpha_t, sigma_t = noisy_of(x, x_t, alpha_t, sigma_t, set(types))
     for name, value in (("alpha_t", alpha_t), ("sigma_t", sigma_t)):
         checks.per_frame(name, value, x)
     backend = dispatch.backend_for(operators.dmd.name, x.device.type)
@@ -198,8 +203,8 @@ def dmd_loss(
         gate=rows.optional(gate),
         alpha_t=rows.scalars(alpha_t),
         sigma_t=rows.scalars(sigma_t),
-        prediction_type=prediction_type,
-        fake_prediction_type=fake_prediction_type or prediction_type,
+        prediction_type=types[0],
+        fake_prediction_type=types[1],
         guidance_scale=guidance,
         dtype=x.dtype,
         count=divisor,

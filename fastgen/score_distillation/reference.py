@@ -107,12 +107,12 @@ def vsd_loss(
 
 def dmd_loss(
     x: Tensor,
-    x_t: Tensor,
+    x_t: Tensor | None,
     real_cond: Tensor,
     fake: Tensor,
     *,
-    alpha_t: Tensor,
-    sigma_t: Tensor,
+    alpha_t: Tensor | None = None,
+    sigma_t: Tensor | None = None,
     prediction_type: str = "epsilon",
     fake_prediction_type: str | None = None,
     real_uncond: Tensor | None = None,
@@ -127,7 +127,9 @@ def dmd_loss(
     return_stats: bool = False,
 ) -> Any:
     """``G = w (f - r_cfg) / n``, with ``n = mean |x - r_cfg|`` over the sample or the frame."""
-    noisy = widened(x_t.detach())
+    noisy = widened((x if x_t is None else x_t).detach())
+    one = noisy.new_ones(noisy.shape[:1])  # predictions of x0 itself need no coefficients
+    alpha_t, sigma_t = (one if t is None else t for t in (alpha_t, sigma_t))
     r = prediction_to_x0(guided(real_cond, real_uncond, guidance_scale), noisy, alpha_t, sigma_t, prediction_type)
     f = prediction_to_x0(widened(fake.detach()), noisy, alpha_t, sigma_t, fake_prediction_type or prediction_type)
     n = normalizer_of(widened(x.detach()) - r, normalizer, normalizer_eps, normalizer_min, normalizer_dims)

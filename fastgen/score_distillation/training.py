@@ -9,13 +9,77 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..core import checks
+from ..core import checks, distributed
 from ..elbo import elbo_error
 from ..schedule import PREDICTION_TYPES, NoiseSchedule, check_schedule, prediction_target
 
-__all__ = ["backward_simulation", "fake_score_loss", "renoise_times"]
+__all__ = ["backward_simulation", "f_distill_weight", "fake_score_loss", "renoise_times"]
 
 RULES = ("uniform", "cleaner", "beta")
+
+# h of a density ratio, data over fakes.
+F_DIVERGENCES: dict[str, Callable[[Tensor], Tensor]] = {
+    "reverse_kl": torch.ones_like,
+    "forward_kl": lambda ratio: ratio,
+    "js": lambda ratio: ratio / (1 + ratio),
+    "squared_hellinger": torch.sqrt,
+    "softened_reverse_kl": lambda ratio: 1 / (1 + ratio),
+    "neyman": torch.reciprocal,
+    "jeffreys": lambda ratio: 1 + ratio,
+}
+
+
+def f_distill_weight(
+    logits: Tensor,
+    divergence: Literal[
+        "reverse_kl", "forward_kl", "js", "squared_hellinger", "softened_reverse_kl", "neyman", "jeffreys"
+    ],
+    *,
+    ratio_bounds: tuple[float, float] = (0.1, 20.0),
+    group: Any = None,
+) -> Tensor:
+    """f-distill (arXiv 2502.15681): the weight that makes :func:`fastgen.dmd_loss`, a reverse KL, another f-divergence.
+
+    .. math:: w_i = \\frac{h(ρ_i)}{mean_B h(ρ) + 10^{-6}}, \\qquad ρ = clamp(e^{clamp(mean\\ logit, ±10)})
+
+    ========================= ============ ========================= =========
+    `divergence`              h(ρ)         `divergence`              h(ρ)
+    ========================= ============ ========================= =========
+    ``"reverse_kl"``          1            ``"softened_reverse_kl"`` 1/(1 + ρ)
+    ``"forward_kl"``          ρ            ``"neyman"``              1/ρ
+    ``"js"``                  ρ/(1 + ρ)    ``"jeffreys"``            1 + ρ
+    ``"squared_hellinger"``   √ρ
+    ========================= ============ ========================= =========
+
+    Args:
+        logits: of a discriminator of data against fakes, at the renoised fakes, [B, …] in any floating dtype; several
+            logits of a sample count by their mean.
+        divergence: one of the seven.
+        ratio_bounds: what ρ is clamped to, ``0 < low <= high``.
+        group: a ``torch.distributed`` process group over which the mean is taken.
+
+    Returns:
+        w [B], float32 (float64 if the logits are), without a graph. A NaN logit makes all weights NaN.
+
+    Raises:
+        TypeError, ValueError: naming the argument that does not fit.
+
+    Example::
+
+        >>> import torch, fastgen
+        >>> fastgen.f_distill_weight(torch.tensor([0.0, 3.0]), "squared_hellinger")
+        tensor([0.3655, 1.6345])
+    """
+    checks.streams(logits=logits)
+    checks.choice("divergence", divergence, tuple(F_DIVERGENCES))
+    low, high = ratio_bounds
+    low, high = checks.number("ratio_bounds[0]", low, low=0, open_low=True), checks.number("ratio_bounds[1]", high)
+    if low > high:
+        raise ValueError(f"ratio_bounds must be (low, high) with low <= high, got {ratio_bounds}")
+    wide = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
+    ratio = wide.unsqueeze(-1).flatten(1).mean(1).clamp(-10, 10).exp().clamp(low, high)
+    h = F_DIVERGENCES[divergence](ratio)
+    return h / (distributed.batch_mean(h, group) + 1e-6)
 
 
 def renoise_times(
