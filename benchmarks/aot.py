@@ -1,5 +1,6 @@
 """What the compilers make of the kernels, without a GPU: registers, spills, shared memory, width of memory accesses,
-bytes moved per element against the floor.
+bytes moved per element against the floor, instructions an element of each loop, and what they bound on an H100
+(``sass``).
 
     python -m benchmarks.aot [--part triton] [--arch 90] [--dtype bf16] [--only PATTERN]
 
@@ -16,15 +17,12 @@ import importlib
 import itertools
 import json
 import re
-import subprocess
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,7 +34,7 @@ import fastgen
 from fastgen.cases import FAMILIES, Case
 from fastgen.core.operator import operators
 
-from . import aot_cuda
+from . import aot_cuda, sass
 
 ARCHITECTURES = (80, 90, 100)
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
@@ -61,6 +59,12 @@ class Report:
     narrow_writes: int
     moved_bytes: int  # per element of a row, that the kernel asks of the caches or the memory
     floor_bytes: int  # the same where each input is read and each output written once; 0 where rows are not the matter
+    resident_threads: int  # of a multiprocessor
+    loops: list[
+        tuple[float, float, float, float]
+    ]  # instructions an element: all, special, conversions, 64-bit integers
+    bound: str  # what an H100 waits for: memory (the floor), issue, special functions or conversions
+    share: float  # of a copy's speed, predicted
 
 
 # The streams that a kernel of the row-wise skeleton reads, of (all, mapped).
@@ -281,19 +285,13 @@ def _widths(ptx: str, instruction: str) -> dict[int, int]:
     return dict(sorted(counts.items()))
 
 
-def _tool(name: str) -> str:
-    import triton
-
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
-
-
 def _report(launch: Launch, variant: str, arch: int) -> Report:
     kernel = launch.kernel
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(kernel.asm["cubin"])
-        cubin.flush()
-        command = [_tool("cuobjdump"), "--dump-resource-usage", "--dump-sass", cubin.name]
-        dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    dump, functions = sass.dump(kernel.asm["cubin"])
+    (function,) = functions.values()
+    loops = _loops(function, launch)
+    issued, special, conversions, _ = (sum(column) for column in zip(*loops, strict=True)) if loops else (0, 0, 0, 0)
+    bound = sass.bound(issued, special, conversions, launch.floor_bytes, launch.floor_bytes)
     usage = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", dump)}
     loads, stores = _widths(kernel.asm["ptx"], "ld"), _widths(kernel.asm["ptx"], "st")
     return Report(
@@ -304,30 +302,48 @@ def _report(launch: Launch, variant: str, arch: int) -> Report:
         registers=usage["REG"],
         spill_bytes=usage["STACK"] + usage["LOCAL"],
         shared_bytes=kernel.metadata.shared,
-        instructions=len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+\S", dump, re.MULTILINE)),
+        instructions=len(function.code),
         loads=loads,
         stores=stores,
         narrow_reads=launch.narrow(loads, launch.reads),
         narrow_writes=0 if launch.out is None else launch.narrow(stores, (launch.out,)),
         moved_bytes=launch.moved_bytes,
         floor_bytes=launch.floor_bytes,
+        resident_threads=sass.resident_threads(usage["REG"], 32 * kernel.metadata.num_warps, kernel.metadata.shared),
+        loops=loops,
+        bound=bound.what if launch.floor_bytes else "-",
+        share=round(min(bound.share, 1.0), 3),
     )
+
+
+def _loops(function: sass.Function, launch: Launch) -> list[tuple[float, float, float, float]]:
+    """For every loop over the tiles of a row, and for code without one, which sees each element once, as a whole."""
+    if not launch.tile:
+        return []
+    each = launch.tile / (32 * launch.kernel.metadata.num_warps)  # elements of a thread
+    turns = [turn for turn in function.loops if turn.loads or turn.stores] or [function.whole]
+    return [(t.issued / each, t.special / each, t.conversions / each, t.long / each) for t in turns]
 
 
 def _columns(accesses: dict[int, int]) -> str:
     return " ".join(f"{n}x{width}" for width, n in accesses.items())
 
 
+def _loop_columns(loops: Iterable[tuple[float, ...]]) -> str:
+    return "  ".join("/".join(f"{n:.1f}" for n in loop) for loop in loops)
+
+
 def table(reports: list[Report]) -> str:
     """The reports as text."""
-    title = f"{'kernel':26} {'variant':44} sm_ warps regs spill shared  instr  bytes/floor"
-    lines = [f"{title}  {'loads (count x bytes)':24}  stores"]
+    title = f"{'kernel':26} {'variant':44} sm_ warps regs threads spill shared  instr  bytes/floor"
+    lines = [f"{title}  {'loads (count x bytes)':24}  {'stores':18} bound (share of copy)  loops"]
     for r in reports:
         moved = f"{r.moved_bytes}/{r.floor_bytes}" if r.floor_bytes else "-"
         narrow = "  NARROW" if r.narrow_reads or r.narrow_writes else ""
         lines.append(
-            f"{r.kernel:26} {r.variant:44} {r.arch:3} {r.num_warps:5} {r.registers:4} {r.spill_bytes:5} "
-            f"{r.shared_bytes:6} {r.instructions:6} {moved:>12}  {_columns(r.loads):24}  {_columns(r.stores)}{narrow}"
+            f"{r.kernel:26} {r.variant:44} {r.arch:3} {r.num_warps:5} {r.registers:4} "
+            f"{r.resident_threads:7} {r.spill_bytes:5} {r.shared_bytes:6} {r.instructions:6} {moved:>12}  {_columns(r.loads):24}  "
+            f"{_columns(r.stores) + narrow:18} {r.bound:10} {r.share:4.0%}  {_loop_columns(r.loops)}"
         )
     return "\n".join(lines)
 
@@ -348,7 +364,10 @@ def main() -> None:
         found["triton"] = [asdict(r) for r in reports]
         if not options.json:
             print(table(reports))
-            print("\nbytes/floor: asked for each element of a row, and the least, each input and output once\n")
+            print("\nbytes/floor: asked for each element of a row, and the least, each input and output once")
+            print(
+                "loops: instructions an element of each, all/special/conversions/64-bit; bound: predicted for an H100\n"
+            )
     if options.part != "triton":
         try:
             rows = aot_cuda.cuda_report(aot_cuda.architectures(options.arch), options.only)

@@ -13,11 +13,15 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from tqdm import tqdm
+
+from . import sass
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURES = ("80", "90a")
@@ -95,6 +99,7 @@ def _compile(nvcc: Path, source: Path, architecture: str, flags: Sequence[str]) 
         if done.returncode:
             raise RuntimeError(f"nvcc failed on {source.name} for sm_{architecture}:\n{done.stderr}")
         ptx = _entries(next(Path(folder).glob("*.ptx")).read_text())
+        functions = sass.dump(Path(folder) / "out.cubin")[1] if find_spec("triton") else {}  # whose cuobjdump it takes
     found = list(_RESOURCES.finditer(done.stderr + done.stdout))
     names = _readable([m["symbol"] for m in found])
     rows = []
@@ -112,6 +117,7 @@ def _compile(nvcc: Path, source: Path, architecture: str, flags: Sequence[str]) 
                 "static_shared_bytes": int(shared[1]) if shared else 0,
                 "wide_loads": bool(re.search(r"ld\.global(\.\w+)*\.v4\.\w32", body)),
                 "wide_stores": bool(re.search(r"st\.global(\.\w+)*\.v4\.\w32", body)),
+                "loops": [asdict(t) for t in functions[m["symbol"]].loops] if functions else [],
                 "atomics": bool(re.search(r"\b(atom|red)\.", body)),
             }
         )
@@ -141,6 +147,17 @@ def cuda_report(architectures: Sequence[str] = ARCHITECTURES, only: str = "", jo
         return [row for task in tqdm(tasks, "CUDA", unit="file", leave=False, disable=None) for row in task.result()]
 
 
+def sweep_cost(row: dict[str, Any]) -> list[float]:
+    """Instructions an element, or pair, of each pass of a sweep over bfloat16 rows that are kept on chip."""
+    streams = int(row["kernel"].rstrip(">").rpartition(", ")[2])
+    turns = [t for t in row["loops"] if t["special"] or t["stores"].get(16)]
+    # The first pass takes two vectors of 8 at a time, then what is left. A kept row's last pass reads no global memory.
+    first = [t["issued"] / (8 * t["loads"][16] / streams) for t in turns if t["loads"].get(16) and not t["shared"]][:1]
+    inner = [t["issued"] / 8 for t in turns if t["shared"] and t["special"]][:1]
+    last = [t["issued"] / 8 for t in turns if t["shared"] and not t["special"] and not t["loads"]]
+    return first + inner + last
+
+
 # What a kernel of a row skeleton asks for each element.
 TRAFFIC = {
     "on_chip": "floor",
@@ -152,13 +169,16 @@ TRAFFIC = {
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as text."""
-    title = f"{'arch':7} regs spill stack shared wide ld/st  {'per element':24} kernel"
+    title = f"{'arch':7} regs spill stack shared wide ld/st  {'per element':24} kernel: instructions/special of a turn of each loop"
     lines = [title]
     for row in rows:
         wide = "/".join("yes" if row[c] else "no" for c in ("wide_loads", "wide_stores"))
         traffic = TRAFFIC.get(row["kernel"].partition("<")[0], "-")
         lines.append(
             f"{row['arch']:7} {row['registers']:4} {row['spill_bytes']:5} {row['stack_bytes']:5} "
-            f"{row['static_shared_bytes']:6} {wide:>10}  {traffic:24} {row['kernel']}"
+            f"{row['static_shared_bytes']:6} {wide:>10}  {traffic:24} {row['kernel']}: "
+            + " ".join(
+                f"{t['issued']}/{t['special']}" for t in row["loops"] if t["loads"] or t["stores"] or t["special"]
+            )
         )
     return "\n".join([*lines, "\nfloor: each stream read once, the output written once"])

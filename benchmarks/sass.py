@@ -1,8 +1,8 @@
 """Reading machine code: the loops of a kernel, what one turn of them issues, and the time that this bounds.
 
-A multiprocessor of an H100 issues 4 warp instructions a clock, and of special functions (MUFU) and conversions 16
-lanes; integers of 64 bits take two instructions each, and are counted where their high halves are (``.X``, ``WIDE``).
-No count is a measurement: they bound what a kernel can do from below.
+A multiprocessor of an H100 issues 4 warp instructions a clock, that is 128 lanes, and of special functions (MUFU) and
+conversions 16 lanes each; integers of 64 bits are counted where their high halves are (``.X``, ``WIDE``). No count is a
+measurement: they bound from below what time a kernel takes.
 """
 
 from __future__ import annotations
@@ -17,8 +17,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 _LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);", re.MULTILINE)
+# Of an H100: multiprocessors, clocks a second, lanes a clock; bytes a second that a copy moves.
+MULTIPROCESSORS, CLOCK, ISSUE, SPECIAL, COPY = 132, 1.755e9, 128, 16, 3.0e12
+THREADS, REGISTERS, BLOCKS = 2048, 65536, 32  # of a multiprocessor
+
 _CONVERSIONS = re.compile(r"(F2F|I2F|F2I|I2I|F2IP|I2IP|FRND)\b")  # at a quarter of the rate, where packed at all
-_LONG = re.compile(r"(IMAD\.WIDE|IADD3\.X|IADD3\.64|LEA\.HI\.X|IMAD\.X|IMAD\.HI|ISETP\.\w+\.\w+\.\w+\.EX|UIADD3\.X|UIMAD\.WIDE)")
+_LONG = re.compile(r"(U?IMAD\.WIDE|U?IADD3\.X|IADD3\.64|LEA\.HI\.X|IMAD\.X|IMAD\.HI|ISETP\.\w+\.\w+\.\w+\.EX)")
 
 
 class Instruction(NamedTuple):
@@ -59,10 +63,6 @@ class Function:
     name: str
     code: list[Instruction] = field(repr=False)
 
-    def opcodes(self, prefix: str) -> Counter[int]:
-        """Widths of the accesses whose opcode starts so."""
-        return Counter(i.width for i in self.code if i.opcode.startswith(prefix))
-
     @cached_property
     def loops(self) -> list[Loop]:
         """The innermost ones, in the order of the code."""
@@ -70,30 +70,32 @@ class Function:
         spans: dict[int, int] = {}
         for start, end in back:
             spans[start] = max(end, spans.get(start, 0))
-        inner = [
-            (s, e) for s, e in spans.items() if not any(s <= s2 and e2 <= e and (s, e) != (s2, e2) for s2, e2 in spans.items())
-        ]
-        return [self._turn(s, e) for s, e in sorted(inner)]
+
+        def inner(start: int, end: int) -> bool:
+            return not any(start <= s and e <= end and (s, e) != (start, end) for s, e in spans.items())
+
+        return [self._turn(s, e) for s, e in sorted(spans.items()) if inner(s, e)]
+
+    @property
+    def whole(self) -> Loop:
+        """All of a kernel without loops, by its longest way."""
+        return self._turn(self.code[0].address, self.code[-1].address)
 
     def _turn(self, start: int, end: int) -> Loop:
-        """The longest way from `start` to the branch at `end`: forward branches may be taken or not."""
+        """The longest way from `start` to `end`: forward branches may be taken or not."""
         code = [i for i in self.code if start <= i.address <= end]
         index = {i.address: k for k, i in enumerate(code)}
-        best: list[list[int] | None] = [None] * (len(code) + 1)
-        best[len(code)] = []
-        lengths = [-1] * len(code) + [0]
-        following: list[int] = [0] * len(code)
+        lengths = [-1] * len(code) + [0]  # of the longest way on; -1: it leaves the loop
+        following = [0] * len(code)
         for k in range(len(code) - 1, -1, -1):
             i = code[k]
-            ways = []
-            if i.target is not None and i.target > i.address:
-                ways = [index[i.target]] if i.target in index else []
-            stops = i.opcode.startswith(("EXIT", "RET", "BRA", "BRX")) and i.predicate is None
-            if i.target is not None and re.match(r"!?UP", i.operands):  # a branch on an operand, not on a predicate
-                stops = False
-            if not stops or i.address == end:
+            ways = [index[i.target]] if i.target in index and i.target > i.address else []
+            leaves = i.predicate is None and i.opcode.startswith(("EXIT", "RET", "BRA")) and "UP" not in i.operands
+            if not leaves or i.address == end:
                 ways.append(k + 1)
             ways = [w for w in ways if lengths[w] >= 0]
+            if leaves and i.opcode == "EXIT":
+                ways = [len(code)]
             if ways:
                 following[k] = max(ways, key=lambda w: lengths[w])
                 lengths[k] = 1 + lengths[following[k]]
@@ -101,8 +103,10 @@ class Function:
         while k < len(code) and lengths[k] > 0:
             turn.append(code[k])
             k = following[k]
-        turn = [i for i in turn if i.opcode != "NOP"]
+        return self._counted(start, [i for i in turn if i.opcode != "NOP"])
 
+    @staticmethod
+    def _counted(start: int, turn: list[Instruction]) -> Loop:
         def count(pattern: re.Pattern[str]) -> int:
             return sum(bool(pattern.match(i.opcode)) for i in turn)
 
@@ -128,16 +132,42 @@ def tool(name: str) -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
-def functions(cubin: bytes | Path) -> dict[str, Function]:
-    """The kernels in a binary, by symbol."""
+def dump(cubin: bytes | Path) -> tuple[str, dict[str, Function]]:
+    """What cuobjdump says of a binary, and the kernels in it by symbol."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         if isinstance(cubin, bytes):
             file.write(cubin)
             file.flush()
             cubin = Path(file.name)
-        dump = subprocess.run([tool("cuobjdump"), "--dump-sass", str(cubin)], capture_output=True, text=True, check=True)
-    parts = re.split(r"^\s+Function : (\S+)\n", dump.stdout, flags=re.MULTILINE)
-    return {
+        command = [tool("cuobjdump"), "--dump-resource-usage", "--dump-sass", str(cubin)]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    parts = re.split(r"^\s+Function : (\S+)\n", text, flags=re.MULTILINE)
+    found = {
         name: Function(name, [Instruction(int(a, 16), p or None, o, x) for a, p, o, x in _LINE.findall(body)])
         for name, body in zip(parts[1::2], parts[2::2], strict=True)
     }
+    return text, found
+
+
+def resident_threads(registers: int, block: int, shared_bytes: int) -> int:
+    """Threads of blocks of `block` that a multiprocessor holds: registers come in eights a thread."""
+    each = -(-registers // 8) * 8 * block
+    blocks = min(BLOCKS, THREADS // block, REGISTERS // each, (227 << 10) // (shared_bytes + 1024))
+    return blocks * block
+
+
+class Bound(NamedTuple):
+    """What bounds a kernel, in nanoseconds for 2^20 elements on an H100, and which share of a copy's speed that is."""
+
+    what: str
+    time: float
+    share: float
+
+
+def bound(issued: float, special: float, conversions: float, floor_bytes: float, moved_bytes: float) -> Bound:
+    """Of instructions and bytes an element. `floor_bytes` is what a copy would move, `moved_bytes` what comes from
+    memory."""
+    clocks = {"issue": issued / ISSUE, "special": special / SPECIAL, "conversion": conversions / SPECIAL}
+    times = {what: c / (MULTIPROCESSORS * CLOCK) for what, c in clocks.items()} | {"memory": moved_bytes / COPY}
+    what = max(times, key=lambda w: times[w])
+    return Bound(what, times[what] * 1e9 * 2**20, floor_bytes / COPY / times[what] if times[what] else 0.0)

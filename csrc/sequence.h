@@ -64,7 +64,7 @@ struct TokenLogprobBackward {
     const T coefficient = grad[row] * inverse_temperature, sum = saved.sum[row];
     const T max = base_of(saved.max[row]);
     const Origin<T> origin(max, scale);
-    return {origin, max, coefficient, -coefficient / sum * origin.factor, std::log(sum)};
+    return {origin, max, coefficient, -coefficient / sum * origin.factor(max), std::log(sum)};
   }
   FASTGEN_HD void element(const Row& row, const T* v, T* parts, T*) const {
     parts[0] = Base::power(row.origin.from(v[0]));
@@ -157,13 +157,13 @@ struct JsdElement {
   FASTGEN_HD JsdRow<T> row(const Softmax<T>& student, const Softmax<T>& teacher, T coefficient, T center) const {
     T s = base_of(student.max), t = base_of(teacher.max);
     const Origin<T> of_s(s, scale), of_t(t, scale);
+    const T teacher_share = of_t.factor(t) / teacher.sum;
+    const T student_share = of_s.factor(s) / student.sum + (teacher_share - teacher_share);  // NaN with the teacher's
     const T above = exact_offset(t, s, inverse_temperature);
     const bool of_teacher = std::abs(t) > std::abs(s);
     const T student_offset = of_teacher ? T(0) : -above, teacher_offset = of_teacher ? above : T(0);
     s -= student_offset, t -= teacher_offset;
     const T shift = (t - s) * scale_of_d + std::log(teacher.sum / student.sum) * T(1 / kLog);
-    const T teacher_share = of_t.factor / teacher.sum;
-    const T student_share = of_s.factor / student.sum + (teacher_share - teacher_share);  // NaN where a teacher has one
     return {student_offset, teacher_offset, of_s,  of_t, shift, student_share, teacher_share, coefficient * T(kLog),
             center * T(1 / kLog)};
   }

@@ -15,10 +15,12 @@ import triton.language as tl
 from torch import Tensor
 
 from . import scalar
-from .scalar import divide, exp2m1, log2_near, number
+from .scalar import NEAR, divide, expm1_near, log2_fast, number
 from .sweep import LOG2E, Formula, Functions, LogitRows, sweep, sweep_map
 
 LN2 = tl.constexpr(math.log(2))
+NEAR2 = tl.constexpr(NEAR.value / math.log(2))
+TERMS = 5
 
 
 class Args(NamedTuple):
@@ -33,6 +35,17 @@ class Args(NamedTuple):
     temperature: Any
     beta: Any  # None at the ends
     rest: Any  # 1 - β
+    odds: Any  # that / β: a mixed loss is summed over β
+    terms: Any  # of log2 M/Q in log2 P/Q, near 0
+
+
+def mixture_terms(beta: float) -> list[float]:
+    """The first coefficients of log2(1 - β + β 2^d) in d: cumulants of a coin that shows 1 with probability β, over
+    factorials."""
+    mean = [beta]  # the series of β e^u / (1 - β + β e^u), whose integral is the logarithm: p' = p (1 - p)
+    for n in range(TERMS - 1):
+        mean.append((mean[n] - sum(mean[i] * mean[n - i] for i in range(n + 1))) / (n + 1))
+    return [m / (n + 1) * LN2.value**n for n, m in enumerate(mean)]
 
 
 def _args(
@@ -47,7 +60,10 @@ def _args(
     temperature: float,
 ) -> Args:
     numbers = [scalar.argument(x, dtype) for x in (1 / temperature, LOG2E.value / temperature, temperature)]
-    mixture = [None if beta in (0, 1) else scalar.argument(x, dtype) for x in (beta, 1 - beta)]
+    mixture: tuple[Any, ...] = (None, None, None, None)
+    if beta not in (0, 1):
+        mixture = tuple(scalar.argument(x, dtype) for x in (beta, 1 - beta, (1 - beta) / beta))
+        mixture += (tuple(scalar.argument(x, dtype) for x in mixture_terms(beta)),)
     labels = None if labels is None else labels.contiguous()
     return Args(labels, ignore_index, factor, grad, loss, stats.contiguous(), *numbers, *mixture)
 
@@ -70,9 +86,9 @@ def _exact_offset(high, low, temperature):
 
 
 @triton.jit
-def _norms(student, teacher, temperature, scale, T: tl.constexpr):
-    """Of two normalizers, what :func:`_pair` takes: offset, largest logit without it and 1 / sum, of Q then of P,
-    and in units of the logits how much smaller log P is for equal logits without the offsets.
+def _norms(student, teacher, temperature, unit, LOG: tl.constexpr, T: tl.constexpr):
+    """Of two normalizers, what :func:`_pair` takes: offset, largest logit and 1 / sum, of Q then of P, and how much
+    smaller log P is for equal logits without the offsets, where a logit counts `unit` and logarithms are over LOG.
 
     What the one row lies above the other means nothing. The offsets, of which one is 0, take it from the row of the
     larger logits. Of the sums it takes one logarithm: the difference of two of some 10 would round it.
@@ -80,16 +96,19 @@ def _norms(student, teacher, temperature, scale, T: tl.constexpr):
     of_teacher = tl.abs(teacher[0]) > tl.abs(student[0])
     above = _exact_offset(teacher[0], student[0], temperature)
     s, t = tl.where(of_teacher, 0.0, -above), tl.where(of_teacher, above, 0.0)
-    shift = ((teacher[0] - t) - (student[0] - s)) - divide(tl.log2(divide(student[1], teacher[1])), scale)
+    shift = ((teacher[0] - t) - (student[0] - s)) * unit - tl.log(divide(student[1], teacher[1])) / LOG
     one = tl.full((), 1.0, T)
-    return s, student[0] - s, divide(one, student[1]), t, teacher[0] - t, divide(one, teacher[1]), shift
+    t_share = divide(one, teacher[1])
+    # NaN with the teacher's. Origins: of a row of -inf, 0.
+    s_share = divide(one, student[1]) + (t_share - t_share)
+    return s, student[0], s_share, t, teacher[0], t_share, shift
 
 
 @triton.jit
 def _row(args, rows, row, normals, read, T: tl.constexpr):
-    """(norms, numbers of the element, the unit of sums, what the gradient is times, center, normals).
+    """(norms, numbers of the element, unit of the loss, what the gradient is times, center, normals).
 
-    KL divergences sum in units of the logits, where τ = 1 rounds nothing, mixtures logarithms of base 2."""
+    Logarithms of KL divergences are natural, those of mixtures of base 2, as is the center."""
     center = tl.zeros((), T)
     if normals is None:
         stats = args.stats + row
@@ -105,67 +124,64 @@ def _row(args, rows, row, normals, read, T: tl.constexpr):
         factor *= tl.load(args.grad + row)
     if args.factor is not None:
         factor *= tl.load(args.factor)
-    norms = _norms(normals[0], normals[1], temperature, scale, T)
     if args.beta is not None:
-        beta, rest = number(args.beta, T), number(args.rest, T)
-        return norms, (scale, beta, rest), tl.full((), LN2, T), factor * rest, center, normals
+        norms = _norms(normals[0], normals[1], temperature, scale, LN2, T)
+        beta, rest, odds = number(args.beta, T), number(args.rest, T), number(args.odds, T)
+        terms = [number(args.terms[i], T) for i in (0, 1, 2, 3, 4)]
+        numbers = scale, beta, rest, odds, terms
+        return norms, numbers, beta * LN2, factor * rest * LN2, center / LN2, normals
     else:
-        return norms, (scale, temperature, temperature), slope, factor, center, normals
+        norms = _norms(normals[0], normals[1], temperature, slope, 1.0, T)
+        return norms, (scale, slope), tl.full((), 1.0, T), factor, center, normals
 
 
 @triton.jit
-def _pair(norms, scale, v):
-    """Of a pair of logits: d = log P - log Q in units of the logits, whether P is larger, -|d| in base 2, the larger of
-    the two, 2^-|d| and that - 1.
-
-    Everything follows from these: nothing overflows, and where Q is close to P no digits cancel."""
+def _pair(norms, scale, unit, v):
+    """Q, P and d = log P - log Q of a pair of logits. Where |d| is small no digits cancel: logits of close models
+    subtract exactly. Q and P have exponentials of their own, for nothing to overflow."""
     s_offset, s_largest, s_share, t_offset, t_largest, t_share, shift = norms
-    # Of logits that are not normalised: those of close models subtract exactly. Equal ones may both be -inf.
-    s, t = v[0] - s_offset, v[1] - t_offset
-    d = tl.where(s == t, 0.0, t - s) - shift
-    above = d > 0.0
-    gap = -tl.abs(d * scale)
-    ratio, minus_one = exp2m1(gap)
-    larger = tl.exp2(tl.where(above, t - t_largest, s - s_largest) * scale) * tl.where(above, t_share, s_share)
-    return d, above, gap, larger, ratio, minus_one
+    q = tl.exp2((v[0] - s_largest) * scale) * s_share
+    p = tl.exp2((v[1] - t_largest) * scale) * t_share
+    return q, p, ((v[1] - t_offset) - (v[0] - s_offset)) * unit - shift
 
 
 @triton.jit
 def _kl_pair(constants, v):
-    """d, Q, P, Q - P and the last with its temperature: it sums to 0, makes every share of a KL divergence non-negative
-    and cancels what the rounding of the sums adds."""
-    d, above, _, larger, ratio, minus_one = _pair(constants[0], constants[1][0], v)
-    smaller = larger * ratio
-    difference = larger * tl.where(above, minus_one, -minus_one)
-    balance = difference * constants[1][1]
-    return d, tl.where(above, smaller, larger), tl.where(above, larger, smaller), difference, balance
+    """Q, P, d and Q - P, which sums to 0, makes every share of a KL divergence non-negative and cancels what the
+    rounding of the sums adds."""
+    q, p, d = _pair(constants[0], constants[1][0], constants[1][1], v)
+    difference = q - p
+    if d.dtype != tl.float64:
+        difference = tl.where(tl.abs(d) < NEAR, -q * expm1_near(d), difference)
+    return q, p, d, difference
 
 
 @triton.jit
 def _forward_element(constants, v):
-    d, _, p, difference, balance = _kl_pair(constants, v)
-    return (difference,), (tl.where(p == 0.0, 0.0, p * d) + balance,)
+    _, p, d, difference = _kl_pair(constants, v)
+    return (difference,), (tl.where(p == 0.0, 0.0, p * d) + difference,)
 
 
 @triton.jit
 def _reverse_element(constants, v):
-    d, q, _, _, balance = _kl_pair(constants, v)
-    from_q = tl.where(q == 0.0, 0.0, -q * d)
-    return (from_q, q), (from_q - balance, from_q)
+    q, _, d, difference = _kl_pair(constants, v)
+    a = tl.where(q == 0.0, 0.0, -d)
+    return (q, a), (q * a - difference, q * a)
 
 
 @triton.jit
 def _mixed_element(constants, v):
-    scale, beta, rest = constants[1]
-    _, above, gap, larger, ratio, minus_one = _pair(constants[0], scale, v)
-    smaller = larger * ratio
-    q, p = tl.where(above, smaller, larger), tl.where(above, larger, smaller)
-    other = tl.where(above, rest, beta)
-    mixture = log2_near(tl.where(above, beta, rest) + other * ratio, other * minus_one)  # of M / larger
-    from_smaller = gap - mixture
-    from_q = tl.where(q == 0.0, 0.0, q * tl.where(above, from_smaller, -mixture))
-    from_p = tl.where(p == 0.0, 0.0, p * tl.where(above, -mixture, from_smaller))
-    return (from_q, q), (beta * from_p + rest * from_q, from_q)
+    scale, beta, rest, odds, terms = constants[1]
+    q, p, d = _pair(constants[0], scale, scale, v)
+    # NaN too, of two logits of -inf. What is beyond has probability 0 in one of the two.
+    d = tl.minimum(tl.maximum(d, -126.0), 126.0)
+    power = tl.exp2(d)
+    mixture = log2_fast(power * beta + rest)  # M / Q
+    if d.dtype != tl.float64:
+        near = (((terms[4] * d + terms[3]) * d + terms[2]) * d + terms[1]) * d + terms[0]
+        mixture = tl.where(tl.abs(d) < NEAR2, near * d, mixture)
+    from_q = -q * mixture
+    return (q, -mixture), (p * (d - mixture) + odds * from_q, from_q)
 
 
 @triton.jit
@@ -175,9 +191,12 @@ def _epilogue(args, rows, row, constants, sums, read, T: tl.constexpr):
     if args.factor is not None:
         loss *= tl.load(args.factor)
     tl.store(args.loss + row, tl.where(read, loss, 0.0))
+    stored = center
     if len(sums) > 1:
-        center = sums[1] * unit
-    stored = (normals[0][0], normals[0][1], normals[1][0], normals[1][1], center)
+        center, stored = sums[1], sums[1]
+    if args.beta is not None:
+        stored = center * LN2
+    stored = (normals[0][0], normals[0][1], normals[1][0], normals[1][1], stored)
     for i in tl.static_range(5):
         tl.store(args.stats + i * rows + row, tl.where(read, stored[i], 0.0))
     return norms, numbers, unit, factor, center, normals
@@ -190,7 +209,7 @@ def _forward_map(constants, parts):
 
 @triton.jit
 def _map(constants, parts):
-    return (parts[0] * constants[2] - constants[4] * parts[1]) * constants[3]
+    return parts[0] * (parts[1] - constants[4]) * constants[3]
 
 
 FORWARD = Formula(Functions(_ignored, _row, _forward_element, _epilogue, _forward_map), sums=1, maps_at_once=True)

@@ -108,6 +108,62 @@ def flat_plan(size: int, itemsize: int, on: torch.device) -> tuple[int, int, int
     return block, _num_warps(block, itemsize, on), min(triton.cdiv(size, block), 8 * multiprocessors(on))
 
 
+# -- Sweeps over rows of logits
+
+# Tiles that a program takes at a time, by the streams: two 16-byte loads a thread and more in flight, in registers for
+# four programs of 256 threads.
+TILES = {1: 4, 2: 1}
+# Long rows that are swept again and again get programs of twice the threads (plan.Tuning says when): four programs of
+# 256 threads on a multiprocessor would have four times as many rows in the L2. Told of these registers, which only one
+# program of 512 threads finds, ptxas does not spill for the sake of a second.
+WIDE, WIDE_REGISTERS = 512, 128
+# Programs of a split row at most: their partial results are one tile for who adds them up.
+MOST_SEGMENTS = 128
+
+
+class SweepPlan(NamedTuple):
+    """`segments`: the programs that share a row, each of which takes `segment` chunks."""
+
+    lanes: int
+    tiles: int
+    num_warps: int
+    segment: int
+    segments: int
+
+
+@functools.lru_cache(maxsize=4096)
+def plan_sweep(
+    rows: int, chunks: int, width: int, row_bytes: int, streams: int, again: bool, on: torch.device
+) -> SweepPlan:
+    """For `rows` rows of `chunks` chunks, `row_bytes` over all streams; `again`: swept more than once by a program.
+
+    Not yet measured on a GPU; the reasons are bounds.
+    """
+    numbers = tuning(on)
+    tiles = TILES[streams] if width > 1 else 8
+    wide = again and row_bytes >= numbers.wide_bytes
+    if wide and width > 1:
+        tiles *= 2
+    threads = numbers.sweep_threads * (2 if wide else 1)
+    lanes = max(32, min(threads, triton.next_power_of_2(triton.cdiv(chunks, tiles))))
+    blocks = triton.cdiv(chunks, lanes * tiles)
+    wanted = numbers.programs * multiprocessors(on)
+    segments = min(MOST_SEGMENTS, blocks, triton.cdiv(wanted, max(rows, 1)))
+    if 4 * rows * threads >= 3 * wanted * 256:  # enough rows to fill the device: sharing them would cost launches
+        segments = 1
+    segment = triton.cdiv(blocks, max(segments, 1)) * lanes * tiles
+    return SweepPlan(lanes, tiles, lanes // 32, segment, max(1, triton.cdiv(chunks, max(segment, 1))))
+
+
+@functools.lru_cache(maxsize=4096)
+def plan_map(chunks: int, width: int, streams: int, on: torch.device) -> SweepPlan:
+    """For a map of `streams` streams: a program's row scalars are worth some blocks."""
+    tiles = min(2, TILES[streams]) if width > 1 else 8
+    lanes = max(32, min(tuning(on).sweep_threads, triton.next_power_of_2(triton.cdiv(chunks, tiles))))
+    segment = 4 * lanes * tiles
+    return SweepPlan(lanes, tiles, lanes // 32, segment, max(1, triton.cdiv(chunks, segment)))
+
+
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
     if device.type == "cuda":

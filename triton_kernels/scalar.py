@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import struct
 
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
+
+NEAR = tl.constexpr(0.175)  # how far from 0 series are used; elsewhere nothing cancels
 
 
 def argument(value: float, dtype: torch.dtype) -> float | int:
@@ -64,24 +68,24 @@ def log1p(x):
     return tl.where(lost, x, tl.log(u) * divide(x, tl.where(lost, 1.0, u - 1.0)))
 
 
-@triton.jit
-def exp2m1(x):
-    """2^x and 2^x - 1, for x <= 0."""
-    power = tl.exp2(x)
-    if x.dtype == tl.float64:
-        return power, power - 1.0
-    else:  # the Taylor series to a relative 2e-8 on [-1/2, 0]
-        p = 1.5252733e-5 * x + 1.5403530e-4
-        p = ((p * x + 1.3333558e-3) * x + 9.6181291e-3) * x + 5.5504109e-2
-        p = (p * x + 2.4022651e-1) * x + 6.9314718e-1
-        return power, tl.where(x > -0.5, p * x, power - 1.0)
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # which knows nothing of libdevice
 
 
 @triton.jit
-def log2_near(u, z):
-    """log2(u) for u in [0, 1], given z = u - 1 as well, which says more of a u near 1."""
-    lost = tl.where(u > 0.5, z - (u - 1.0), 0.0)
-    return tl.log2(u) + lost * 1.4426950408889634
+def log2_fast(x):
+    """log2(x) by the hardware's instruction, to a relative 2^-22, between 1/2 and 2 to an absolute 2^-22; tl.log2 is a
+    polynomial of a library."""
+    if INTERPRETED or x.dtype == tl.float64:
+        return tl.log2(x)
+    else:
+        return libdevice.fast_log2f(x)
+
+
+@triton.jit
+def expm1_near(x):
+    """exp(x) - 1 for |x| <= NEAR in float32, to 1 unit in the last place."""
+    p = ((0.00834349357 * x + 0.0417202599) * x + 0.166666538) * x + 0.499999583
+    return x * (x * p + 1.0)
 
 
 @triton.jit

@@ -32,7 +32,6 @@ that read last in the caches. CUDA's clusters (``csrc/skeleton/sweep.cuh``) keep
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -43,8 +42,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import layout, rowwise
-from .plan import multiprocessors, offsets_type, tuning
+from .plan import WIDE, WIDE_REGISTERS, SweepPlan, offsets_type, plan_map, plan_sweep
 from .scalar import number, rounded
+from .tiles import both, edge_elements, load_edge, load_tiles, row_span, row_start, segment_of, store_tiles
 
 LOG2E = tl.constexpr(1 / math.log(2))
 
@@ -52,17 +52,6 @@ LOG2E = tl.constexpr(1 / math.log(2))
 PLAIN = ["places", "inner", "size", "rows", "segment", "segments", "shares", "out_size"]
 
 Place = tuple[int, int, int]  # of rows [outer, inner]: the first row's offset, the strides; in elements
-
-# Tiles that a program takes at a time, by the streams: two 16-byte loads a thread and more in flight, in registers for
-# four programs of 256 threads.
-TILES = {1: 4, 2: 1}
-# Long rows that are swept again and again get programs of twice the threads (plan.Tuning says when): four programs of
-# 256 threads on a multiprocessor would have four times as many rows in the L2. Told of these registers, which only one
-# program of 512 threads finds, ptxas does not spill for the sake of a second.
-WIDE, WIDE_REGISTERS = 512, 128
-# Programs of a split row at most: their partial results are one tile for who adds them up.
-MOST_SEGMENTS = 128
-
 
 # The steps of a sweep.
 NORMALIZERS, SUMS, RESULTS, MAP = (tl.constexpr(step) for step in range(4))
@@ -103,47 +92,6 @@ class Shape(NamedTuple):
     T: Any
 
 
-class Plan(NamedTuple):
-    """`segments`: the programs that share a row, each of which takes `segment` chunks."""
-
-    lanes: int
-    tiles: int
-    num_warps: int
-    segment: int
-    segments: int
-
-
-@functools.lru_cache(maxsize=4096)
-def plan_sweep(rows: int, chunks: int, width: int, row_bytes: int, streams: int, again: bool, on: torch.device) -> Plan:
-    """For `rows` rows of `chunks` chunks, `row_bytes` over all streams; `again`: swept more than once by a program.
-
-    Not yet measured on a GPU; the reasons are bounds.
-    """
-    numbers = tuning(on)
-    tiles = TILES[streams] if width > 1 else 8
-    wide = again and row_bytes >= numbers.wide_bytes
-    if wide and width > 1:
-        tiles *= 2
-    threads = numbers.sweep_threads * (2 if wide else 1)
-    lanes = max(32, min(threads, triton.next_power_of_2(triton.cdiv(chunks, tiles))))
-    blocks = triton.cdiv(chunks, lanes * tiles)
-    wanted = numbers.programs * multiprocessors(on)
-    segments = min(MOST_SEGMENTS, blocks, triton.cdiv(wanted, max(rows, 1)))
-    if 4 * rows * threads >= 3 * wanted * 256:  # enough rows to fill the device: sharing them would cost launches
-        segments = 1
-    segment = triton.cdiv(blocks, max(segments, 1)) * lanes * tiles
-    return Plan(lanes, tiles, lanes // 32, segment, max(1, triton.cdiv(chunks, max(segment, 1))))
-
-
-@functools.lru_cache(maxsize=4096)
-def plan_map(chunks: int, width: int, streams: int, on: torch.device) -> Plan:
-    """For a map of `streams` streams: a program's row scalars are worth some blocks."""
-    tiles = min(2, TILES[streams]) if width > 1 else 8
-    lanes = max(32, min(tuning(on).sweep_threads, triton.next_power_of_2(triton.cdiv(chunks, tiles))))
-    segment = 4 * lanes * tiles
-    return Plan(lanes, tiles, lanes // 32, segment, max(1, triton.cdiv(chunks, segment)))
-
-
 def as_logits(t: Tensor) -> Tensor:
     """`t` as [outer, inner, size] with unit stride over `size`: a view where its strides allow one, else a copy."""
     if t.dim() > 3:
@@ -175,7 +123,7 @@ class LogitRows:
         self.width = width if len(phases) == 1 and all(d.data_ptr() % 16 == 0 for d in self.data) else 1
         self.edges = self.width > 1 and (phases != {(0, 0, 0)} or self.size % width != 0)
 
-    def plan(self, again: bool) -> Plan:
+    def plan(self, again: bool) -> SweepPlan:
         row_bytes = self.size * sum(d.element_size() for d in self.data[: self.streams])
         chunks = self.size // self.width
         return plan_sweep(self.count, chunks, self.width, row_bytes, self.streams, again, self.first.device)
@@ -223,7 +171,7 @@ def sweep_map(formula: Formula, rows: LogitRows, args: Any) -> None:
 def _launch(
     formula: Formula,
     rows: LogitRows,
-    plan: Plan,
+    plan: SweepPlan,
     args: Any,
     first: Any,
     last: Any,
@@ -264,82 +212,6 @@ def _launch(
 
 
 # -- In kernels
-
-
-@triton.jit
-def row_start(place, row, inner):
-    """The offset of a row's first element."""
-    return place[0] + row // inner * place[1] + row % inner * place[2]
-
-
-@triton.jit
-def row_span(start, size, WIDTH: tl.constexpr, EDGES: tl.constexpr, INDEX: tl.constexpr):
-    """(head, chunks, tail) of a row: the elements before its chunks, the chunks, the elements after them."""
-    size = size.to(INDEX)
-    head = tl.zeros((), INDEX)
-    if EDGES:
-        head = tl.minimum(((WIDTH - start % WIDTH) % WIDTH).to(INDEX), size)
-    chunks = (size - head) // WIDTH
-    return head, chunks, size - head - chunks * WIDTH
-
-
-@triton.jit
-def load_tiles(
-    data,
-    start,
-    first,
-    end,
-    AGAIN: tl.constexpr,
-    LANES: tl.constexpr,
-    TILES: tl.constexpr,
-    WIDTH: tl.constexpr,
-    T: tl.constexpr,
-):
-    """Chunks [first, end) of the row at `start`, as far as the tiles go; -inf from there. AGAIN: not the last read."""
-    base = data + (start + (WIDTH - 1)) // WIDTH * WIDTH  # the compiler cannot know that this divides the start
-    lanes = tl.arange(0, LANES)
-    tiles = ()
-    for i in tl.static_range(TILES):
-        chunk = first + i * LANES + lanes
-        element = chunk[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-        tile = tl.load(
-            base + element,
-            mask=(chunk < end)[:, None],
-            other=float("-inf"),
-            eviction_policy="" if AGAIN else "evict_first",
-        )
-        tiles = tiles + (tile.to(T),)
-    return tiles
-
-
-@triton.jit
-def store_tiles(data, start, first, end, tiles, LANES: tl.constexpr, TILES: tl.constexpr, WIDTH: tl.constexpr):
-    """Past the caches as far as that goes: they are for rows that are read again."""
-    base = data + (start + (WIDTH - 1)) // WIDTH * WIDTH
-    lanes = tl.arange(0, LANES)
-    for i in tl.static_range(TILES):
-        chunk = first + i * LANES + lanes
-        element = chunk[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-        tl.store(base + element, tiles[i], mask=(chunk < end)[:, None], cache_modifier=".cs")
-
-
-@triton.jit
-def edge_elements(span, LANES: tl.constexpr, WIDTH: tl.constexpr):
-    """Of the elements outside the chunks: their places in the row, and which lanes [LANES, 1] have one."""
-    head, chunks, tail = span
-    lane = tl.arange(0, LANES)[:, None]
-    return tl.where(lane < head, lane, chunks * WIDTH + lane), lane < head + tail
-
-
-@triton.jit
-def both(mask, flag):
-    """mask & flag. The comparison is for the interpreter of Triton 3.9, where a scalar makes integers of a mask."""
-    return (mask & flag) != 0
-
-
-@triton.jit
-def load_edge(data, start, element, mask, T: tl.constexpr):
-    return (tl.load(data + start + element, mask=mask, other=float("-inf")).to(T),)
 
 
 @triton.jit
@@ -389,13 +261,6 @@ def combined_normalizer(part, segments, scale, read, SEGMENTS: tl.constexpr, STR
     part, mask = part + segment * 2 * STREAMS, segment < segments
     largest = tl.load(part, mask=mask, other=float("-inf"))
     return normalizer_total((largest, tl.load(part + 1, mask=mask, other=0.0)), scale, read)
-
-
-@triton.jit
-def segment_of(segment, index, span):
-    """The chunks [begin, end) of a row that its program `index` sweeps, and whether it has the edges."""
-    begin = tl.minimum(index.to(span[1].dtype) * segment, span[1])
-    return begin, tl.minimum(begin + segment, span[1]), index == 0
 
 
 # -- Steps

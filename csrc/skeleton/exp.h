@@ -97,14 +97,24 @@ struct Base {
 // scale.
 template <class T>
 struct Origin {
-  T scale, base, factor;  // factor: base^(base - max * scale), near 1
+  T scale, base;
+  bool beyond;
 
   Origin() = default;
-  FASTGEN_HD Origin(T max, T scale_) : scale(std::abs(max * scale_) < T(1e37) ? scale_ : scale_ * T(0x1p-40)) {
-    base = max * scale;
-    factor = Base::power(-std::fma(max, scale, -base));
+  FASTGEN_HD Origin(T max, T scale_) : scale(scale_), base(max * scale_), beyond(false) {
+    if (!(std::abs(base) < T(1e37))) {
+      if (max == -static_cast<T>(INFINITY)) {
+        base = T(-1e37);  // nothing yet
+      } else {
+        scale *= T(0x1p-40), base = max * scale, beyond = true;
+      }
+    }
   }
   FASTGEN_HD T from(T v) const { return std::fma(v, scale, -base); }
+  // base^(base - max * scale), near 1.
+  FASTGEN_HD T factor(T max) const { return Base::power(-std::fma(max, scale, -base)); }
+  // What a sum is times that had `other` as its base.
+  FASTGEN_HD T carries(T other, bool same_max) const { return beyond ? T(same_max) : Base::power(other - base); }
 };
 #else
 struct Base {
@@ -123,11 +133,11 @@ struct Base {
 
 template <class T>
 struct Origin {
-  T scale, base, factor;
+  T scale, base;
 
-  Origin() = default;
-  FASTGEN_HD Origin(T max, T scale_) : scale(scale_), base(max), factor(1) {}
+  FASTGEN_HD Origin(T max, T scale_) : scale(scale_), base(max) {}
   FASTGEN_HD T from(T v) const { return (v - base) * scale; }  // not fused: not every CPU can
+  FASTGEN_HD T factor(T) const { return T(1); }
 };
 #endif
 
@@ -150,11 +160,11 @@ FASTGEN_HD double at_least(double x, double limit) { return x > limit ? x : limi
 FASTGEN_HD double at_most(double x, double limit) { return x < limit ? x : limit; }
 
 // How far from 0 the two series below are used, in natural units; elsewhere nothing cancels.
-constexpr float kNear = 0.35f;
+constexpr float kNear = 0.175f;
 
 // e^x - 1 for |x| <= kNear, to 1 unit in the last place.
 FASTGEN_HD float expm1_near(float x) {
-  const float p = (((0x1.6da504p-10f * x + 0x1.1230a6p-7f) * x + 0x1.55547ap-5f) * x + 0x1.5554a4p-3f) * x + 0x1.0p-1f;
+  const float p = ((0x1.11664cp-7f * x + 0x1.55c5bap-5f) * x + 0x1.555544p-3f) * x + 0x1.ffffe4p-2f;
   return x * (x * p + 1.0f);
 }
 FASTGEN_HD double expm1_near(double x) { return std::expm1(x); }
@@ -164,7 +174,7 @@ FASTGEN_HD double expm1_near(double x) { return std::expm1(x); }
 // beta, over factorials; they converge for |d| < π.
 template <class T>
 struct LogMixture {
-  static constexpr int kTerms = 7;
+  static constexpr int kTerms = 5;
   T beta, rest;  // rest: 1 - beta, which float would round
   T terms[kTerms];
 

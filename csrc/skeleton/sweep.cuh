@@ -18,8 +18,10 @@
 namespace fastgen::cuda {
 
 constexpr int kSweepThreads = 256;  // of a block
-template <class T>
-constexpr int kSweepBlocks = sizeof(T) == 4 ? 4 : 1;  // on a multiprocessor at least: 64 registers a thread
+// Blocks on a multiprocessor at least: 64 registers a thread of one stream, or of two whose dtype is known; where a
+// launch decides how they are read, 80, which spill nothing.
+template <class T, ScalarType alike, int N>
+constexpr int kSweepBlocks = sizeof(T) == 8 ? 1 : N == 1 || alike != ScalarType::Undefined ? 4 : 3;
 constexpr int kMapSlots = 4;        // vectors of a thread where a row is only mapped
 
 template <class F>
@@ -33,7 +35,7 @@ constexpr bool kGathers = F::kNormalizes || F::kSums > 0;  // blocks wait for ea
 struct SweepPlan {
   int threads, parts, share;  // of a block; blocks of a row; vectors of a block
   int slots;                  // vectors of a thread kept in shared memory; 0: none
-  int held_pieces;            // of 16 bytes, of one of them
+  int slot;                   // 16-byte pieces from one of them to the next
   int64_t shared_bytes;
 
   bool operator==(const SweepPlan&) const = default;
@@ -42,7 +44,6 @@ struct SweepPlan {
 // `held_bytes`: of one vector, that later passes want of all streams or of what the map wants.
 inline SweepPlan plan_sweep(int64_t rows, int64_t vectors, int held_bytes, bool gathers, const Limits& limits) {
   SweepPlan plan{};
-  plan.held_pieces = held_bytes / 16;
   if (!gathers) {
     plan.threads = team_threads(std::max<int64_t>(vectors, 33), std::min(limits.threads, kMapThreads));
     plan.share = kMapSlots * plan.threads;
@@ -54,6 +55,7 @@ inline SweepPlan plan_sweep(int64_t rows, int64_t vectors, int held_bytes, bool 
     plan.share = static_cast<int>(ceil_div<int64_t>(vectors, plan.parts));
     plan.threads = team_threads(std::max(plan.share, 33), limits.threads);
     plan.slots = held_bytes ? ceil_div(plan.share, plan.threads) : 0;
+    plan.slot = held_bytes / 16 * plan.threads;
     plan.shared_bytes = int64_t{1} * held_bytes * plan.slots * plan.threads;
     const bool idle_device = rows * plan.parts < 2 * limits.multiprocessors;
     if (plan.parts * 2 > limits.cluster || plan.share <= 512 || !(plan.shared_bytes > comfortable || idle_device)) break;
@@ -156,9 +158,7 @@ struct Sweep {
 
   __device__ __forceinline__ int bytes(int stream) const { return bytes_of<false>(dtype(stream)) * kWidth<T>; }
 
-  __device__ __forceinline__ Slot slot(int index) const {
-    return {memory + index * plan.held_pieces * plan.threads + threadIdx.x, plan.threads};
-  }
+  __device__ __forceinline__ Slot first_slot() const { return {memory + threadIdx.x, plan.threads}; }
 
   // The first piece of a stream in a slot.
   __device__ __forceinline__ int piece(int stream) const { return stream == 0 ? 0 : bytes(0) > 16 ? 2 : 1; }
@@ -182,10 +182,10 @@ struct Sweep {
     }
   }
 
-  __device__ __forceinline__ void again(int v, int index, Raw (&raw)[N]) const {
+  __device__ __forceinline__ void again(int v, const Slot& at, Raw (&raw)[N]) const {
     if (plan.slots == 0) return load<Use::again>(v, raw);
 #pragma unroll
-    for (int s = 0; s < N; ++s) slot(index).load(piece(s), bytes(s), raw[s]);
+    for (int s = 0; s < N; ++s) at.load(piece(s), bytes(s), raw[s]);
   }
 
   __device__ __forceinline__ int count(int64_t v) const {
@@ -244,59 +244,65 @@ struct Sweep {
       for (int s = 0; s < N; ++s) x[s] = at_least(exchange.warp_max[s][w], x[s]);
   }
 
-  // Adds a vector to the online sum of Σ base^((v - most) scale).
-  __device__ __forceinline__ void add_powers(const T (&x)[kWidth<T>], int n, T scale, T& most, T& sum) const {
-    T top = most;
+  // The online sum of base^(v scale), relative to the largest v.
+  struct Powers {
+    T most = -static_cast<T>(INFINITY), base = T(-1e37), sum = T(0);
+
+    __device__ __forceinline__ void add(const T (&x)[kWidth<T>], int n, T scale) {
+      T top = most, more = T(0);
 #pragma unroll
-    for (int j = 0; j < kWidth<T>; ++j)
-      if (j < n) top = at_least(x[j], top);
-    const T base = base_of(top);
-    T add = T(0);
+      for (int j = 0; j < kWidth<T>; ++j)
+        if (j < n) top = at_least(x[j], top);
+      const Origin<T> origin(top, scale);
 #pragma unroll
-    for (int j = 0; j < kWidth<T>; ++j)
-      if (j < n) add += Base::power((x[j] - base) * scale);
-    sum = sum * Base::power((most - base) * scale) + add;  // 0 at first
-    most = top;
-  }
+      for (int j = 0; j < kWidth<T>; ++j)
+        if (j < n) more += Base::power(origin.from(x[j]));
+      sum = sum * origin.carries(base, most == top) + more;
+      most = top, base = origin.base;
+    }
+    __device__ __forceinline__ T total(T max, T scale) const {
+      return sum * Origin<T>(max, scale).carries(base, most == max);
+    }
+  };
 
   __device__ __forceinline__ void normalize(Softmax<T> (&normal)[N]) const {
     const T scale = Base::scale(job.formula.inverse_temperature);
-    T most[N], sum[N], block[N];
-#pragma unroll
-    for (int s = 0; s < N; ++s) most[s] = -static_cast<T>(INFINITY), sum[s] = T(0);
-    const auto take = [&](int v, int index, const Raw (&raw)[N]) {
+    Powers powers[N];
+    Slot at = first_slot();
+    const auto take = [&](int v, const Raw (&raw)[N]) {
 #pragma unroll
       for (int s = 0; s < N; ++s) {
-        if (plan.slots > 0) slot(index).store(piece(s), bytes(s), raw[s]);
+        if (plan.slots > 0) at.store(piece(s), bytes(s), raw[s]);
         T x[kWidth<T>];
         unpack<T, false>(raw[s], dtype(s), x);
-        add_powers(x, count(v), scale, most[s], sum[s]);
+        powers[s].add(x, count(v), scale);
       }
+      at.first += plan.slot;
     };
-    int v = first + threadIdx.x, index = 0;
+    int v = first + threadIdx.x;
     if constexpr (access == Access::wide) {  // two vectors of each stream in flight
 #pragma unroll 1
-      for (; v + plan.threads < last; v += 2 * plan.threads, index += 2) {
+      for (; v + plan.threads < last; v += 2 * plan.threads) {
         Raw raw[N], second[N];
         load<Use::again>(v, raw);
         load<Use::again>(v + plan.threads, second);
-        take(v, index, raw);
-        take(v + plan.threads, index + 1, second);
+        take(v, raw);
+        take(v + plan.threads, second);
       }
     }
 #pragma unroll 1
-    for (; v < last; v += plan.threads, ++index) {
+    for (; v < last; v += plan.threads) {
       Raw raw[N];
       load<Use::again>(v, raw);
-      take(v, index, raw);
+      take(v, raw);
     }
     double totals[N];
+    T block[N];
 #pragma unroll
-    for (int s = 0; s < N; ++s) block[s] = most[s];
+    for (int s = 0; s < N; ++s) block[s] = powers[s].most;
     block_max(block);
 #pragma unroll
-    for (int s = 0; s < N; ++s)
-      totals[s] = static_cast<double>(sum[s] * Base::power((most[s] - base_of(block[s])) * scale));
+    for (int s = 0; s < N; ++s) totals[s] = static_cast<double>(powers[s].total(block[s], scale));
     block_sum(totals, exchange.normal_sums);
     typename SweepExchange<T, F>::Normals mine;
 #pragma unroll
@@ -307,11 +313,14 @@ struct Sweep {
       T max = exchange.normals[0].of[s].max;
 #pragma unroll 1
       for (int b = 1; b < plan.parts; ++b) max = at_least(exchange.normals[b].of[s].max, max);
+      const Origin<T> origin(max, scale);
       double total = 0;
 #pragma unroll 1
-      for (int b = 0; b < plan.parts; ++b)
-        total += exchange.normals[b].of[s].sum *
-                 static_cast<double>(Base::power((exchange.normals[b].of[s].max - base_of(max)) * scale));
+      for (int b = 0; b < plan.parts; ++b) {
+        const auto& of = exchange.normals[b].of[s];
+        total += of.sum * static_cast<double>(origin.carries(Origin<T>(of.max, scale).base, of.max == max));
+      }
+      if (max != -static_cast<T>(INFINITY)) total *= static_cast<double>(origin.factor(max));
       normal[s] = {max, static_cast<T>(total)};
     }
   }
@@ -348,10 +357,11 @@ struct Sweep {
   // memory, mapped, or dropped.
   template <bool kSum, bool kMap>
   __device__ __forceinline__ void elements(const typename F::Row& constants, T* sums, bool keep, int64_t picked) const {
+    Slot at = first_slot();
 #pragma unroll 1
-    for (int v = first + threadIdx.x, index = 0; v < last; v += plan.threads, ++index) {
+    for (int v = first + threadIdx.x; v < last; v += plan.threads, at.first += plan.slot) {
       Raw raw[N];
-      again(v, index, raw);
+      again(v, at, raw);
       T x[N][kWidth<T>], parts[F::kParts][kWidth<T>], add[F::kSums + 1] = {};
 #pragma unroll
       for (int s = 0; s < N; ++s) unpack<T, false>(raw[s], dtype(s), x[s]);
@@ -370,19 +380,20 @@ struct Sweep {
       if constexpr (kMap) map(constants, x[0], parts, v, picked);
       else if (keep)
 #pragma unroll
-        for (int k = 0; k < F::kParts; ++k) slot(index).store(2 * k, 32, pack<T>(parts[k], kDtype<T>));
+        for (int k = 0; k < F::kParts; ++k) at.store(2 * k, 32, pack<T>(parts[k], kDtype<T>));
     }
   }
 
   // Maps what was kept.
   __device__ __forceinline__ void map_kept(const typename F::Row& constants) const {
+    Slot at = first_slot();
 #pragma unroll 1
-    for (int v = first + threadIdx.x, index = 0; v < last; v += plan.threads, ++index) {
+    for (int v = first + threadIdx.x; v < last; v += plan.threads, at.first += plan.slot) {
       T parts[F::kParts][kWidth<T>];
 #pragma unroll
       for (int k = 0; k < F::kParts; ++k) {
         Raw raw;
-        slot(index).load(2 * k, 32, raw);
+        at.load(2 * k, 32, raw);
         unpack<T, false>(raw, kDtype<T>, parts[k]);
       }
       map(constants, parts[0], parts, v, -1);
@@ -454,7 +465,7 @@ struct Sweep {
 };
 
 template <Access access, ScalarType alike, class T, class F, int N>
-__global__ void __launch_bounds__(kSweepThreads, kSweepBlocks<T>)
+__global__ void __launch_bounds__(kSweepThreads, kSweepBlocks<T, alike, N>)
     sweep_rows(const __grid_constant__ SweepArguments<T, F, N> job, const __grid_constant__ SweepPlan plan) {
   extern __shared__ uint4 held[];
   __shared__ SweepExchange<T, F> exchange;
