@@ -106,15 +106,20 @@ def _chunked_divergence(original: Callable[..., Any]) -> Callable[..., Any]:
         *arguments: Any,
         **options: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        given = (student_hidden_states, teacher_hidden_states, student_lm_head_weight, teacher_lm_head_weight)
+        student, teacher = (
+            (student_hidden_states, student_lm_head_weight),
+            (teacher_hidden_states, teacher_lm_head_weight),
+        )
         scale = options.get("student_logit_scale", 1.0)
         capped = any(options.get(f"{model}_final_logit_softcapping") for model in ("student", "teacher"))
         if arguments or capped or scale != options.get("teacher_logit_scale", 1.0) or scale <= 0:
-            return original(*given, completion_mask, beta, *arguments, **options)
+            hidden, weights = zip(student, teacher, strict=True)
+            return original(*hidden, *weights, completion_mask, beta, *arguments, **options)
         valid = completion_mask != 0
         count = valid.sum()
         divergence, entropy = linear_generalized_jsd_loss(
-            *given,
+            *student,
+            *teacher,
             student_bias=options.get("student_lm_head_bias"),
             teacher_bias=options.get("teacher_lm_head_bias"),
             mask=valid,
