@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -24,9 +24,9 @@ STEPS, VOCABULARY = 20, 32000
 TRAINERS = ("GKDTrainer", "DistillationTrainer")
 
 
-def _close(what: str, ours: Callable[..., Tensor], theirs: Callable[..., Tensor], *leaves: Tensor) -> None:
+def _close(what: str, losses: Iterable[Callable[..., Tensor]], *leaves: Tensor) -> None:
     values, gradients = [], []
-    for loss in (ours, theirs):
+    for loss in losses:
         value = loss()
         values.append(value.detach())
         gradients.append(torch.autograd.grad(value.sum(), leaves))
@@ -55,7 +55,7 @@ def check_functions() -> None:
     labels[:, ::3] = -100
     mask = labels != -100
 
-    def both(call: Callable[[], Tensor]) -> Iterator[Callable[..., Tensor]]:
+    def both(call: Callable[[], Tensor]) -> tuple[Callable[..., Tensor], ...]:
         def ours() -> Tensor:
             trl.use_fastgen()
             try:
@@ -63,40 +63,38 @@ def check_functions() -> None:
             finally:
                 trl.restore()
 
-        return iter((ours, call))
+        return ours, call
 
     for beta in (0.0, 0.3, 1.0):
         for options in ({}, {"num_items_in_batch": 5}, {"reduction": "sum"}, {"reduction": "none"}):
             call = lambda beta=beta, options=options: GKDTrainer.generalized_jsd_loss(  # noqa: E731
                 student, teacher, labels, beta=beta, temperature=1.5, **options
             )
-            _close(f"GKDTrainer.generalized_jsd_loss β = {beta} {options}", *both(call), student)
+            _close(f"GKDTrainer.generalized_jsd_loss β = {beta} {options}", both(call), student)
         chunked = lambda beta=beta: distillation_trainer._chunked_divergence_loss(  # noqa: E731
             hidden, teacher_hidden, weight, teacher_weight, mask, beta, student_logit_scale=0.5, teacher_logit_scale=0.5
         )
         for part in (0, 1):
             call = lambda chunked=chunked, part=part: chunked()[part].requires_grad_(part == 0)  # noqa: E731
             if part == 0:
-                _close(f"DistillationTrainer β = {beta}", *both(call), hidden, weight)
+                _close(f"DistillationTrainer β = {beta}", both(call), hidden, weight)
             else:
                 torch.testing.assert_close(*(loss() for loss in both(call)), rtol=1e-4, atol=1e-4)
         for tail in (True, False):
             call = lambda beta=beta, tail=tail: sdpo_trainer.compute_topk_self_distillation_loss(  # noqa: E731
                 student, teacher, distillation_topk=20, distillation_alpha=beta, distillation_add_tail=tail
             )
-            _close(f"SDPOTrainer's top k α = {beta}, bucket {tail}", *both(call), student)
+            _close(f"SDPOTrainer's top k α = {beta}, bucket {tail}", both(call), student)
         flat = [t.flatten(0, 1) for t in (hidden, teacher_hidden)]
         for teacher_columns in (weight.shape[0], weight.shape[0] + 7):
             wide = torch.randn(teacher_columns, 24)
             given = {"beta": beta, "temperature": 1.5, "compiled": False}
             arguments = flat[0], weight, flat[1], wide, labels.flatten()
-            _close(
-                f"LigerFusedLinearJSDLoss β = {beta}, {teacher_columns} columns",
-                lambda given=given, arguments=arguments: liger.LigerFusedLinearJSDLoss(**given)(*arguments),
-                lambda given=given, arguments=arguments: LigerFusedLinearJSDLoss(**given)(*arguments),
-                hidden,
-                weight,
-            )
+            pair = [
+                lambda kind=kind, given=given, arguments=arguments: kind(**given)(*arguments)
+                for kind in (liger.LigerFusedLinearJSDLoss, LigerFusedLinearJSDLoss)
+            ]
+            _close(f"LigerFusedLinearJSDLoss β = {beta}, {teacher_columns} columns", pair, hidden, weight)
 
 
 def train(trainer: str, steps: int) -> dict[str, Any]:
