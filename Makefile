@@ -10,7 +10,7 @@ OLDEST_TRITON := 3.6.0
 START := $(shell date +%s)
 export CUDA_HOME ?= $(shell for d in /usr/local/cuda /usr/local/cuda-*; do [ -x $$d/bin/nvcc ] && echo $$d && break; done)
 
-.PHONY: help demo examples test aot lint bench gpu clean
+.PHONY: help demo examples test aot lint bench integrations gpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -20,6 +20,7 @@ help:
 	@echo "make aot       compile the Triton kernels with the oldest Triton that is supported"
 	@echo "make lint      ruff and mypy"
 	@echo "make bench     benchmarks on this machine's CPU, a table and plots in benchmarks/results"
+	@echo "make integrations  install TRL and Liger-Kernel, and run their trainers with fastgen's losses (some minutes)"
 	@echo "make gpu       on a GPU: all tests, compute-sanitizer, benchmarks, a results file (ARGS='--only tests' for a step)"
 
 $(VENV)/ready: pyproject.toml setup.py $(shell find csrc -type f)
@@ -48,6 +49,14 @@ lint: $(VENV)/ready
 bench: $(VENV)/ready
 	$(PY) -m pytest benchmarks --benchmark-enable --benchmark-json=benchmarks/results/cpu.json
 	$(PY) -m benchmarks.report benchmarks/results/cpu.json
+
+# In an environment of its own: these libraries pin versions of many others.
+integrations: $(VENV)/ready
+	test -e build/integrations/bin/python || $(PY) -m venv build/integrations
+	$(PY) -c 'import os, torch; print(os.path.dirname(os.path.dirname(torch.__file__)))' \
+		> "$$(build/integrations/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch.pth"
+	build/integrations/bin/python -m pip install --quiet trl==1.16.0 liger-kernel==0.8.5 transformers==5.24.0
+	PYTHONPATH=. build/integrations/bin/python -m benchmarks.integrations
 
 # Built for this machine's GPU alone, and with nothing asked of the network that the tests do not need.
 gpu: EXTRAS := test,examples

@@ -18,7 +18,7 @@ constexpr double kRoundedMass = 1.0 / 32;
 
 template <class T>
 FASTGEN_HD T value_at(const TokenStream& in, int64_t row, int64_t column) {
-  const int64_t at = in.offset(row) + column;
+  const int64_t at = row / in.inner * in.outer_stride + row % in.inner * in.inner_stride + column;
   if (in.dtype == ScalarType::Double) return static_cast<T>(static_cast<const double*>(in.data)[at]);
   if (in.dtype == ScalarType::Float) return static_cast<T>(static_cast<const float*>(in.data)[at]);
   const uint16_t bits = static_cast<const uint16_t*>(in.data)[at];

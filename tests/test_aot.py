@@ -14,6 +14,7 @@ pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs trito
 
 # Of a multiprocessor's 65536: 112 let one program of 512 threads hold its tile; 64 let four of 256 run, 48 five.
 REGISTERS = {"held_groups": 112, "looped_groups": 64, "partial_sums": 64, "finish": 48, "_scale_in_place": 40}
+REGISTERS["_scatter"] = 192  # a tile of comparisons of a row's few entries: two programs of 128 threads
 REGISTERS |= dict.fromkeys(("_next_layer", "_path", "_inspect_row"), 128)
 # Over logits: four programs of 256 threads or more; of 512, which sweep long rows again and again, one on purpose.
 REGISTERS |= {"_sweep normalizers": 64, "_sweep sums": 128, "_sweep results": 32, "_sweep map": 80}
@@ -25,6 +26,7 @@ MORE_REGISTERS |= {"langevin_step_": 64, "sds_loss": 112, "vsd_loss": 112, "dmd_
 # Two whole rows of 16384 float32: 128 still let one program of 512 threads run. (Features come in rows of 4096.)
 MORE_REGISTERS["feature_distance"] = 128
 MORE_REGISTERS["_sweep normalizers to results generalized_jsd_loss"] = 128
+MORE_REGISTERS["_sweep results sparse_divergence_loss"] = 64
 MORE_REGISTERS["fake_score_loss"] = 64  # its target, of a float32 and a half-precision stream
 # ptxas for sm_100 trades registers of a few looped kernels, of steps of four streams and of float32 beside bfloat16
 # logits, for occupancy. Triton 3.9 does so for sm_90 too, with 24 bytes in the gradient of a mixed divergence; 3.7 not.
@@ -35,7 +37,8 @@ TYPICAL = (
     "|diffusion_dpo_loss small grad|elbo_error-huber held|elbo_error-l1 held grad|add_noise held|vsd_loss looped grad"
     "|dmd_loss-guided small grad|dmd_loss-mixed split grad|reverse_step-epsilon held|posterior_sample held"
     "|guidance held|decoupled_dmd_loss looped grad|optimal_trajectory.*|token_logprob odd|token_logprob var grad"
-    "|generalized_jsd_loss-0.5 llm grad|generalized_jsd_loss-1 few grad)$"
+    "|generalized_jsd_loss-0.5 llm grad|generalized_jsd_loss-1 few grad"
+    "|sparse_divergence_loss-forward-bucket few grad)$"
 )
 
 

@@ -8,6 +8,7 @@ float64), are scaled there by what comes in, and are then rounded once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -193,11 +194,12 @@ class LinearLoss:
         found: list[tuple[Tensor, ...]] = []
         for rows, given in self.chunks(arguments, gradients is not None):
             at_once = gradients is not None and weight is None
+            entropy = (self.entropy(backend, given),) if arguments.get("entropy") else ()
             results = self.of_logits(backend, given, at_once)
             grad_logits = getattr(results, self.loss.buffer) if at_once and self.loss.buffer else None
             if gradients is not None and weight is not None:
                 grad_logits = self.gradient(backend, given, weight[rows].to(results.stats.dtype), results.stats)
-            found.append((results.stats, *self.loss.returned(results)))
+            found.append((results.stats, *self.loss.returned(results), *entropy))
             given.clear()  # the logits, before anything else is made
             del results
             if gradients is not None and grad_logits is not None:
@@ -250,6 +252,17 @@ class LinearLoss:
     def of_logits(self, backend: str, given: Mapping[str, Any], with_grad: bool) -> Any:
         operator, how = self.loss.operator, {"scale": None, "reduction": "none", "with_grad": with_grad}
         return operator.run(backend, {name: how[name] if name in how else given[name] for name in operator.arguments})
+
+    @staticmethod
+    def entropy(backend: str, given: Mapping[str, Any]) -> Tensor:
+        """Of the student's rows: log V - KL(Q‖U) with the uniform distribution U; 0 of rows that do not count."""
+        student, labels, ignored = given["student"], given["labels"], given["ignore_index"]
+        uniform = student.new_zeros(student.shape[-1]).expand(student.shape)
+        options = {"scale": None, "beta": 1.0, "temperature": given["temperature"], "ignore_index": ignored}
+        options |= {"labels": labels, "reduction": "none", "with_grad": False}
+        divergence = operators.generalized_jsd.operator(backend, student=student, teacher=uniform, **options).loss
+        entropy = math.log(student.shape[-1]) - divergence
+        return entropy if labels is None else torch.where(labels != ignored, entropy, 0)
 
     def gradient(self, backend: str, given: Mapping[str, Any], grad: Tensor, stats: Tensor) -> Tensor:
         operator, of_rows = self.loss.gradient, {"grad": grad, "stats": stats}

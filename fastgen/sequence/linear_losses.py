@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -113,6 +113,52 @@ def linear_token_logprob(
     return logprob.view(tokens.shape)
 
 
+@overload
+def linear_generalized_jsd_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    labels: Tensor | None = ...,
+    *,
+    student_bias: Tensor | None = ...,
+    teacher_bias: Tensor | None = ...,
+    mask: Tensor | None = ...,
+    num_valid: int | None = ...,
+    token_weight: Tensor | None = ...,
+    beta: float = ...,
+    scaled: bool = ...,
+    temperature: float = ...,
+    reduction: Reduction = ...,
+    num_items: float | Tensor | None = ...,
+    ignore_index: int = ...,
+    return_entropy: Literal[False] = ...,
+    round_logits: bool = ...,
+    max_chunk_bytes: int = ...,
+) -> Tensor: ...
+@overload
+def linear_generalized_jsd_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    labels: Tensor | None = ...,
+    *,
+    student_bias: Tensor | None = ...,
+    teacher_bias: Tensor | None = ...,
+    mask: Tensor | None = ...,
+    num_valid: int | None = ...,
+    token_weight: Tensor | None = ...,
+    beta: float = ...,
+    scaled: bool = ...,
+    temperature: float = ...,
+    reduction: Reduction = ...,
+    num_items: float | Tensor | None = ...,
+    ignore_index: int = ...,
+    return_entropy: Literal[True],
+    round_logits: bool = ...,
+    max_chunk_bytes: int = ...,
+) -> tuple[Tensor, Tensor]: ...
 def linear_generalized_jsd_loss(
     student_hidden: Tensor,
     student_weight: Tensor,
@@ -131,9 +177,10 @@ def linear_generalized_jsd_loss(
     reduction: Reduction = "batchmean",
     num_items: float | Tensor | None = None,
     ignore_index: int = IGNORE_INDEX,
+    return_entropy: bool = False,
     round_logits: bool = False,
     max_chunk_bytes: int = MAX_CHUNK_BYTES,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`generalized_jsd_loss` of ``logits = hidden weightᵀ + bias``, without ever holding the logits.
 
     Tokens are taken in chunks. Where a gradient is needed the forward pass computes it, while a chunk's logits are
@@ -159,6 +206,8 @@ def linear_generalized_jsd_loss(
             ``"none"`` the backward pass computes the logits once more.
         token_weight: [...], the `weight` of that function.
         num_valid: how many tokens count, for the others not even to be projected: as in :func:`linear_token_logprob`.
+        return_entropy: also return the entropy [...] in nats of the student's softmax(logits / τ), for logging: without
+            gradient, 0 for tokens that do not count. It reads the logits of a chunk once more.
         round_logits: keep the logits in the dtype of the hidden states, as a layer returns them, instead of float32. In
             bfloat16 that halves their memory and costs accuracy, as :func:`generalized_jsd_loss` says. A float16
             student is refused: the gradient of its logits would underflow.
@@ -167,8 +216,9 @@ def linear_generalized_jsd_loss(
             products.
 
     Returns:
-        The loss, float32 (float64 if an input is). Gradients flow to the student's hidden states, weight and bias, once
-        differentiable. Under autocast all are cast to its dtype; the logits are float32 there too.
+        The loss, float32 (float64 if an input is), or ``(loss, entropy)``. Gradients flow to the student's hidden
+        states, weight and bias, once differentiable. Under autocast all are cast to its dtype; the logits are float32
+        there too.
 
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
@@ -216,12 +266,13 @@ def linear_generalized_jsd_loss(
             reduction=reduction,
             num_items=num_items,
             ignore_index=ignore_index,
+            return_entropy=return_entropy,
             round_logits=round_logits,
         )
     labels = labels_of(student_hidden, labels, mask, ignore_index)
     vocabulary = min(student_weight.shape[0], teacher_weight.shape[0])
     dtype = arithmetic_dtype(student_hidden, teacher_hidden)
-    loss, *_ = _run(
+    loss, *entropy = _run(
         linear.generalized_jsd,
         backend,
         [
@@ -237,10 +288,13 @@ def linear_generalized_jsd_loss(
         temperature=temperature,
         ignore_index=ignore_index,
         reduction="none" if reduction == "none" else "sum",
+        entropy=return_entropy,
         round_logits=round_logits,
         max_chunk_bytes=max_chunk_bytes,
     )
-    return loss.view(student_hidden.shape[:-1]) if reduction == "none" else loss
+    shape = student_hidden.shape[:-1]
+    loss = loss.view(shape) if reduction == "none" else loss
+    return (loss, entropy[0].view(shape)) if return_entropy else loss
 
 
 def linear_sparse_divergence_loss(
@@ -411,4 +465,4 @@ def _run(
     value, *others = results if isinstance(results, tuple) else (results,)
     if options["reduction"] == "none":
         value = value.new_zeros(rows).index_copy(0, index, value)
-    return value, *others
+    return value, *(t.new_zeros(*t.shape[:-1], rows).index_copy(-1, index, t) for t in others)

@@ -204,15 +204,23 @@ def linear_generalized_jsd_loss(
     teacher_bias: Tensor | None = None,
     token_weight: Tensor | None = None,
     num_valid: int | None = None,
+    return_entropy: bool = False,
     round_logits: bool = False,
     max_chunk_bytes: int = 0,
     **options: Any,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """`generalized_jsd_loss` of the logits ``hidden weightᵀ + bias``."""
     with torch.no_grad():
         teacher_logits = linear_logits(teacher_hidden, teacher_weight, teacher_bias, round_logits)
     student_logits = linear_logits(student_hidden, student_weight, student_bias, round_logits)
-    return generalized_jsd_loss(student_logits, teacher_logits, labels, weight=token_weight, **options)
+    loss = generalized_jsd_loss(student_logits, teacher_logits, labels, weight=token_weight, **options)
+    if not return_entropy:
+        return loss
+    with torch.no_grad():
+        logprobs = log_softmax(student_logits, options.get("temperature", 1.0))
+        entropy = -(logprobs.exp() * logprobs.clamp(min=-1e30)).sum(-1)
+        counted = _counted(entropy, labels, options.get("mask"), options.get("ignore_index", IGNORE_INDEX))
+    return loss, entropy if counted is None else torch.where(counted, entropy, 0.0)
 
 
 def linear_sparse_divergence_loss(

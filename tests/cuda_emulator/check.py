@@ -117,8 +117,8 @@ def check_logits(what: str, rows: int, size: int, dtypes: list[torch.dtype]) -> 
                     t[..., [3] if case.options.get("beta") == 0 else [3, 5]] = -torch.inf
                 elif name in ("teacher_logits", "logits_fake"):
                     t[..., [3, 5]] = -torch.inf
-                elif name in ("tokens", "labels"):
-                    t.masked_fill_((t == 3) | (t == 5), 4)
+                elif name in ("tokens", "labels", "teacher_ids"):
+                    t.masked_fill_((t == 3) | (t == 5), -1 if name == "teacher_ids" else 4)
             compare(f"{what} {case.name} {layout}", case, tensors)
     case = CASES["generalized_jsd_loss-0.5"]
     tensors = case.inputs((2, rows, size), *dtypes)
