@@ -169,7 +169,7 @@ TRAFFIC = {
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as text."""
-    title = f"{'arch':7} regs spill stack shared wide ld/st  {'per element':24} kernel: instructions/special a loop's turn"
+    title = f"{'arch':7} regs spill stack shared wide ld/st  {'per element':24} kernel: instructions/special of loops"
     lines = [title]
     for row in rows:
         wide = "/".join("yes" if row[c] else "no" for c in ("wide_loads", "wide_stores"))
