@@ -342,8 +342,9 @@ def table(reports: list[Report]) -> str:
         narrow = "  NARROW" if r.narrow_reads or r.narrow_writes else ""
         lines.append(
             f"{r.kernel:26} {r.variant:44} {r.arch:3} {r.num_warps:5} {r.registers:4} "
-            f"{r.resident_threads:7} {r.spill_bytes:5} {r.shared_bytes:6} {r.instructions:6} {moved:>12}  {_columns(r.loads):24}  "
-            f"{_columns(r.stores) + narrow:18} {r.bound:10} {r.share:4.0%}  {_loop_columns(r.loops)}"
+            f"{r.resident_threads:7} {r.spill_bytes:5} {r.shared_bytes:6} {r.instructions:6} {moved:>12}  "
+            f"{_columns(r.loads):24}  {_columns(r.stores) + narrow:18} {r.bound:10} {r.share:4.0%}  "
+            f"{_loop_columns(r.loops)}"
         )
     return "\n".join(lines)
 
