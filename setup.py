@@ -18,7 +18,7 @@ from setuptools import Command, Extension, setup
 
 # The oldest torch whose stable ABI the extensions use; one build then serves every later torch.
 TORCH_TARGET = "0x020b000000000000"
-CUDA_ARCHITECTURES = (os.environ.get("FASTGEN_CUDA_ARCHITECTURES") or "80;90a;100").split(";")
+CUDA_ARCHITECTURES = (os.environ.get("FASTGEN_CUDA_ARCHITECTURES") or "80;90a;100;120;120+PTX").split(";")
 HEADERS = sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", recursive=True))
 CSRC = Path(__file__).resolve().parent / "csrc"
 write_units = runpy.run_path(str(CSRC / "units.py"))["write"]
@@ -77,6 +77,12 @@ def cpu_extension(flags: list[str]) -> Extension:
     )
 
 
+def gencode(architecture: str) -> str:
+    """nvcc's option for a binary, ``90a``, or for PTX, ``120+PTX``, which later GPUs compile for themselves."""
+    number, plus, _ = architecture.partition("+PTX")
+    return f"-gencode=arch=compute_{number},code={'compute' if plus else 'sm'}_{number}"
+
+
 def cuda_extension(flags: list[str], home: str) -> Extension:
     os.environ["CUDA_HOME"] = home  # before torch.utils.cpp_extension guesses
     import pybind11
@@ -84,7 +90,7 @@ def cuda_extension(flags: list[str], home: str) -> Extension:
     from torch.utils import cpp_extension
 
     cpp_extension.CUDA_HOME = home  # stays None under a torch built without CUDA
-    arch = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES]
+    arch = [gencode(a) for a in CUDA_ARCHITECTURES]
     extension = cpp_extension.CUDAExtension(
         "fastgen._C_cuda",
         ["csrc/runtime/cuda_module.cpp"],

@@ -343,8 +343,8 @@ def table(reports: list[Report]) -> str:
         lines.append(
             f"{r.kernel:26} {r.variant:44} {r.arch:3} {r.num_warps:5} {r.registers:4} "
             f"{r.resident_threads:7} {r.spill_bytes:5} {r.shared_bytes:6} {r.instructions:6} {moved:>12}  "
-            f"{_columns(r.loads):24}  {_columns(r.stores) + narrow:18} "
-            f"{r.bound:10} {r.share:4.0%}  {_loop_columns(r.loops)}"
+            f"{_columns(r.loads):24}  {_columns(r.stores) + narrow:18} {r.bound:10} {r.share:4.0%}  "
+            f"{_loop_columns(r.loops)}"
         )
     return "\n".join(lines)
 

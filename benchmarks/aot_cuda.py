@@ -153,7 +153,7 @@ def sweep_cost(row: dict[str, Any]) -> list[float]:
     turns = [t for t in row["loops"] if t["special"] or t["stores"].get(16)]
     # The first pass takes two vectors of 8 at a time, then what is left. A kept row's last pass reads no global memory.
     first = [t["issued"] / (8 * t["loads"][16] / streams) for t in turns if t["loads"].get(16) and not t["shared"]][:1]
-    inner = [t["issued"] / 8 for t in turns if t["shared"] and t["special"]][:1]
+    inner = [t["issued"] / 8 for t in turns if t["shared"] and t["special"] >= 8][:1]
     last = [t["issued"] / 8 for t in turns if t["shared"] and not t["special"] and not t["loads"]]
     return first + inner + last
 
@@ -169,8 +169,8 @@ TRAFFIC = {
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as text."""
-    title = f"{'arch':7} regs spill stack shared wide ld/st  {'per element':24} kernel: instructions/special of loops"
-    lines = [title]
+    title = f"{'arch':7} regs spill stack shared wide ld/st  {'per element':24} kernel"
+    lines = [f"{title}: instructions/special ones of a turn of each loop"]
     for row in rows:
         wide = "/".join("yes" if row[c] else "no" for c in ("wide_loads", "wide_stores"))
         traffic = TRAFFIC.get(row["kernel"].partition("<")[0], "-")

@@ -92,7 +92,15 @@ def sanitizer_jobs(out: Path, seconds: float) -> list[Job]:
         return []
     subset = [*PYTHON, "benchmarks.sanitize"]
     return [
-        Job(f"compute-sanitizer {k}", [tool, "--tool", k, "--error-exitcode", "9", *subset], seconds, out / f"{k}.log")
+        Job(
+            f"compute-sanitizer {k}",
+            [tool, "--tool", k, "--error-exitcode", "9", *subset],
+            seconds,
+            out / f"{k}.log",
+            {
+                "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"
+            },  # else all lies inside one allocation, and nothing is out of bounds
+        )
         for k in SANITIZERS
     ]
 
@@ -125,13 +133,24 @@ class Run:
     def info(self) -> None:
         self.together([Job("info", [*PYTHON, "fastgen", "info"], 40)])
 
+    def smoke(self) -> None:
+        """Every operator once, against float64: what fails here fails everywhere."""
+        self.together([Job("verify", [*PYTHON, "fastgen", "verify"], 90)])
+
+    def headline(self) -> None:
+        """The largest sizes in bfloat16, before anything that may take all the time."""
+        self._benchmark("headline", ["--benchmark-enable", "benchmarks", "-k", f"({LARGEST}) and bfloat16"], 90, {})
+
     def tests(self) -> None:
-        """Compiling is most of it, so as many workers as there are cores; compute-sanitizer beside them."""
-        workers = max(2, (os.cpu_count() or 4) - len(SANITIZERS))
+        """Compiling is most of it; each worker's Inductor compiles in its own process, for memory to suffice."""
+        workers = max(2, (os.cpu_count() or 4) // 2)
         ignored = [f"--ignore=tests/test_{name}.py" for name in NOT_ON_DEVICE]
         tests = [*PYTHON, "pytest", "tests/test_gpu.py", "tests", *ignored, "-n", str(workers), "--maxfail=80"]
-        jobs = [Job("tests", [*tests, "--tb=short", "-rfE"], 170)]
-        self.together([*jobs, *sanitizer_jobs(self.out, 170)])
+        serial = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
+        self.together([Job("tests", [*tests, "--tb=short", "-rfE"], 170, environment=serial)])
+
+    def sanitizers(self) -> None:
+        self.together(sanitizer_jobs(self.out, 120))
 
     def large(self) -> None:
         self.together([Job("beyond 2^31 elements", [*PYTHON, "pytest", "-m", "slow", "tests/test_gpu.py"], 60)])
@@ -171,7 +190,10 @@ class Run:
 
 STEPS: dict[str, Callable[[Run], None]] = {
     "info": Run.info,
+    "smoke": Run.smoke,
+    "headline": Run.headline,
     "tests": Run.tests,
+    "sanitizers": Run.sanitizers,
     "large": Run.large,
     "compiling": Run.compiling,
     "benchmarks": Run.benchmarks,

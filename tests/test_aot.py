@@ -37,9 +37,14 @@ TYPICAL = (
     "|diffusion_dpo_loss small grad|elbo_error-huber held|elbo_error-l1 held grad|add_noise held|vsd_loss looped grad"
     "|dmd_loss-guided small grad|dmd_loss-mixed split grad|reverse_step-epsilon held|posterior_sample held"
     "|guidance held|decoupled_dmd_loss looped grad|optimal_trajectory.*|token_logprob odd|token_logprob var grad"
-    "|generalized_jsd_loss-0.5 llm grad|generalized_jsd_loss-1 few grad"
+    "|generalized_jsd_loss-(0|0.5|1) llm grad|token_logprob llm|generalized_jsd_loss-1 few grad"
     "|sparse_divergence_loss-forward-bucket few grad)$"
 )
+
+
+# Instructions an element, or a pair, of all sweeps over bfloat16 logits on sm_90.
+INSTRUCTIONS = {"token_logprob": 9, "generalized_jsd_loss-0": 53, "generalized_jsd_loss-0.5": 82}
+INSTRUCTIONS["generalized_jsd_loss-1"] = 69
 
 
 def reports(*options):
@@ -64,6 +69,10 @@ def check(found):
         more = (MORE_REGISTERS.get(key, 0) for key in (function, f"{r['kernel']} {function}"))
         budget = max(REGISTERS[r["kernel"]], *more)
         assert r["registers"] <= budget, f"{what} needs {r['registers']} registers"
+        most = INSTRUCTIONS.get(r["variant"].split()[0])
+        if most and re.search(" llm( grad)? bf16$", r["variant"]) and r["arch"] == 90 and r["floor_bytes"]:
+            issued = sum(loop[0] for loop in r["loops"])
+            assert issued <= most, f"{what} issues {issued} instructions an element"
 
 
 def test_typical_kernels():

@@ -128,3 +128,21 @@ sys.exit(main(["verify", "--device", "cpu", *{options}]))
     assert run.returncode == 0, run.stderr
     for function in verify.FUNCTIONS:
         assert re.search(rf"^{re.escape(function)} +reference +float64 .* pass$", run.stdout, re.MULTILINE), function
+
+
+@pytest.mark.parametrize(
+    ("architectures", "runs", "not_"),
+    [
+        (
+            "80;90a;100;120;120+PTX",
+            [(8, 0), (8, 6), (9, 0), (10, 0), (10, 3), (12, 0), (12, 1), (13, 0)],
+            [(7, 5), (11, 0)],
+        ),
+        ("90a", [(9, 0)], [(8, 9), (10, 0)]),
+        ("80", [(8, 9)], [(9, 0)]),
+        ("80+PTX", [(8, 0), (9, 0), (12, 0)], [(7, 5)]),
+    ],
+)
+def test_which_gpus_run_what_was_built(architectures, runs, not_):
+    assert all(dispatch.runs_on(architectures, capability) for capability in runs)
+    assert not any(dispatch.runs_on(architectures, capability) for capability in not_)

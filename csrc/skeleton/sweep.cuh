@@ -18,10 +18,13 @@
 namespace fastgen::cuda {
 
 constexpr int kSweepThreads = 256;  // of a block
-// Blocks on a multiprocessor at least: 64 registers a thread of one stream, or of two whose dtype is known; where a
-// launch decides how they are read, 80, which spill nothing.
-template <class T, ScalarType alike, int N>
-constexpr int kSweepBlocks = sizeof(T) == 8 ? 1 : N == 1 || alike != ScalarType::Undefined ? 4 : 3;
+// Blocks on a multiprocessor at least: 64 registers a thread of one stream, or of two whose dtype is known. Where a launch
+// decides how they are read, 80 or, element by element, 128, which spill nothing.
+template <class T, Access access, ScalarType alike, int N>
+constexpr int kSweepBlocks = sizeof(T) == 8                                ? 1
+                             : N == 1 || alike != ScalarType::Undefined ? 4
+                             : access == Access::wide                   ? 3
+                                                                        : 2;
 constexpr int kMapSlots = 4;        // vectors of a thread where a row is only mapped
 
 template <class F>
@@ -465,7 +468,7 @@ struct Sweep {
 };
 
 template <Access access, ScalarType alike, class T, class F, int N>
-__global__ void __launch_bounds__(kSweepThreads, kSweepBlocks<T, alike, N>)
+__global__ void __launch_bounds__(kSweepThreads, kSweepBlocks<T, access, alike, N>)
     sweep_rows(const __grid_constant__ SweepArguments<T, F, N> job, const __grid_constant__ SweepPlan plan) {
   extern __shared__ uint4 held[];
   __shared__ SweepExchange<T, F> exchange;

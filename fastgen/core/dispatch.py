@@ -111,6 +111,38 @@ def use_backend(name: str) -> Iterator[None]:
 _state = _State()
 
 
+def runs_on(architectures: str, capability: tuple[int, int]) -> bool:
+    """Whether a GPU of this compute capability runs what was built for `architectures`, such as ``"80;90a;120+PTX"``.
+
+    A binary runs on GPUs of its own major version that are no older; one with a letter only on its own; PTX on all
+    that are no older.
+    """
+    major, minor = capability
+    for architecture in architectures.split(";"):
+        number, plus, _ = architecture.partition("+PTX")
+        version = int(number.rstrip("af"))
+        if version == 10 * major + minor:
+            return True
+        older, own = version < 10 * major + minor, number.isdigit()
+        if own and older and (plus or version // 10 == major):
+            return True
+    return False
+
+
+def _foreign_gpu() -> str | None:
+    """Why the CUDA kernels cannot run on one of the GPUs here; None if they can, or where none is to be seen."""
+    module = _extensions["_C_cuda"]
+    if isinstance(module, ImportError) or not torch.cuda.is_available():  # emulated, or traced for elsewhere
+        return None
+    built = module.build_info()["architectures"]
+    for device in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(device)
+        if not runs_on(built, capability):
+            found = ".".join(map(str, capability))
+            return f"fastgen._C_cuda is built for {built}, and GPU {device} has compute capability {found}"
+    return None
+
+
 @functools.cache
 def missing(name: str, backend: str, device_type: str) -> str | None:
     """Why `backend` cannot run operator `name` on this type of device; None if it can."""
@@ -127,7 +159,7 @@ def missing(name: str, backend: str, device_type: str) -> str | None:
     if key is None:
         return f"fastgen has no compiled kernels for device type {device_type!r}"
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"fastgen::{name}", key):
-        return None
+        return None if key == "CPU" else _foreign_gpu()
     extension = {"CPU": "_C", "CUDA": "_C_cuda"}[key]
     module = _extensions[extension]
     if isinstance(module, NotBuilt):
