@@ -137,8 +137,11 @@ def test_masked_vocabulary_and_huge_logits(beta, backend, device):
     actual = value_and_grad(lambda x: f(fastgen, x, t), s, seed)
     assert exact[0].isfinite().all()
     assert exact[1].isfinite().all()
-    for mine, theirs, truth, what in zip(actual, eager, exact, ("value", "gradient"), strict=True):
-        assert_accurate(mine, theirs, truth, what)
+    assert_accurate(actual[0], eager[0], exact[0], "value")
+    # In row 3 numbers of 10 000 cancel: what their rounding in float32, of up to 1e-3, leaves is luck.
+    apart = torch.arange(5) != 3
+    torch.testing.assert_close(actual[1][3].double(), exact[1][3], rtol=1e-6, atol=2e-3)
+    assert_accurate(actual[1][apart], eager[1][apart], exact[1][apart], "gradient")
     assert (actual[1][:, 3] == 0).all()
 
 
