@@ -4,6 +4,7 @@ On a CPU the Triton kernels run under Triton's interpreter, which has to be chos
 """
 
 import os
+import sys
 
 DEVICE = os.environ.get("FASTGEN_TEST_DEVICE", "cpu")
 if DEVICE == "cpu":
@@ -57,3 +58,15 @@ def kernel_backend(request):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _healthy_gpu():
+    """After an illegal access every later call of the process fails: the worker ends, and another takes its place."""
+    yield
+    if DEVICE == "cuda":
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            print(error, file=sys.stderr, flush=True)
+            os._exit(1)

@@ -27,7 +27,7 @@ single elements, and the rest is chunks. Elsewhere WIDTH is 1.
 The floor is every stream read once, the output written once. A row of 128 256 bfloat16 logits of two models is 512 KB,
 more than a multiprocessor's registers and shared memory, so a program sweeps it again for each number that the next
 sweep needs: the normalizers, the sums, the map. Each sweep runs against the direction of the one before and finds what
-that read last in the caches. CUDA's clusters (``csrc/skeleton/sweep.cuh``) keep the row.
+that read last in the caches. CUDA's clusters (``csrc/skeleton/sweep_kernels.cuh``) keep the row.
 """
 
 from __future__ import annotations
