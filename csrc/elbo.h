@@ -158,11 +158,13 @@ struct DdoLink {
   const uint8_t* is_real;  // any byte but 0
   const T* counts;  // {n_real, n_fake}; null: no division
   T alpha, beta, row_share;
+  const T* alphas = nullptr;  // [groups]: instead of alpha
 
   FASTGEN_HD T share(int64_t) const { return row_share; }
   FASTGEN_HD T term(int64_t group, T m, T* slope) const {
     const bool real = is_real[group] != 0;
-    const T weight = (real ? T(1) : alpha) / (counts ? counts[real ? 0 : 1] : T(1));  // a row present is counted: > 0
+    const T of_fake = alphas ? alphas[group] : alpha;
+    const T weight = (real ? T(1) : of_fake) / (counts ? counts[real ? 0 : 1] : T(1));  // a row present is counted: > 0
     const T signed_beta = real ? -beta : beta;
     *slope = weight * signed_beta * sigmoid(signed_beta * m);
     return weight * softplus(signed_beta * m);
@@ -176,8 +178,9 @@ template <class T>
 struct PreferenceLink {
   T beta;
   int64_t kind;
+  bool interleaved;
 
-  static Groups groups(int64_t rows) { return Groups::halves(rows); }
+  Groups groups(int64_t rows) const { return interleaved ? Groups::consecutive(rows, 2) : Groups::halves(rows); }
   FASTGEN_HD T share(int64_t rank) const { return rank == 0 ? T(1) : T(-1); }
   FASTGEN_HD T term(int64_t, T m, T* slope) const {
     switch (static_cast<Preference>(kind)) {
@@ -313,19 +316,21 @@ LossOutputs elbo_difference_loss(const Rows<3>& rows, const Groups& groups, std:
 template <class Device>
 LossOutputs ddo_loss(const Tensor& pred, const Tensor& ref_pred, const Tensor& target,
                      const std::optional<Tensor>& weight, bool element_mean, int64_t reduction, double scale,
-                     bool with_grad, const Tensor& is_real, std::optional<Tensor> counts, double alpha, double beta,
-                     int64_t mc_samples) {
+                     bool with_grad, const Tensor& is_real, std::optional<Tensor> counts, std::optional<Tensor> alphas,
+                     double alpha, double beta, int64_t mc_samples) {
   const Rows<3> rows({pred, target, ref_pred});
   const Groups groups = Groups::consecutive(rows.count, mc_samples);
   const Tensor real = made_contiguous(is_real);
   counts = row_scalars(counts, rows.arithmetic());
+  alphas = row_scalars(alphas, rows.arithmetic());
   return with_arithmetic(rows.arithmetic(), [&](auto zero) {
     using T = decltype(zero);
     const bool mean = option<Reduction>(reduction) == Reduction::mean;
     std::optional<typename Device::template FlagCounts<T>> own_counts;
     if (mean && !counts) own_counts.emplace(real);
     const T* n = !mean ? nullptr : counts ? data_or_null<T>(counts) : own_counts->data();
-    const DdoLink<T> link{flag_bytes(real), n, T(alpha), T(beta), T(1.0 / static_cast<double>(mc_samples))};
+    const DdoLink<T> link{flag_bytes(real), n, T(alpha), T(beta), T(1.0 / static_cast<double>(mc_samples)),
+                          data_or_null<T>(alphas)};
     return elbo_difference_loss<Device, T>(rows, groups, weight, element_mean, reduction, scale, with_grad, link);
   });
 }
@@ -340,6 +345,7 @@ struct TensorMember {
 template <class T> TensorMember<T> link_member(const Tensor& t) { return {t.const_data_ptr()}; }
 template <class T> T link_member(double number) { return static_cast<T>(number); }
 template <class T> int64_t link_member(int64_t option) { return option; }
+template <class T> bool link_member(bool option) { return option; }
 
 inline Tensor readable(const Tensor& t, ScalarType dtype) {
   return t.scalar_type() == ScalarType::Bool ? made_contiguous(t) : *row_scalars(t, dtype);
@@ -360,7 +366,7 @@ LossOutputs difference_loss(const Tensor& pred, const Tensor& ref_pred, const Te
     using T = decltype(zero);
     const Link<T> link{link_member<T>(own)...};
     Groups groups = Groups::single(rows.count);
-    if constexpr (Shares<Link<T>>) groups = Link<T>::groups(rows.count);
+    if constexpr (Shares<Link<T>>) groups = link.groups(rows.count);
     return elbo_difference_loss<Device, T>(rows, groups, weight, element_mean, reduction, scale, with_grad, link);
   });
 }
@@ -464,7 +470,7 @@ void register_elbo(torch::stable::detail::StableLibrary& m) {
   m.impl("l1_distance", TORCH_BOX(&l1_distance<Device>));
   m.impl("elbo_difference", TORCH_BOX(&elbo_difference<Device>));
   m.impl("ddo_loss", TORCH_BOX(&ddo_loss<Device>));
-  m.impl("diffusion_dpo_loss", TORCH_BOX((&difference_loss<Device, PreferenceLink, double, int64_t>)));
+  m.impl("diffusion_dpo_loss", TORCH_BOX((&difference_loss<Device, PreferenceLink, double, int64_t, bool>)));
   m.impl("diffusion_kto_loss", TORCH_BOX((&difference_loss<Device, KtoLink, Tensor, Tensor, double, double, double>)));
   m.impl("mapo_loss", TORCH_BOX(&mapo_loss<Device>));
 }

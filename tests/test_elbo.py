@@ -223,6 +223,12 @@ P = torch.zeros(4, 3)
 W = torch.ones(4)
 R = torch.ones(4, dtype=torch.bool)
 BAD_CALLS = {
+    r"alpha must have shape \[4\]": (ValueError, lambda: fastgen.ddo_loss(P, P, P, R, alpha=torch.ones(3))),
+    "alpha must be float32 or float64": (TypeError, lambda: fastgen.ddo_loss(P, P, P, R, alpha=torch.ones(4).half())),
+    "return_delta and return_errors exclude": (
+        ValueError,
+        lambda: fastgen.diffusion_dpo_loss(P, P, P, return_delta=True, return_errors=True),
+    ),
     "pred must be a torch.Tensor": (TypeError, lambda: fastgen.ddo_loss([1.0], P, P, R)),
     "pred must be float32": (TypeError, lambda: fastgen.ddo_loss(P.int(), P, P, R)),
     "target must be float32": (TypeError, lambda: fastgen.elbo_error(P, P.to(torch.complex64))),
@@ -240,7 +246,7 @@ BAD_CALLS = {
     r"weight must have shape \[4\]": (ValueError, lambda: fastgen.elbo_error(P, P, weight=W[:, None])),
     "alpha must be >= 0": (ValueError, lambda: fastgen.ddo_loss(P, P, P, R, alpha=-1.0)),
     "alpha must be finite": (ValueError, lambda: fastgen.ddo_loss(P, P, P, R, alpha=math.nan)),
-    "alpha must be a number": (TypeError, lambda: fastgen.ddo_loss(P, P, P, R, alpha=torch.ones(()))),
+    "alpha must be a number": (TypeError, lambda: fastgen.ddo_loss(P, P, P, R, alpha="1")),
     "beta must be > 0": (ValueError, lambda: fastgen.ddo_loss(P, P, P, R, beta=0.0)),
     "beta must be finite": (ValueError, lambda: fastgen.diffusion_dpo_loss(P, P, P, beta=math.inf)),
     "mc_samples = 3 does not divide": (ValueError, lambda: fastgen.ddo_loss(P, P, P, R, mc_samples=3)),
@@ -327,6 +333,48 @@ def test_kto_by_hand(backend, device):
         r * sigmoid(0.5 * (d - 8 / 3)) * sigmoid(-0.5 * (d - 8 / 3)) for r, d in zip(rates, (1, -1, 8), strict=True)
     ]
     torch.testing.assert_close(grad, 2 * torch.tensor(slopes, device=device)[:, None] * (p - y))
+
+
+def test_alpha_of_each_image(backend, device):
+    p, q, y = streams((6, 40), device=device)
+    is_real = flags(6, device)
+    alphas = torch.tensor([9.0, 0.0, 9.0, 9.0, 2.0, 9.0], device=device)  # of the fakes, 1 and 4
+    loss, grad = value_and_grad(lambda x: fastgen.ddo_loss(x, q, y, is_real, alpha=alphas), p)
+    both = fastgen.ddo_loss(p, q, y, is_real, reduction="none", alpha=1.0)
+    torch.testing.assert_close(loss, both[is_real].mean() + 2 * both[4] / 2)
+    assert not grad[1].any()
+    alike = fastgen.ddo_loss(p, q, y, is_real, alpha=torch.full_like(alphas, 2.5))
+    torch.testing.assert_close(alike, fastgen.ddo_loss(p, q, y, is_real, alpha=2.5))
+    images = flags(3, device)
+    several = fastgen.ddo_loss(p, q, y, images, alpha=alphas[:3].double(), mc_samples=2, reduction="none")
+    torch.testing.assert_close(several[1].item(), 0.0)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_interleaved_pairs(reduction, backend, device):
+    p, q, y = streams((6, 40), device=device)
+    weight = torch.linspace(0.5, 1, 6, device=device)
+    order = torch.tensor([0, 2, 4, 1, 3, 5], device=device)
+
+    def loss(x, pick=slice(None), **options):
+        given = (t[pick] for t in (x, q, y))
+        return fastgen.diffusion_dpo_loss(*given, weight=weight[pick], beta=3.0, reduction=reduction, **options)
+
+    mine, theirs = value_and_grad(lambda x: loss(x, interleaved=True), p), value_and_grad(lambda x: loss(x, order), p)
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_errors_of_a_preference(backend, device):
+    p = torch.tensor([[1.0, 2.0], [0.0, 1.0], [1.0, 0.0], [3.0, 1.0]], device=device)
+    q, y = torch.ones(4, 2, device=device), torch.zeros(4, 2, device=device)
+    loss, errors = fastgen.diffusion_dpo_loss(p.requires_grad_(), q, y, beta=2.0, return_errors=True)
+    assert errors.error.tolist() == [2.5, 0.5, 0.5, 5.0]
+    assert errors.ref_error.tolist() == [1.0] * 4
+    assert errors.margin.tolist() == [-2.0, 4.5]  # (1 - 2.5) - (1 - 0.5) and (1 - 0.5) - (1 - 5)
+    assert errors.accuracy.item() == 0.5
+    assert not any(t.requires_grad for t in errors)
+    torch.testing.assert_close(loss, fastgen.diffusion_dpo_loss(p, q, y, beta=2.0))
 
 
 def test_mapo_by_hand(backend, device):

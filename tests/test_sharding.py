@@ -72,7 +72,7 @@ def test_sharded_batches_give_the_numbers_of_one_process(tmp_path):
     for rank in range(2):
         asked, wrong = torch.load(tmp_path / f"{rank}.pt")
         assert not wrong, "\n\n".join(f"{name}:\n{text}" for name, text in wrong.items())
-        assert set(elbo.__all__) <= asked
+        assert {name for name in elbo.__all__ if name.islower()} <= asked
 
 
 # Of those that take a group, the means: what DDP and FSDP make of losses and gradients is their mean over ranks.

@@ -57,6 +57,7 @@ class DdoLink(NamedTuple):
     alpha: float | int
     beta: float | int
     row_share: float | int
+    alphas: Tensor | None = None  # [groups]: instead of alpha
 
 
 class PreferenceLink(NamedTuple):
@@ -110,7 +111,10 @@ def _count(flags, size, value):
 def ddo_term(link, group, m, T: tl.constexpr):
     """Real images: softplus(-beta m) / n_real. Fakes: alpha softplus(beta m) / n_fake. The term and its slope."""
     real = tl.load(link.is_real + group).to(tl.int32)
-    weight = tl.where(real != 0, 1.0, number(link.alpha, T)).to(T)
+    alpha = number(link.alpha, T)
+    if link.alphas is not None:
+        alpha = tl.load(link.alphas + group)
+    weight = tl.where(real != 0, 1.0, alpha).to(T)
     if link.counts is not None:
         weight = divide(weight, tl.load(link.counts + 1 - real))
     elif link.images is not None:
@@ -281,6 +285,7 @@ def ddo_loss(
     with_grad: bool,
     is_real: Tensor,
     counts: Tensor | None,
+    alphas: Tensor | None,
     alpha: float,
     beta: float,
     mc_samples: int,
@@ -288,6 +293,7 @@ def ddo_loss(
     rows = Rows(pred, target, ref_pred)
     groups = Groups.consecutive(rows.count, mc_samples)
     link = ddo_link(rows, is_real, counts, alpha, beta, 1 / mc_samples, reduction)
+    link = link._replace(alphas=rows.scalars(alphas))
     return _run_loss(DDO, groups, rows, weight, element_mean, reduction, scale, with_grad, link)
 
 
@@ -302,9 +308,10 @@ def diffusion_dpo_loss(
     with_grad: bool,
     beta: float,
     kind: str,
+    interleaved: bool,
 ) -> LossOutputs:
     rows = Rows(pred, target, ref_pred)
-    groups = Groups.halves(rows.count)
+    groups = Groups.consecutive(rows.count, 2) if interleaved else Groups.halves(rows.count)
     link = PreferenceLink(scalar.argument(beta, rows.dtype))
     return _run_loss(PREFERENCE[kind], groups, rows, weight, element_mean, reduction, scale, with_grad, link)
 

@@ -208,7 +208,8 @@ class FusedLoss:
         wanted = list(backward.arguments if isinstance(backward, Operator) else inspect.signature(backward).parameters)
         (self.row_grad,) = (name for name in wanted if name not in given)
         self.shared = [name for name in wanted if name not in constants and name != self.row_grad]
-        kept = dict.fromkeys(self.shared + [n for n in (slope, group_rows) if isinstance(n, str)])
+        grouped = "interleaved" if "interleaved" in forward.arguments else group_rows
+        kept = dict.fromkeys(self.shared + [n for n in (slope, grouped) if isinstance(n, str)])
         roles = {**forward.arguments, **{n: r.role for n, r in forward.results.items()}}
         self.tensors = tuple(n for n in kept if roles[n] is not None)
         self.options = tuple(n for n in kept if roles[n] is None)
@@ -258,7 +259,8 @@ class FusedLoss:
         """The gradient of each row's number."""
         if grad.dim() == 1:  # one number a group
             if self.operator.paired:
-                grad = grad.expand(2, -1).reshape(-1)
+                neighbours = saved.get("interleaved", False)
+                grad = grad.unsqueeze(1).expand(-1, 2).reshape(-1) if neighbours else grad.expand(2, -1).reshape(-1)
             elif self.group_rows is not None and saved[self.group_rows] > 1:
                 grad = grad.unsqueeze(1).expand(-1, saved[self.group_rows]).reshape(-1)
         slope = saved[self.slope] if isinstance(self.slope, str) else self.slope

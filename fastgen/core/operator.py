@@ -93,7 +93,7 @@ class Operator:
     arguments: Mapping[str, Role | None]  # None: an option, no tensor
     results: Mapping[str, Result]
     order: tuple[tuple[str, Mapping[str, int] | None], ...]  # the arguments, and the codes of those that are words
-    paired: bool  # groups are made of rows half a batch apart
+    paired: bool  # groups are made of rows half a batch apart or, by an option `interleaved`, of neighbours
     outputs: Callable[..., Any] | None  # the NamedTuple of its results, where there are several
     native: Callable[..., Any] = field(repr=False)
     triton: Callable[..., Any] = field(repr=False)
@@ -135,7 +135,7 @@ def operator(declaration: Callable[..., Any] | None = None, *, paired: bool = Fa
     have in common; the body is then empty.
 
     Args:
-        paired: whether row i and row i + B/2 form a group.
+        paired: whether row i and row i + B/2 form a group; with an option `interleaved` that is on, rows 2i and 2i + 1.
     """
     if declaration is None:
         return functools.partial(operator, paired=paired)

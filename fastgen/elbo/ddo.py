@@ -21,7 +21,7 @@ def ddo_loss(
     is_real: Tensor,
     *,
     weight: Tensor | None = ...,
-    alpha: float = ...,
+    alpha: float | Tensor = ...,
     beta: float = ...,
     mc_samples: int = ...,
     element_reduction: Literal["mean", "sum"] = ...,
@@ -37,7 +37,7 @@ def ddo_loss(
     is_real: Tensor,
     *,
     weight: Tensor | None = ...,
-    alpha: float = ...,
+    alpha: float | Tensor = ...,
     beta: float = ...,
     mc_samples: int = ...,
     element_reduction: Literal["mean", "sum"] = ...,
@@ -53,7 +53,7 @@ def ddo_loss(
     is_real: Tensor,
     *,
     weight: Tensor | None = ...,
-    alpha: float = ...,
+    alpha: float | Tensor = ...,
     beta: float = ...,
     mc_samples: int = ...,
     element_reduction: Literal["mean", "sum"] = ...,
@@ -68,7 +68,7 @@ def ddo_loss(
     is_real: Tensor,
     *,
     weight: Tensor | None = None,
-    alpha: float = 1.0,
+    alpha: float | Tensor = 1.0,
     beta: float = 0.05,
     mc_samples: int = 1,
     element_reduction: Literal["mean", "sum"] = "sum",
@@ -91,7 +91,9 @@ def ddo_loss(
         is_real: bool [B], True for data, False for samples of the reference.
         weight: w, float32 or float64 [B·mc_samples]; for EDM's x0-errors
             :meth:`fastgen.NoiseSchedule.edm_weight`.
-        alpha: weight of the fakes, ≥ 0; the paper uses 0.5 to 50.
+        alpha: weight of the fakes, ≥ 0; the paper uses 0.5 to 50. Or one for each image, float32 or float64 [B], of
+            which those of the fakes count: 0 on rows whose label was dropped for guidance leaves them out of the fakes,
+            though the mean still counts them.
         beta: inverse temperature, > 0; the paper uses 0.01 to 0.1 with sums over an image.
         mc_samples: M, draws of (t, noise) per image, in consecutive rows. Δ is averaged over them inside the sigmoid;
             by Jensen's inequality the bound is tighter than at M = 1, the paper's.
@@ -120,17 +122,26 @@ def ddo_loss(
         >>> loss.backward()
         >>> print(f"{loss:.4f}")
         2.0794
+
+    With sums over an image and EDM's weights the slope of Δ grows with the number of elements: take Adam, or a step
+    size far below what a mean would take. On a network that is not trained yet, SGD at 1e-3 diverges.
     """
     shared = shared_of(pred, ref_pred, target, weight, element_reduction, reduction)
     mc_samples = checks.positive_int("mc_samples", mc_samples)
     if pred.shape[0] % mc_samples:
         raise ValueError(f"mc_samples = {mc_samples} does not divide the {pred.shape[0]} rows of pred")
     checks.flags("is_real", is_real, pred.shape[0] // mc_samples, pred)
-    alpha = checks.number("alpha", alpha, low=0)
+    alphas = None
+    if isinstance(alpha, Tensor):
+        checks.per_row("alpha", alpha, is_real)
+        alphas = alpha
+    else:
+        alpha = checks.number("alpha", alpha, low=0)
     beta = checks.number("beta", beta, low=0, open_low=True)
-    own = {"is_real": is_real, "alpha": alpha, "beta": beta, "mc_samples": mc_samples}
+    own: dict[str, Any] = {"is_real": is_real, "alpha": alpha, "beta": beta, "mc_samples": mc_samples}
     if backend_of(operators.ddo_loss, pred) == "reference":
         own["group"] = group
     else:
+        own |= {"alphas": alphas, "alpha": alpha if alphas is None else 0.0}
         own["counts"] = distributed.loss_counts(is_real, group) if reduction == "mean" else None
     return loss_of(operators.ddo_loss, shared, 1, return_delta=return_delta, **own)

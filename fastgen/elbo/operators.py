@@ -92,14 +92,23 @@ def _difference_loss(*, paired: bool = False, **options: Any) -> Callable[[Calla
 
 @_difference_loss(group_rows="mc_samples")
 def ddo_loss(
-    of: Shared, is_real: PerGroup, counts: Whole | None, alpha: float, beta: float, mc_samples: int
+    of: Shared,
+    is_real: PerGroup,
+    counts: Whole | None,
+    alphas: PerGroup | None,
+    alpha: float,
+    beta: float,
+    mc_samples: int,
 ) -> DifferenceOutputs:
-    """DDO over the mean difference of `mc_samples` rows; `counts` = {real, fake} to divide by where not these."""
+    """DDO over the mean difference of `mc_samples` rows; `counts` = {real, fake} to divide by where not these, and
+    `alphas` where not all images have `alpha`."""
 
 
 @_difference_loss(paired=True)
-def diffusion_dpo_loss(of: Shared, beta: float, kind: Literal["sigmoid", "ipo", "hinge"]) -> DifferenceOutputs:
-    """A preference loss of the difference of row i less that of row i + B/2."""
+def diffusion_dpo_loss(
+    of: Shared, beta: float, kind: Literal["sigmoid", "ipo", "hinge"], interleaved: bool
+) -> DifferenceOutputs:
+    """A preference loss of the difference of row i less that of row i + B/2, or of row 2i less that of row 2i + 1."""
 
 
 @_difference_loss()

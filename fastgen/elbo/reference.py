@@ -41,7 +41,7 @@ def ddo_loss(
     is_real: Tensor,
     *,
     weight: Tensor | None = None,
-    alpha: float = 1.0,
+    alpha: float | Tensor = 1.0,
     beta: float = 0.05,
     mc_samples: int = 1,
     element_reduction: str = "sum",
@@ -52,6 +52,7 @@ def ddo_loss(
     """``mean_real softplus(-beta delta) + alpha mean_fake softplus(beta delta)``."""
     delta = elbo_difference(pred, ref_pred, target, weight=weight, element_reduction=element_reduction)
     delta = delta.reshape(-1, mc_samples).mean(1)
+    alpha = alpha.detach().to(delta.dtype) if isinstance(alpha, Tensor) else alpha
     term = torch.where(is_real, softplus(-beta * delta), alpha * softplus(beta * delta))
     if reduction == "mean":
         n_real, n_fake = group_counts(is_real, group)
@@ -92,9 +93,11 @@ def _of_difference(element_reduction: str) -> Callable[[Callable[..., Any]], Cal
 
 
 @_of_difference("mean")
-def diffusion_dpo_loss(delta: Tensor, *, beta: float = 5000.0, kind: str = "sigmoid") -> tuple[Tensor, Tensor]:
+def diffusion_dpo_loss(
+    delta: Tensor, *, beta: float = 5000.0, kind: str = "sigmoid", interleaved: bool = False
+) -> tuple[Tensor, Tensor]:
     """``-log sigmoid(beta (delta_w - delta_l) / 2)`` over pairs of winners (first half) and losers (second half)."""
-    winner, loser = delta.chunk(2) if len(delta) else (delta, delta)
+    winner, loser = delta.view(-1, 2).unbind(1) if interleaved else delta.view(2, -1)
     margin = winner - loser
     if kind == "sigmoid":
         return softplus(-0.5 * beta * margin), margin

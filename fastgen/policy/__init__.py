@@ -48,7 +48,8 @@ def optimality_probability(advantages: Tensor, *, clip: float = 5.0) -> Tensor:
     checks.floating("advantages", advantages)
     if advantages.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"advantages must be float32 or float64, got {advantages.dtype}")
-    return reference.optimality_probability(advantages, clip=checks.number("clip", clip, low=0, open_low=True))
+    clip = checks.number("clip", clip, low=0, open_low=True)
+    return (advantages / (2 * clip) + 0.5).clamp(0, 1)
 
 
 @overload

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..schedule.reference import prediction_to_x0, widened
 
-__all__ = ["FlowStep", "NftStats", "diffusion_nft_loss", "flow_sde_step", "optimality_probability"]
+__all__ = ["FlowStep", "NftStats", "diffusion_nft_loss", "flow_sde_step"]
 
 
 class NftStats(NamedTuple):
@@ -54,11 +54,6 @@ class FlowStep(NamedTuple):
     log_prob: Tensor
     mean: Tensor
     std: Tensor
-
-
-def optimality_probability(advantages: Tensor, *, clip: float = 5.0) -> Tensor:
-    """``clamp(A / (2 clip) + 1/2, 0, 1)``."""
-    return (advantages / (2 * clip) + 0.5).clamp(0, 1)
 
 
 def diffusion_nft_loss(
