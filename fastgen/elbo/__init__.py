@@ -15,7 +15,11 @@ from .errors import *
 from .errors import elbo_difference
 from .mapo import *
 
-__all__ = ["diffusion_kto_loss", *ddo.__all__, *dpo.__all__, *errors.__all__, *mapo.__all__]
+__all__ = ["diffusion_kto_loss"]
+__all__ += ddo.__all__
+__all__ += dpo.__all__
+__all__ += errors.__all__
+__all__ += mapo.__all__
 
 
 def diffusion_kto_loss(
