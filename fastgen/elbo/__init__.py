@@ -7,19 +7,15 @@ from typing import Any, Literal
 from torch import Tensor
 
 from ..core import checks, distributed
-from . import ddo, dpo, errors, mapo, operators
+from . import operators
 from .arguments import loss_of, shared_of
-from .ddo import *
-from .dpo import *
-from .errors import *
-from .errors import elbo_difference
-from .mapo import *
+from .ddo import ddo_loss
+from .dpo import PreferenceErrors, diffusion_dpo_loss
+from .errors import elbo_difference, elbo_error
+from .mapo import mapo_loss
 
-__all__ = ["diffusion_kto_loss"]
-__all__ += ddo.__all__
-__all__ += dpo.__all__
-__all__ += errors.__all__
-__all__ += mapo.__all__
+__all__ = ["PreferenceErrors", "ddo_loss", "diffusion_dpo_loss", "diffusion_kto_loss", "elbo_difference", "elbo_error"]
+__all__ += ["mapo_loss"]
 
 
 def diffusion_kto_loss(
