@@ -9,23 +9,26 @@
 
 namespace fastgen::cuda {
 
-constexpr int kScatterThreads = 128;
+constexpr int kScatterThreads = 128;  // of a block, whose registers nobody has to save on: without the 1, doubles spill
 
 template <class T, class F>
-__global__ void __launch_bounds__(kScatterThreads) scatter_rows(const __grid_constant__ F formula, const Output out) {
+__global__ void __launch_bounds__(kScatterThreads, 1) scatter_rows(const __grid_constant__ F formula, const Output out) {
   const int64_t row = blockIdx.x;
   if (formula.ignored(row)) return;
   const auto constants = formula.row(row);
   for (int64_t k = threadIdx.x; k < formula.entries; k += kScatterThreads) {
     const int64_t column = formula.column(row, k);
     if (column < 0 || column >= formula.columns) continue;
-    int64_t other = 0;
-    while (other < k && formula.column(row, other) != column) ++other;
-    if (other < k) continue;
-    T total = formula.value(constants, row, k);
-    for (++other; other < formula.entries; ++other)
-      if (formula.column(row, other) == column)
-        total += formula.again(constants, row, other, formula.value(constants, row, other));
+    int64_t first = 0;
+    while (first < k && formula.column(row, first) != column) ++first;
+    if (first < k) continue;
+    T total = T(0);
+#pragma unroll 1
+    for (int64_t other = k; other < formula.entries; ++other) {
+      if (formula.column(row, other) != column) continue;
+      const T value = formula.value(constants, row, other);
+      total = other == k ? value : total + formula.again(constants, row, other, value);
+    }
     T one[kWidth<T>] = {total};
     store_single<T>(out, row * formula.columns + column, Span{0, 1, 1}, pack<T>(one, out.dtype));
   }
