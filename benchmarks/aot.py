@@ -231,6 +231,8 @@ def _calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
         for case in cases:
             if case.function.startswith("linear_"):  # asks for autocast's state, which meta tensors have none of
                 continue
+            if "discount" in case.options:  # is solved in plain PyTorch, which reads values
+                continue
             for plan, shape, dtypes, layout in _variants(family, case, dtype, other):
                 tensors = case.inputs(shape, *dtypes, device="meta", layout=layout)
                 yield f"{case.name} {plan}", partial(_run, case, tensors, False)

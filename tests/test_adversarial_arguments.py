@@ -9,7 +9,7 @@ import torch
 from conftest import DEVICE
 
 import fastgen
-from fastgen import NoiseSchedule, reference
+from fastgen import NoiseSchedule
 from fastgen.adversarial import KINDS
 
 LOGITS = torch.zeros(4, 1)
@@ -72,19 +72,18 @@ def test_bad_arguments_are_named(call: Any, error: type[Exception], message: str
         call()
 
 
-@pytest.mark.parametrize("module", [fastgen, reference], ids=["public", "reference"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_images_lose_nothing(kind: Any, module: Any) -> None:
+def test_no_images_lose_nothing(kind: Any, backend: str) -> None:
     """As a rank's share of a last, short batch may have none: NaN would spread to all ranks with the gradients."""
     critic = torch.nn.Linear(3, 1, device=DEVICE)
     images = torch.zeros(0, 3, device=DEVICE, requires_grad=True)
     logits = critic(images)
     losses = [
-        module.discriminator_loss(logits, logits, kind=kind),
-        module.generator_loss(logits, logits if kind == "relativistic" else None, kind=kind),
-        module.r1_penalty(logits, images),
-        module.approximate_r1_penalty(critic, images, logits),
-        module.gradient_penalty(critic, images, images),
+        fastgen.discriminator_loss(logits, logits, kind=kind),
+        fastgen.generator_loss(logits, logits if kind == "relativistic" else None, kind=kind),
+        fastgen.r1_penalty(logits, images),
+        fastgen.approximate_r1_penalty(critic, images, logits),
+        fastgen.gradient_penalty(critic, images, images),
     ]
     assert [loss.item() for loss in losses] == [0.0] * 5
     torch.stack(losses).sum().backward()

@@ -148,6 +148,8 @@ def test_what_no_memory_holds_is_refused_by_name():
         tensors = {n: t.new_empty(1).expand(rows, *[1] * (t.dim() - 1)) for n, t in CALLS[function].items()}
         if function is fastgen.posterior_sample:
             tensors["noise"] = tensors["x0"]
+        if function is fastgen.flow_sde_step:
+            tensors["sample"] = tensors["x_t"]
         with pytest.raises(ValueError, match=f"^{next(iter(tensors))} has too many elements"):
             call(function, **tensors)
 

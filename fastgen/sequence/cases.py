@@ -33,12 +33,13 @@ ENTRIES = 5  # of a teacher
 
 def entries(draw: Draw) -> Tensor:
     """Log-probabilities of a teacher's entries, of which together it has most of its probability."""
-    return (draw.placed(draw.normal(*draw.shape[:-1], ENTRIES)).float().log_softmax(-1) - 0.3).to(draw.dtypes[-1])
+    few = min(ENTRIES, draw.shape[-1])
+    return (draw.placed(draw.normal(*draw.shape[:-1], few)).float().log_softmax(-1) - 0.3).to(draw.dtypes[-1])
 
 
 def ids(draw: Draw) -> Tensor:
     """The entries' ids, of which one in seven is padding."""
-    shape = (*draw.shape[:-1], ENTRIES)
+    shape = (*draw.shape[:-1], min(ENTRIES, draw.shape[-1]))
     n = torch.arange(torch.Size(shape).numel(), device=draw.device).reshape(shape)
     return (n * 3 % draw.shape[-1]).masked_fill(n % 7 == 4, -1)
 
