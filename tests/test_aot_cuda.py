@@ -60,7 +60,7 @@ INSTRUCTIONS = {"TokenLogprob": 9, "forward": 48, "mixed": 60, "reverse": 53}
 @pytest.mark.skipif(find_spec("triton") is None, reason="the disassembler is in Triton's package")
 def test_sweeps_issue_no_more_than_their_budget(report):
     kernels = [r for r in report if r["arch"] == "sm_90a" and "<wide, bf16, float, " in r["kernel"]]
-    losses = [r for r in kernels if "Backward" not in r["kernel"]]
+    losses = [r for r in kernels if "Backward" not in r["kernel"] and "Sparse" not in r["kernel"]]
     assert len(losses) == len(INSTRUCTIONS)
     for row in losses:
         cost = aot_cuda.sweep_cost(row)
