@@ -37,7 +37,7 @@ def registers(kernel):
         return 96 if "float" in kernel else 112
     if kernel.startswith("sweep_rows"):
         return 128 if "float" in kernel else 144
-    if "ScoreField" in kernel or "DmdField" in kernel:
+    if re.search("ScoreField|DmdField|Nft", kernel):  # an NFT loss has five streams, five sums and three slopes
         return 128 if "float" in kernel else 160
     return 64 if "float" in kernel else 80
 
@@ -49,7 +49,7 @@ def test_kernels_spill_nothing_and_stay_within_their_registers(report):
         budget = registers(row["kernel"])
         assert row["spill_bytes"] == row["stack_bytes"] == 0, row
         assert row["registers"] <= budget, row
-        assert row["static_shared_bytes"] <= (2976 if re.search("Decoupled|sweep_rows", row["kernel"]) else 1280), row
+        assert row["static_shared_bytes"] <= (2976 if re.search("Decoupled|Nft|sweep_rows", row["kernel"]) else 1280), row
 
 
 # Instructions an element, or a pair, over all passes of a row that stays on chip.
