@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import dispatch
 from .operator import Operator, Role, operators
 
 
@@ -141,3 +142,10 @@ def register_sharding_rules() -> None:
         if any(role is not Role.WHOLE for role in op.arguments.values() if role is not None) and op.results:
             for overload in (op.native, op.triton):
                 register_sharding(overload)(functools.partial(sharding_rule, op))  # type: ignore[arg-type]
+
+
+def backend_of(name: str, x: Tensor) -> str:
+    """The backend that runs the operator `name` now, which takes `x` sharded over its batch too."""
+    if is_dtensor(x):
+        register_sharding_rules()
+    return dispatch.backend_for(name, x.device.type)

@@ -6,18 +6,12 @@ from typing import Any
 
 from torch import Tensor
 
-from ..core import checks, dispatch, distributed
+from ..core import checks, distributed
 from ..core.autograd import FusedLoss
 from . import reference
 
 REDUCTIONS = ("mean", "sum", "none")
 ELEMENT_REDUCTIONS = ("mean", "sum")
-
-
-def backend_of(op: FusedLoss, pred: Tensor) -> str:
-    if distributed.is_dtensor(pred):
-        distributed.register_sharding_rules()
-    return dispatch.backend_for(op.name, pred.device.type)
 
 
 def shared_of(
@@ -43,7 +37,7 @@ def loss_of(op: FusedLoss, shared: dict[str, Any], terms: int, *, return_delta: 
 
     `terms` are the mean's, in the whole batch; one that divides by numbers of its own has 1.
     """
-    backend = backend_of(op, shared["pred"])
+    backend = distributed.backend_of(op.name, shared["pred"])
     if backend == "reference":
         returned = {"return_delta": True} if return_delta else {}
         return getattr(reference, op.name)(**shared, **own, **returned)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..core import checks, distributed
 from . import operators
-from .arguments import backend_of, loss_of, shared_of
+from .arguments import loss_of, shared_of
 
 __all__ = ["ddo_loss"]
 
@@ -139,7 +139,7 @@ def ddo_loss(
         alpha = checks.number("alpha", alpha, low=0)
     beta = checks.number("beta", beta, low=0, open_low=True)
     own: dict[str, Any] = {"is_real": is_real, "alpha": alpha, "beta": beta, "mc_samples": mc_samples}
-    if backend_of(operators.ddo_loss, pred) == "reference":
+    if distributed.backend_of(operators.ddo_loss.name, pred) == "reference":
         own["group"] = group
     else:
         own |= {"alphas": alphas, "alpha": alpha if alphas is None else 0.0}

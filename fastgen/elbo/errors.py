@@ -6,9 +6,9 @@ from typing import Literal
 
 from torch import Tensor
 
-from ..core import checks
+from ..core import checks, distributed
 from . import operators, reference
-from .arguments import ELEMENT_REDUCTIONS, backend_of
+from .arguments import ELEMENT_REDUCTIONS
 
 __all__ = ["elbo_difference", "elbo_error"]
 
@@ -49,7 +49,7 @@ def elbo_error(
     checks.per_row("weight", weight, pred)
     checks.choice("loss", loss, ("l2", "l1", "huber"))
     checks.choice("element_reduction", element_reduction, ELEMENT_REDUCTIONS)
-    backend = backend_of(operators.elbo_error, pred)
+    backend = distributed.backend_of(operators.elbo_error.name, pred)
     if backend == "reference":
         return reference.elbo_error(pred, target, weight=weight, loss=loss, element_reduction=element_reduction)
     return operators.elbo_error(
@@ -98,7 +98,7 @@ def elbo_difference(
     checks.streams(pred=pred, ref_pred=ref_pred, target=target)
     checks.per_row("weight", weight, pred)
     checks.choice("element_reduction", element_reduction, ELEMENT_REDUCTIONS)
-    backend = backend_of(operators.elbo_difference, pred)
+    backend = distributed.backend_of(operators.elbo_difference.name, pred)
     if backend == "reference":
         return reference.elbo_difference(pred, ref_pred, target, weight=weight, element_reduction=element_reduction)
     return operators.elbo_difference(

@@ -6,9 +6,9 @@ from typing import Literal
 
 from torch import Tensor
 
-from ..core import checks
+from ..core import checks, distributed
 from . import operators, reference
-from .arguments import ELEMENT_REDUCTIONS, REDUCTIONS, backend_of
+from .arguments import ELEMENT_REDUCTIONS, REDUCTIONS
 
 __all__ = ["mapo_loss"]
 
@@ -68,7 +68,7 @@ def mapo_loss(
     beta = checks.number("beta", beta, low=0)
     scale = checks.number("scale", scale, low=0, open_low=True)
     timesteps = checks.positive_int("timesteps", timesteps)
-    backend = backend_of(operators.mapo_loss, pred)
+    backend = distributed.backend_of(operators.mapo_loss.name, pred)
     if backend == "reference":
         return reference.mapo_loss(
             pred,

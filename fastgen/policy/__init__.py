@@ -7,7 +7,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from ..core import checks, dispatch, distributed
+from ..core import checks, distributed
 from ..schedule import PREDICTION_TYPES
 from . import operators, reference
 from .flow import GrpoStats, flow_sde_step, grpo_loss
@@ -186,9 +186,7 @@ def diffusion_nft_loss(
     least = checks.number("normalizer_min", normalizer_min, low=0, open_low=True)
     checks.choice("prediction_type", prediction_type, PREDICTION_TYPES)
     checks.choice("reduction", reduction, REDUCTIONS)
-    if distributed.is_dtensor(pred):
-        distributed.register_sharding_rules()
-    backend = dispatch.backend_for(operators.diffusion_nft_loss.name, pred.device.type)
+    backend = distributed.backend_of(operators.diffusion_nft_loss.name, pred)
     if backend == "reference":
         return reference.diffusion_nft_loss(
             pred,
