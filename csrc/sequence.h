@@ -137,22 +137,29 @@ FASTGEN_HD T exact_offset(T high, T low, T inverse_temperature) {
 //   reverse   Q (a - Σ Q a), a = -d          Σ Q a - (Q - P)
 //
 // In the loss Q - P, which sums to 0, makes every summand non-negative and cancels what the rounding of the sums adds.
-// 0 log 0 = 0. Between the ends of beta all logarithms are to the device's base.
+// 0 log 0 = 0. Between the ends of beta all logarithms are to the device's base. There log M is taken over that of the
+// two which weighs more, as d then is: log M over the other is a difference from d, of which a small weight leaves much.
 template <class T, Divergence D>
 struct JsdElement {
   static constexpr int kParts = D == Divergence::forward ? 1 : 2;  // Q - P; or Q and a
   static constexpr bool kMixed = D == Divergence::mixed;
   static constexpr double kLog = kMixed ? Base::kLog : 1;  // of what logarithms here are to
+  T beta, rest, odds;  // (1 - beta) / beta, as the loss is summed over beta
   LogMixture<T> mixture;
-  T odds;  // (1 - beta) / beta: the loss is summed over beta
+  T sign, of_teacher, of_student;  // of d; whether log M is over P, as 0 and 1; whether over Q
   T inverse_temperature, scale, scale_of_d;  // 1 / temperature: natural, to the device's base, to that of d
 
   JsdElement(double beta, double temperature)
-      : mixture(beta),
+      : beta(static_cast<T>(beta)),
+        rest(static_cast<T>(1 - beta)),
         odds(static_cast<T>((1 - beta) / beta)),
+        mixture(beta > 0.5 ? 1 - beta : beta),
+        sign(kMixed && beta > 0.5 ? T(-1) : T(1)),
+        of_teacher(beta > 0.5),
+        of_student(T(1) - of_teacher),
         inverse_temperature(static_cast<T>(1 / temperature)),
         scale(Base::scale(inverse_temperature)),
-        scale_of_d(kMixed ? scale : inverse_temperature) {}
+        scale_of_d(sign * (kMixed ? scale : inverse_temperature)) {}
 
   FASTGEN_HD JsdRow<T> row(const Softmax<T>& student, const Softmax<T>& teacher, T coefficient, T center) const {
     T s = base_of(student.max), t = base_of(teacher.max);
@@ -160,10 +167,10 @@ struct JsdElement {
     const T teacher_share = of_t.factor(t) / teacher.sum;
     const T student_share = of_s.factor(s) / student.sum + (teacher_share - teacher_share);  // NaN with the teacher's
     const T above = exact_offset(t, s, inverse_temperature);
-    const bool of_teacher = std::abs(t) > std::abs(s);
-    const T student_offset = of_teacher ? T(0) : -above, teacher_offset = of_teacher ? above : T(0);
+    const bool teacher_moves = std::abs(t) > std::abs(s);
+    const T student_offset = teacher_moves ? T(0) : -above, teacher_offset = teacher_moves ? above : T(0);
     s -= student_offset, t -= teacher_offset;
-    const T shift = (t - s) * scale_of_d + std::log(teacher.sum / student.sum) * T(1 / kLog);
+    const T shift = (t - s) * scale_of_d + sign * std::log(teacher.sum / student.sum) * T(1 / kLog);
     return {student_offset, teacher_offset, of_s,  of_t, shift, student_share, teacher_share, coefficient * T(kLog),
             center * T(1 / kLog)};
   }
@@ -175,9 +182,9 @@ struct JsdElement {
     if constexpr (kMixed) {
       // NaN too, of two logits of -inf. What is beyond has probability 0 in one of the two.
       const T bounded = at_most(at_least(d, T(-Base::kMost)), T(Base::kMost));
-      const T m = mixture.log(bounded), of_q = -q * m;
-      parts[0] = q, parts[1] = -m;
-      sums[0] += p * (bounded - m) + odds * of_q, sums[1] += of_q;
+      const T m = mixture.log(bounded), a = of_teacher * bounded - m, of_q = q * a;
+      parts[0] = q, parts[1] = a;
+      sums[0] += p * (of_student * bounded - m) + odds * of_q, sums[1] += of_q;
     } else {
       const T difference = std::abs(d) < T(kNear) ? -q * expm1_near(d) : q - p;  // Q - P
       if constexpr (D == Divergence::forward) {
@@ -191,14 +198,14 @@ struct JsdElement {
     }
   }
 
-  FASTGEN_HD T loss(const T* sums) const { return (kMixed ? mixture.beta * T(kLog) : T(1)) * sums[0]; }
+  FASTGEN_HD T loss(const T* sums) const { return (kMixed ? beta * T(kLog) : T(1)) * sums[0]; }
 
   FASTGEN_HD T gradient(const JsdRow<T>& row, const T* parts) const {
     if constexpr (D == Divergence::forward) return row.coefficient * parts[0];
     else return row.coefficient * (parts[0] * (parts[1] - row.center));
   }
 
-  FASTGEN_HD T gradient_scale() const { return (kMixed ? mixture.rest : T(1)) * inverse_temperature; }
+  FASTGEN_HD T gradient_scale() const { return (kMixed ? rest : T(1)) * inverse_temperature; }
 };
 
 // Where the row statistics of a divergence lie: five vectors.

@@ -152,10 +152,14 @@ struct Sparse {
       of.center = whole ? T(0) : static_cast<T>(1 - p);
       of.outside = moves ? others.difference / others.q : whole ? T(0) : static_cast<T>(p);
     } else {
-      if (moves) slope += static_cast<double>(others.q * others.slope);
+      // The bucket's slope less the center, by the entries alone: a bucket that holds nearly all would cancel.
+      const double of_bucket = static_cast<double>(others.slope);
+      of.outside = static_cast<T>(moves                        ? q * of_bucket - slope
+                                  : whole                      ? 0.0
+                                  : D == Divergence::reverse   ? -(slope + q)
+                                                               : -slope);
+      if (moves) slope += static_cast<double>(others.q) * of_bucket;
       of.center = static_cast<T>(D == Divergence::reverse && !whole ? slope + q - 1 : slope);
-      of.outside = moves ? others.slope - of.center
-                   : whole ? T(0) : static_cast<T>(D == Divergence::reverse ? -(slope + q) : -slope);
     }
     of.center += static_cast<T>(0 * p), of.outside += static_cast<T>(0 * p);
     return of;

@@ -36,7 +36,8 @@ class Args(NamedTuple):
     beta: Any  # None at the ends
     rest: Any  # 1 - β
     odds: Any  # that / β: a mixed loss is summed over β
-    terms: Any  # of log2 M/Q in log2 P/Q, near 0
+    over_p: Any  # 1 where log M is taken over P, which weighs more, and d with it; else 0, and it is over Q
+    terms: Any  # of log2 M/Q in log2 P/Q, near 0; or of M/P in Q/P
 
 
 def mixture_terms(beta: float) -> list[float]:
@@ -60,10 +61,12 @@ def _args(
     temperature: float,
 ) -> Args:
     numbers = [scalar.argument(x, dtype) for x in (1 / temperature, LOG2E.value / temperature, temperature)]
-    mixture: tuple[Any, ...] = (None, None, None, None)
+    mixture: tuple[Any, ...] = (None, None, None, None, None)
     if beta not in (0, 1):
-        mixture = tuple(scalar.argument(x, dtype) for x in (beta, 1 - beta, (1 - beta) / beta))
-        mixture += (tuple(scalar.argument(x, dtype) for x in mixture_terms(beta)),)
+        # Of the other's logarithm over M, a difference from d, a small weight leaves much.
+        numbers_of_beta = beta, 1 - beta, (1 - beta) / beta, float(beta > 0.5)
+        mixture = tuple(scalar.argument(x, dtype) for x in numbers_of_beta)
+        mixture += (tuple(scalar.argument(x, dtype) for x in mixture_terms(min(beta, 1 - beta))),)
     labels = None if labels is None else labels.contiguous()
     return Args(labels, ignore_index, factor, grad, loss, stats.contiguous(), *numbers, *mixture)
 
@@ -86,9 +89,10 @@ def _exact_offset(high, low, temperature):
 
 
 @triton.jit
-def _norms(student, teacher, temperature, unit, LOG: tl.constexpr, T: tl.constexpr):
+def _norms(student, teacher, temperature, unit, sign, LOG: tl.constexpr, T: tl.constexpr):
     """Of two normalizers, what :func:`_pair` takes: offset, largest logit and 1 / sum, of Q then of P, and how much
-    smaller log P is for equal logits without the offsets, where a logit counts `unit` and logarithms are over LOG.
+    smaller log P, times `sign`, is for equal logits without the offsets, where a logit counts `unit` and logarithms are
+    over LOG.
 
     What the one row lies above the other means nothing. The offsets, of which one is 0, take it from the row of the
     larger logits. Of the sums it takes one logarithm: the difference of two of some 10 would round it.
@@ -96,7 +100,7 @@ def _norms(student, teacher, temperature, unit, LOG: tl.constexpr, T: tl.constex
     of_teacher = tl.abs(teacher[0]) > tl.abs(student[0])
     above = _exact_offset(teacher[0], student[0], temperature)
     s, t = tl.where(of_teacher, 0.0, -above), tl.where(of_teacher, above, 0.0)
-    shift = ((teacher[0] - t) - (student[0] - s)) * unit - tl.log(divide(student[1], teacher[1])) / LOG
+    shift = ((teacher[0] - t) - (student[0] - s)) * unit - sign * tl.log(divide(student[1], teacher[1])) / LOG
     one = tl.full((), 1.0, T)
     t_share = divide(one, teacher[1])
     # NaN with the teacher's. Origins: of a row of -inf, 0.
@@ -125,20 +129,22 @@ def _row(args, rows, row, normals, read, T: tl.constexpr):
     if args.factor is not None:
         factor *= tl.load(args.factor)
     if args.beta is not None:
-        norms = _norms(normals[0], normals[1], temperature, scale, LN2, T)
         beta, rest, odds = number(args.beta, T), number(args.rest, T), number(args.odds, T)
+        over_p = number(args.over_p, T)
+        sign = 1.0 - 2.0 * over_p
+        norms = _norms(normals[0], normals[1], temperature, scale * sign, sign, LN2, T)
         terms = [number(args.terms[i], T) for i in (0, 1, 2, 3, 4)]
-        numbers = scale, beta, rest, odds, terms
+        numbers = scale, scale * sign, tl.minimum(beta, rest), tl.maximum(beta, rest), odds, over_p, terms
         return norms, numbers, beta * LN2, factor * rest * LN2, center / LN2, normals
     else:
-        norms = _norms(normals[0], normals[1], temperature, slope, 1.0, T)
+        norms = _norms(normals[0], normals[1], temperature, slope, 1.0, 1.0, T)
         return norms, (scale, slope), tl.full((), 1.0, T), factor, center, normals
 
 
 @triton.jit
 def _pair(norms, scale, unit, v):
-    """Q, P and d = log P - log Q of a pair of logits. Where |d| is small no digits cancel: logits of close models
-    subtract exactly. Q and P have exponentials of their own, for nothing to overflow."""
+    """Q, P and d = log P - log Q of a pair of logits, or -d where `unit` is negative. Where |d| is small no digits
+    cancel: logits of close models subtract exactly. Q and P have exponentials of their own, for nothing to overflow."""
     s_offset, s_largest, s_share, t_offset, t_largest, t_share, shift = norms
     q = tl.exp2((v[0] - s_largest) * scale) * s_share
     p = tl.exp2((v[1] - t_largest) * scale) * t_share
@@ -171,17 +177,18 @@ def _reverse_element(constants, v):
 
 @triton.jit
 def _mixed_element(constants, v):
-    scale, beta, rest, odds, terms = constants[1]
-    q, p, d = _pair(constants[0], scale, scale, v)
+    scale, unit, less, more, odds, over_p, terms = constants[1]
+    q, p, d = _pair(constants[0], scale, unit, v)
     # NaN too, of two logits of -inf. What is beyond has probability 0 in one of the two.
     d = tl.minimum(tl.maximum(d, -126.0), 126.0)
     power = tl.exp2(d)
-    mixture = log2_fast(power * beta + rest)  # M / Q
+    mixture = log2_fast(power * less + more)  # M / Q, or M / P
     if d.dtype != tl.float64:
         near = (((terms[4] * d + terms[3]) * d + terms[2]) * d + terms[1]) * d + terms[0]
         mixture = tl.where(tl.abs(d) < NEAR2, near * d, mixture)
-    from_q = -q * mixture
-    return (q, -mixture), (p * (d - mixture) + odds * from_q, from_q)
+    a = over_p * d - mixture  # log2 Q/M
+    from_q = q * a
+    return (q, a), (p * ((1.0 - over_p) * d - mixture) + odds * from_q, from_q)
 
 
 @triton.jit

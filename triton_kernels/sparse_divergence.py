@@ -175,12 +175,15 @@ def _found(args, row, largest, total, KIND: tl.constexpr, T: tl.constexpr):
         center = tl.where(whole, 0.0, 1.0 - p)
         outside = tl.where(moves, divide(tail[0], tail[1]).to(tl.float64), tl.where(whole, 0.0, p))
     else:
+        # The bucket's slope less the center, by the entries alone: a bucket that holds nearly all would cancel.
+        of_bucket, of_none = q * tail[2].to(tl.float64) - slope, -slope
+        if KIND == REVERSE:
+            of_none = -(slope + q)
+        outside = tl.where(moves, of_bucket, tl.where(whole, 0.0, of_none))
         slope = tl.where(moves, slope + (tail[1] * tail[2]).to(tl.float64), slope)
-        center, of_none = slope, -slope
+        center = slope
         if KIND == REVERSE:
             center = tl.where(whole, slope, slope + q - 1.0)
-            of_none = -(slope + q)
-        outside = tl.where(moves, tail[2].to(tl.float64) - center, tl.where(whole, 0.0, of_none))
     center, outside = (center + 0.0 * p).to(T), (outside + 0.0 * p).to(T)
     loss, center = tl.where(any_entry, loss, 0.0), tl.where(any_entry, center, 0.0)
     q, p = tl.where(q > 1.0, 1.0, q), tl.where(p > 1.0, 1.0, p)
