@@ -1,5 +1,7 @@
 """Bool tensors whose bytes are any number: a view of other data may hold more than 0 and 1. All but 0 is true."""
 
+import importlib
+
 import pytest
 import torch
 from oracle import value_and_grad
@@ -82,8 +84,12 @@ def test_every_byte_but_0_is_true(case, reduction, backend, device):
         assert torch.equal(mine, theirs)
 
 
-def test_many_flags_are_counted_by_their_truth(backend, device):
-    """More than one kernel would count by itself."""
-    p, q, y = torch.randn(3, 5000, 2, device=device).unbind()
-    flags = torch.rand(5000, device=device) < 0.3
+def test_many_flags_are_counted_by_their_truth(backend, device, monkeypatch):
+    """More than one kernel would count by itself; each row of an interpreted one takes long."""
+    count = 5000
+    if backend == "triton" and device == "cpu":
+        count = 50
+        monkeypatch.setattr(importlib.import_module("fastgen.triton_kernels.elbo"), "COUNTED_IN_KERNEL", 40)
+    p, q, y = torch.randn(3, count, 2, device=device).unbind()
+    flags = torch.rand(count, device=device) < 0.3
     assert torch.equal(fastgen.ddo_loss(p, q, y, loosely(flags)), fastgen.ddo_loss(p, q, y, flags))

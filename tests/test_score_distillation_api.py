@@ -202,6 +202,8 @@ def test_any_shape_dtype_and_layout(
 @pytest.mark.parametrize("threads", [1, 2, 4])
 @pytest.mark.parametrize("shape", [(2, 40_000), (40, 3_000), (1, 200_001)])
 def test_results_do_not_depend_on_the_number_of_threads(shape: tuple[int, int], threads: int) -> None:
+    if threads > 1 and dispatch.backend_for("dmd", DEVICE) == "triton":
+        pytest.skip("Triton's kernels use none of the CPU's threads")
     p = Problem(shape)
     dm, ca = pairs(p, Problem(shape, seed=1), torch.float32)
     before = torch.get_num_threads()
@@ -347,7 +349,7 @@ def call(**changes: Any) -> Tensor:
         ({"real_uncond": None}, ValueError, "guidance_scale = 3 needs real_uncond"),
         ({"alpha_t": torch.ones(4)}, ValueError, "alpha_t must have shape"),
         ({"alpha_t": torch.ones(3, 5)}, ValueError, "alpha_t must have shape"),
-        ({"alpha_t": None}, TypeError, "alpha_t must be a torch.Tensor"),
+        ({"alpha_t": None, "prediction_type": "epsilon"}, TypeError, "alpha_t must be a torch.Tensor"),
         ({"sigma_t": torch.ones(3).bfloat16()}, TypeError, "sigma_t must be float32 or float64"),
         ({"prediction_type": "v"}, ValueError, "prediction_type must be one of"),
         ({"fake_prediction_type": "x"}, ValueError, "fake_prediction_type must be one of"),

@@ -82,6 +82,21 @@ def diffusion_dpo_loss(
     return_delta: Literal[False] = ...,
     return_errors: Literal[True],
 ) -> tuple[Tensor, PreferenceErrors]: ...
+@overload
+def diffusion_dpo_loss(
+    pred: Tensor,
+    ref_pred: Tensor,
+    target: Tensor,
+    *,
+    weight: Tensor | None = ...,
+    beta: float = ...,
+    kind: Literal["sigmoid", "ipo", "hinge"] = ...,
+    element_reduction: Literal["mean", "sum"] = ...,
+    reduction: Literal["mean", "sum", "none"] = ...,
+    interleaved: bool = ...,
+    return_delta: bool,
+    return_errors: Literal[False] = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def diffusion_dpo_loss(
     pred: Tensor,
     ref_pred: Tensor,
