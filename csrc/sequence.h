@@ -180,8 +180,9 @@ struct JsdElement {
     const T p = Base::power(row.teacher.from(v[1])) * row.teacher_share;
     const T d = ((v[1] - row.teacher_offset) - (v[0] - row.student_offset)) * scale_of_d - row.shift;
     if constexpr (kMixed) {
-      // NaN too, of two logits of -inf. What is beyond has probability 0 in one of the two.
-      const T bounded = at_most(at_least(d, T(-Base::kMost)), T(Base::kMost));
+      // NaN too, of two logits of -inf. What is beyond has as good as no probability in one of the two, and would round
+      // the logarithm of the other's.
+      const T bounded = at_most(at_least(d, -Base::kMost<T>), Base::kMost<T>);
       const T m = mixture.log(bounded), a = of_teacher * bounded - m, of_q = q * a;
       parts[0] = q, parts[1] = a;
       sums[0] += p * (of_student * bounded - m) + odds * of_q, sums[1] += of_q;

@@ -179,8 +179,10 @@ def _reverse_element(constants, v):
 def _mixed_element(constants, v):
     scale, unit, less, more, odds, over_p, terms = constants[1]
     q, p, d = _pair(constants[0], scale, unit, v)
-    # NaN too, of two logits of -inf. What is beyond has probability 0 in one of the two.
-    d = tl.minimum(tl.maximum(d, -126.0), 126.0)
+    # NaN too, of two logits of -inf. What is beyond has as good as no probability in one of the two, and would round
+    # the logarithm of the other's.
+    most = 126.0 if d.dtype == tl.float64 else 36.0
+    d = tl.minimum(tl.maximum(d, -most), most)
     power = tl.exp2(d)
     mixture = log2_fast(power * less + more)  # M / Q, or M / P
     if d.dtype != tl.float64:

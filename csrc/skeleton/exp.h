@@ -80,7 +80,9 @@ inline float hardware_log2(float x) { return std::log2(x); }
 // log(u, z): of u = 1 + z, as far as the device can tell the two apart. scale: 1 / temperature to the base.
 struct Base {
   static constexpr double kLog = 0.69314718055994530942;  // natural, of the base
-  static constexpr float kMost = 126;                     // base^±most is a normal float
+  // Beyond ±most the smaller of two probabilities is nothing beside the larger, and base^±most is a normal number.
+  template <class T>
+  static constexpr T kMost = sizeof(T) == 4 ? 36 : 126;
 
   static FASTGEN_HD float power(float x) { return hardware_exp2(x); }
   static FASTGEN_HD double power(double x) { return std::exp2(x); }
@@ -119,7 +121,8 @@ struct Origin {
 #else
 struct Base {
   static constexpr double kLog = 1;
-  static constexpr float kMost = 87;
+  template <class T>
+  static constexpr T kMost = sizeof(T) == 4 ? 25 : 87;
 
   static FASTGEN_HD float power(float x) { return exp_of(x); }
   static FASTGEN_HD double power(double x) { return std::exp(x); }
