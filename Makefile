@@ -34,7 +34,7 @@ examples: $(VENV)/ready
 	$(PY) examples
 
 test: $(VENV)/ready
-	$(PY) -m pytest -n auto
+	$(PY) -m pytest -n auto --dist loadgroup
 
 # Versions of Triton differ in what they compile, and a new one is what an installation gets.
 aot: $(VENV)/ready

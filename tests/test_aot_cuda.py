@@ -23,6 +23,10 @@ needs_nvcc = pytest.mark.skipif(aot_cuda.cuda_home() is None, reason="no CUDA to
 needs_compiler = pytest.mark.skipif(shutil.which(COMPILER) is None, reason="no C++ compiler")
 
 
+# What takes minutes to make is made by one worker (--dist loadgroup).
+one_report, one_emulator = pytest.mark.xdist_group("report"), pytest.mark.xdist_group("emulator")
+
+
 @pytest.fixture(scope="module")
 def report():
     return aot_cuda.cuda_report()
@@ -43,6 +47,7 @@ def registers(kernel):
 
 
 @needs_nvcc
+@one_report
 def test_kernels_spill_nothing_and_stay_within_their_registers(report):
     assert {row["arch"] for row in report} == {"sm_80", "sm_90a"}
     for row in report:
@@ -58,6 +63,7 @@ INSTRUCTIONS = {"TokenLogprob": 9, "forward": 48, "mixed": 60, "reverse": 53}
 
 
 @needs_nvcc
+@one_report
 @pytest.mark.skipif(find_spec("triton") is None, reason="the disassembler is in Triton's package")
 def test_sweeps_issue_no_more_than_their_budget(report):
     kernels = [r for r in report if r["arch"] == "sm_90a" and "<wide, bf16, float, " in r["kernel"]]
@@ -71,6 +77,7 @@ def test_sweeps_issue_no_more_than_their_budget(report):
 
 
 @needs_nvcc
+@one_report
 def test_kernels_move_16_bytes_at_a_time_and_use_no_atomics(report):
     wide = [row for row in report if re.search("<(wide|peeled), ", row["kernel"])]
     assert {row["kernel"].partition("<")[2].partition(",")[0] for row in wide} == {"wide", "peeled"}
@@ -140,6 +147,7 @@ def run_emulated(script: str, *arguments: str, **environment: str) -> None:
 
 
 @needs_compiler
+@one_emulator
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the emulator needs ucontext")
 @pytest.mark.parametrize(("kind", "gpu"), CASES)
 def test_emulated_kernels_agree_with_the_reference(emulated, kind, gpu):
@@ -147,6 +155,7 @@ def test_emulated_kernels_agree_with_the_reference(emulated, kind, gpu):
 
 
 @needs_compiler
+@one_emulator
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the emulator needs ucontext")
 def test_emulated_trajectories_are_the_references_to_the_bit(emulated):
     run_emulated("check_trajectory.py", str(emulated))
