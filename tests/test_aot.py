@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs trito
 
 # Of a multiprocessor's 65536: 112 let one program of 512 threads hold its tile; 64 let four of 256 run, 48 five.
 REGISTERS = {"held_groups": 112, "looped_groups": 64, "partial_sums": 64, "finish": 48, "_scale_in_place": 40}
-REGISTERS["_scatter"] = 192  # a tile of comparisons of a row's few entries: two programs of 128 threads
+REGISTERS["_scatter"] = 72  # seven programs of 128 threads
 REGISTERS |= dict.fromkeys(("_next_layer", "_path", "_inspect_row"), 128)
 # Over logits: four programs of 256 threads or more; of 512, which sweep long rows again and again, one on purpose.
 REGISTERS |= {"_sweep normalizers": 64, "_sweep sums": 128, "_sweep results": 32, "_sweep map": 80}

@@ -20,6 +20,7 @@ from .scalar import divide, exp_negative, expm1, log1p, number, rounded
 from .sweep import LOG2E, Formula, Functions, LogitRows, both, row_start, sweep, sweep_map
 
 ENTRIES = tl.constexpr(64)  # of a tile
+COMPARED = tl.constexpr(16)  # of those that a tile is compared with, a few at a time: all pairs live in registers
 ROUNDED_MASS = tl.constexpr(1 / 32)
 BUCKET, RENORMALIZE, NONE = (tl.constexpr(tail) for tail in range(3))
 TAILS = {"bucket": BUCKET.value, "renormalize": RENORMALIZE.value, "none": NONE.value}
@@ -70,9 +71,9 @@ def _logs(args, row, ids, logprobs, present, largest, log_sum, T: tl.constexpr):
 
 
 @triton.jit
-def _entries(args, row, first, T: tl.constexpr):
+def _entries(args, row, first, T: tl.constexpr, COUNT: tl.constexpr = ENTRIES):
     """Ids and log-probabilities of a tile, and which of them are there."""
-    k = first + tl.arange(0, ENTRIES)
+    k = first + tl.arange(0, COUNT)
     ids = tl.load(args.ids + row * args.entries + k, mask=k < args.entries, other=-1)
     logprobs = tl.load(args.logprobs + row * args.entries + k, mask=k < args.entries, other=float("-inf")).to(T)
     return ids, logprobs, ids >= 0
@@ -262,9 +263,9 @@ def _epilogue(args, rows, row, constants, sums, read, T: tl.constexpr):
 
 
 @triton.jit
-def _values(args, rows, row, first, KIND: tl.constexpr, T: tl.constexpr):
+def _values(args, rows, row, first, KIND: tl.constexpr, T: tl.constexpr, COUNT: tl.constexpr = ENTRIES):
     """Ids of a tile of entries; the gradients of their columns, and without the part of all elements outside."""
-    ids, logprobs, present = _entries(args, row, first, T)
+    ids, logprobs, present = _entries(args, row, first, T, COUNT)
     stats = args.stats + row
     largest, log_sum = tl.load(stats), tl.log(tl.load(stats + rows))
     shift_q, shift_p = tl.load(stats + 2 * rows), tl.load(stats + 3 * rows)
@@ -283,13 +284,13 @@ def _scatter(out, args, rows, KIND: tl.constexpr, T: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     if _ignored(args, row) == 0:
         for first in range(0, args.entries, ENTRIES):
-            ids, value, _ = _values(args, rows, row, first, KIND, T)
+            ids, value, _again = _values(args, rows, row, first, KIND, T)
             place = first + tl.arange(0, ENTRIES)
             mine = ids >= 0
-            for other in range(0, args.entries, ENTRIES):
-                other_ids, _, again = _values(args, rows, row, other, KIND, T)
-                other_place = other + tl.arange(0, ENTRIES)
-                same = (ids[:, None] == other_ids[None, :]) & mine[:, None]
+            for other in range(0, args.entries, COMPARED):
+                other_ids, _value, again = _values(args, rows, row, other, KIND, T, COMPARED)
+                other_place = other + tl.arange(0, COMPARED)
+                same = (ids.to(tl.int32)[:, None] == other_ids.to(tl.int32)[None, :]) & mine[:, None]
                 before = same & (other_place[None, :] < place[:, None])
                 after = same & (other_place[None, :] > place[:, None])
                 value += tl.sum(tl.where(after, again[None, :], 0.0), axis=1)
