@@ -299,6 +299,10 @@ BAD_CALLS = {
     r"labels must have shape \[2, 3\]": (ValueError, lambda: linear(H, W, H, W, Y[0])),
     r"beta must be in \[0, 1\]": (ValueError, lambda: linear(H, W, H, W, beta=2.0)),
     "reduction must be one of": (ValueError, lambda: linear(H, W, H, W, reduction="tokens")),
+    "^logit_scale must be > 0": (ValueError, lambda: linear(H, W, H, W, logit_scale=0)),
+    "^teacher_logit_scale must be > 0": (ValueError, lambda: linear(H, W, H, W, teacher_logit_scale=-1.0)),
+    "^softcap must be > 0": (ValueError, lambda: tokens(H, W, Y, softcap=0.0)),
+    "^teacher_softcap must be a number": (TypeError, lambda: linear(H, W, H, W, teacher_softcap="30")),
     "num_valid must be at least 0": (ValueError, lambda: tokens(H, W, Y, num_valid=-1)),
     r"token_weight must have shape \[2, 3\]": (ValueError, lambda: linear(H, W, H, W, token_weight=B)),
 }
@@ -332,3 +336,30 @@ def test_rows_that_do_not_count_are_not_projected(monkeypatch, kernel_backend, d
         (grad,) = torch.autograd.grad(logprob.sum(), hidden)
         (wanted,) = torch.autograd.grad(whole.sum(), hidden, retain_graph=True)
         torch.testing.assert_close(grad, wanted)
+
+
+@pytest.mark.parametrize("max_chunk_bytes", [1, 1 << 20])
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_scaled_and_capped_logits_are_those_of_a_model_that_does_it(reduction, max_chunk_bytes, kernel_backend, device):
+    scale, cap = 1.5, 2.0  # of logits that reach the cap
+    hidden, teacher = (torch.randn(3, 5, 8, device=device).requires_grad_() for _ in range(2))
+    head, tokens = torch.randn(20, 8, device=device), torch.randint(20, (3, 5), device=device)
+    logits, other = cap * torch.tanh(scale * (hidden @ head.T) / cap), scale * (teacher @ head.T).detach()
+    entries, how = other.log_softmax(-1).topk(4), {"reduction": reduction}
+    options = {"logit_scale": scale, "softcap": cap, "max_chunk_bytes": max_chunk_bytes}
+    of_teacher = {"teacher_logit_scale": scale, **options, **how}
+    for mine, theirs in (
+        (fastgen.linear_token_logprob(hidden, head, tokens, **options), fastgen.token_logprob(logits, tokens)),
+        (
+            fastgen.linear_generalized_jsd_loss(hidden, head, teacher, head, **of_teacher),
+            fastgen.generalized_jsd_loss(logits, other, **how),
+        ),
+        (
+            fastgen.linear_sparse_divergence_loss(hidden, head, *entries, **options, **how),
+            fastgen.sparse_divergence_loss(logits, *entries, **how),
+        ),
+    ):
+        torch.testing.assert_close(mine, theirs)
+        factors = torch.linspace(-1, 2, mine.numel(), device=device).view(mine.shape)
+        grads = [torch.autograd.grad((v * factors).sum(), hidden, retain_graph=True)[0] for v in (mine, theirs)]
+        torch.testing.assert_close(*grads)

@@ -172,6 +172,16 @@ CASES = (
         STUDENT | TEACHER | {"token_weight": row_weights},
         "student_hidden student_weight student_bias",
         beta=1.0,
+        logit_scale=0.5,
+        teacher_softcap=4.0,
+    ),
+    case(
+        "linear_generalized_jsd_loss-capped",
+        STUDENT | TEACHER,
+        "student_hidden student_weight student_bias",
+        logit_scale=1.5,
+        softcap=5.0,
+        teacher_logit_scale=0.5,
     ),
     case(
         "linear_sparse_divergence_loss",

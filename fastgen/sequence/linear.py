@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..core import checks
 from ..core.autograd import Forward, FusedLoss, Gradients, apply
 from ..core.operator import Operator
 from . import operators
@@ -30,6 +31,24 @@ class Head(NamedTuple):
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
+
+
+class Final(NamedTuple):
+    """What a model does with its head's output: ``softcap tanh(scale z / softcap)``, or ``scale z`` without a cap."""
+
+    scale: float
+    softcap: float | None
+
+    def apply_(self, z: Tensor) -> Tensor:
+        if self.softcap is None:
+            return z if self.scale == 1 else z.mul_(self.scale)
+        return z.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap)
+
+    def chain_(self, grad: Tensor, logits: Tensor) -> Tensor:
+        """The gradient of z from that of the logits, which it overwrites as well: who needs it has used them."""
+        if self.softcap is not None:
+            grad.mul_(logits.div_(self.softcap).square_().neg_().add_(1))
+        return grad if self.scale == 1 else grad.mul_(self.scale)
 
 
 def flat_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Head:
@@ -186,7 +205,7 @@ class LinearLoss:
         self.weighs = "weight" in per_row and "weight" not in declared
         heads = [f"{prefix}{name}" for prefix in logits.values() for name in Head._fields]
         self.tensors = (*heads, *per_row, "scale", "stats")
-        self.options = (*self.settings, "reduction", "round_logits", "max_chunk_bytes")
+        self.options = (*self.settings, "reduction", "final", "round_logits", "max_chunk_bytes")
 
     def forward(self, backend: str, keep: bool, needed: tuple[bool, ...], arguments: dict[str, Any]) -> Forward:
         summed, weight = arguments["reduction"] == "sum", arguments["weight"] if self.weighs else None
@@ -199,6 +218,8 @@ class LinearLoss:
             grad_logits = getattr(results, self.loss.buffer) if at_once and self.loss.buffer else None
             if gradients is not None and weight is not None:
                 grad_logits = self.gradient(backend, given, weight[rows].to(results.stats.dtype), results.stats)
+            if grad_logits is not None:
+                grad_logits = self.of_head(grad_logits, given, arguments)
             found.append((results.stats, *self.loss.returned(results), *entropy))
             given.clear()  # the logits, before anything else is made
             del results
@@ -220,6 +241,7 @@ class LinearLoss:
         grad = grad.expand(stats.shape[1])
         for rows, given in self.chunks(saved, True):
             grad_logits = self.gradient(backend, given, grad[rows], stats[:, rows])
+            grad_logits = self.of_head(grad_logits, given, saved)
             given.clear()
             gradients.add(rows, grad_logits)
             del grad_logits
@@ -242,7 +264,8 @@ class LinearLoss:
         for rows in chunks_of(heads[first], total, max_bytes):
             with no_autocast(heads[first].weight):
                 given: dict[str, Any] = {
-                    n: linear_logits(head, rows, dtypes[n], max_bytes // 4) for n, head in heads.items()
+                    n: arguments["final"][self.logits[n]].apply_(linear_logits(head, rows, dtypes[n], max_bytes // 4))
+                    for n, head in heads.items()
                 }
                 for name in self.per_row:
                     given[name] = None if arguments[name] is None else arguments[name][rows]
@@ -252,6 +275,12 @@ class LinearLoss:
     def of_logits(self, backend: str, given: Mapping[str, Any], with_grad: bool) -> Any:
         operator, how = self.loss.operator, {"scale": None, "reduction": "none", "with_grad": with_grad}
         return operator.run(backend, {name: how[name] if name in how else given[name] for name in operator.arguments})
+
+    def of_head(self, grad_logits: Tensor, given: Mapping[str, Any], arguments: Mapping[str, Any]) -> Tensor:
+        """The gradient of a head's output from that of its logits. It overwrites both."""
+        name, prefix = next(iter(self.logits.items()))
+        final: Final = arguments["final"][prefix]
+        return final.chain_(grad_logits, given[name])
 
     @staticmethod
     def entropy(backend: str, given: Mapping[str, Any]) -> Tensor:
@@ -289,3 +318,54 @@ generalized_jsd = LinearLoss(
 sparse_divergence = LinearLoss(
     operators.sparse_divergence, {"student": "student_"}, ("teacher_logprobs", "teacher_ids", "labels", "weight")
 )
+
+
+def valid_rows(hidden: Tensor, mask: Tensor | None, num_valid: int | None) -> tuple[Tensor | None, int | None]:
+    """The mask beside `hidden`, and how many rows count where that is known on the host."""
+    if num_valid is not None:
+        num_valid = checks.integer("num_valid", num_valid, low=0)
+    if mask is None or not isinstance(mask, Tensor) or mask.device == hidden.device or mask.device.type != "cpu":
+        return mask, num_valid
+    if num_valid is None and not torch.compiler.is_compiling():
+        checks.mask("mask", mask, mask)
+        num_valid = int(mask.expand(hidden.shape[:-1]).sum())
+    return mask.to(hidden.device, non_blocking=True), num_valid
+
+
+def row_weights(weight: Tensor | None, labels: Tensor | None, ignore_index: int) -> Tensor | None:
+    """The weights of rows, of which those of ignored rows may be anything."""
+    if weight is None or labels is None:
+        return None if weight is None else weight.detach()
+    return torch.where(labels != ignore_index, weight.detach(), 0)
+
+
+def run_counted(
+    loss: LinearLoss,
+    backend: str,
+    heads: list[Head],
+    per_row: dict[str, Tensor | None],
+    counted: Tensor | None,
+    num_valid: int | None,
+    dims: int,
+    **options: Any,
+) -> tuple[Tensor, ...]:
+    """The results of `loss` over the rows that count, as far as it is known without a sync which ones do.
+
+    `dims`: the leading dimensions of `per_row` that are rows.
+    """
+    rows = heads[0].hidden.shape[0]
+    flat = {n: None if t is None else t.reshape(rows, *t.shape[dims:]) for n, t in per_row.items()}
+    if counted is not None and num_valid is None and type(counted) is Tensor and counted.device.type == "cpu":
+        num_valid = None if torch.compiler.is_compiling() else int(counted.sum())
+    if counted is None or num_valid is None or num_valid >= rows:
+        results = run(loss, backend, *heads, **flat, **options)
+        return results if isinstance(results, tuple) else (results,)
+    # Those that count first, in their order: the sort takes no sync, and too large a number does no harm.
+    index = counted.flatten().logical_not().to(torch.uint8).argsort(stable=True)[:num_valid]
+    heads = [head._replace(hidden=head.hidden.index_select(0, index)) for head in heads]
+    flat = {name: None if t is None else t.index_select(0, index) for name, t in flat.items()}
+    results = run(loss, backend, *heads, **flat, **options)
+    value, *others = results if isinstance(results, tuple) else (results,)
+    if options["reduction"] == "none":
+        value = value.new_zeros(rows).index_copy(0, index, value)
+    return value, *(t.new_zeros(*t.shape[:-1], rows).index_copy(-1, index, t) for t in others)

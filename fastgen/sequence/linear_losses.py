@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
-import torch
 from torch import Tensor
 
 from ..core import checks, dispatch, distributed
 from ..triton_kernels.layout import arithmetic_dtype
 from . import linear, reference
-from .linear import MAX_CHUNK_BYTES, Head
+from .linear import MAX_CHUNK_BYTES
 from .operators import IGNORE_INDEX, Tail
-from .options import Reduction, check_divergence, check_rounding, check_rows, labels_of, scale_of
+from .options import Reduction, check_divergence, check_final, check_rounding, check_rows, labels_of, scale_of
 from .sparse import Kind, beta_of, check_kind, check_teacher
 
 __all__ = ["linear_generalized_jsd_loss", "linear_sparse_divergence_loss", "linear_token_logprob"]
@@ -26,12 +25,16 @@ def linear_token_logprob(
     bias: Tensor | None = None,
     mask: Tensor | None = None,
     num_valid: int | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
     temperature: float = 1.0,
     ignore_index: int = IGNORE_INDEX,
     round_logits: bool = False,
     max_chunk_bytes: int = MAX_CHUNK_BYTES,
 ) -> Tensor:
-    """:func:`token_logprob` of ``logits = hidden weightᵀ + bias``, without ever holding the logits.
+    """:func:`token_logprob` of ``logits = f(hidden weightᵀ + bias)``, without ever holding the logits.
+
+    f is what the model does with its head's output: nothing, or a scale, or a soft cap.
 
     Tokens are taken in chunks; the backward pass computes each chunk's logits once more. Logits of bfloat16 and float16
     operands are computed and kept in float32, and so are the sums of all gradients.
@@ -44,6 +47,9 @@ def linear_token_logprob(
             ``weight.full_tensor(grad_placements=[Partial()])``.)
         tokens: int64 [...].
         bias: [V], of the same dtype, or None; a DTensor as `weight` may be.
+        logit_scale: s > 0, which multiplies the head's output z (Cohere's models have one; Granite's divide by 1 / s).
+        softcap: c > 0: the logits are ``c tanh(s z / c)``, as Gemma 2's with ``final_logit_softcapping`` c; None: s z.
+            A model's own logits, for the functions that take logits, have been through both.
         mask, temperature, ignore_index: as in :func:`token_logprob`.
         num_valid: how many tokens count; rows of the others are then not even projected. Known here without it where
             `hidden` is on a CPU, and where `mask` is: that may stay there beside hidden states on a GPU. Elsewhere
@@ -73,8 +79,9 @@ def linear_token_logprob(
         >>> (-logprob.mean()).backward()
     """
     checks.head("", hidden, weight, bias)
+    final = check_final("", logit_scale, softcap)
     checks.row_indices("tokens", tokens, hidden)
-    mask, num_valid = _valid(hidden, mask, num_valid)
+    mask, num_valid = linear.valid_rows(hidden, mask, num_valid)
     if mask is not None:
         checks.mask("mask", mask, tokens)
     temperature = checks.number("temperature", temperature, low=0, open_low=True)
@@ -89,13 +96,15 @@ def linear_token_logprob(
             weight,
             tokens,
             bias=bias,
+            logit_scale=logit_scale,
+            softcap=softcap,
             mask=mask,
             temperature=temperature,
             ignore_index=ignore_index,
             round_logits=round_logits,
         )
     tokens = reference.masked(tokens, mask, ignore_index)
-    logprob, *_ = _run(
+    logprob, *_ = linear.run_counted(
         linear.token_logprob,
         backend,
         [linear.flat_head(hidden, weight, bias)],
@@ -107,6 +116,7 @@ def linear_token_logprob(
         temperature=temperature,
         ignore_index=ignore_index,
         reduction="none",
+        final={"student_": final},
         round_logits=round_logits,
         max_chunk_bytes=max_chunk_bytes,
     )
@@ -173,6 +183,10 @@ def linear_generalized_jsd_loss(
     token_weight: Tensor | None = None,
     beta: float = 0.5,
     scaled: bool = False,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    teacher_logit_scale: float = 1.0,
+    teacher_softcap: float | None = None,
     temperature: float = 1.0,
     reduction: Reduction = "batchmean",
     num_items: float | Tensor | None = None,
@@ -181,7 +195,9 @@ def linear_generalized_jsd_loss(
     round_logits: bool = False,
     max_chunk_bytes: int = MAX_CHUNK_BYTES,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """:func:`generalized_jsd_loss` of ``logits = hidden weightᵀ + bias``, without ever holding the logits.
+    """:func:`generalized_jsd_loss` of ``logits = f(hidden weightᵀ + bias)``, without ever holding the logits.
+
+    f is what a model does with its head's output: nothing, or a scale, or a soft cap.
 
     Tokens are taken in chunks. Where a gradient is needed the forward pass computes it, while a chunk's logits are
     there: the backward pass only scales. At 4 096 tokens and a vocabulary of 128 000 the logits of a student and a
@@ -202,6 +218,9 @@ def linear_generalized_jsd_loss(
             :func:`generalized_jsd_loss`.
         labels: int64 [...] or None, as there.
         student_bias, teacher_bias: [V], [V'] or None; DTensors as the weights may be.
+        logit_scale, softcap: of the student: logits are ``c tanh(s z / c)`` of its head's output z, or s z where c is
+            None, as in :func:`linear_token_logprob`.
+        teacher_logit_scale, teacher_softcap: of the teacher.
         mask, beta, scaled, temperature, reduction, num_items, ignore_index: as in :func:`generalized_jsd_loss`. With
             ``"none"`` the backward pass computes the logits once more.
         token_weight: [...], the `weight` of that function.
@@ -235,12 +254,16 @@ def linear_generalized_jsd_loss(
     """
     checks.head("student_", student_hidden, student_weight, student_bias)
     checks.head("teacher_", teacher_hidden, teacher_weight, teacher_bias)
+    final = {
+        "student_": check_final("", logit_scale, softcap),
+        "teacher_": check_final("teacher_", teacher_logit_scale, teacher_softcap),
+    }
     if teacher_hidden.shape[:-1] != student_hidden.shape[:-1]:
         raise ValueError(
             f"teacher_hidden has rows {list(teacher_hidden.shape[:-1])}, but student_hidden has"
             f" {list(student_hidden.shape[:-1])}"
         )
-    mask, num_valid = _valid(student_hidden, mask, num_valid)
+    mask, num_valid = linear.valid_rows(student_hidden, mask, num_valid)
     check_rows(student_hidden, labels, mask, token_weight, reduction, num_items, ignore_index, "token_weight")
     check_divergence(beta, scaled, temperature)
     check_rounding(round_logits, "student_hidden", student_hidden)
@@ -258,6 +281,10 @@ def linear_generalized_jsd_loss(
             labels,
             student_bias=student_bias,
             teacher_bias=teacher_bias,
+            logit_scale=logit_scale,
+            softcap=softcap,
+            teacher_logit_scale=teacher_logit_scale,
+            teacher_softcap=teacher_softcap,
             mask=mask,
             token_weight=token_weight,
             beta=beta,
@@ -272,14 +299,14 @@ def linear_generalized_jsd_loss(
     labels = labels_of(student_hidden, labels, mask, ignore_index)
     vocabulary = min(student_weight.shape[0], teacher_weight.shape[0])
     dtype = arithmetic_dtype(student_hidden, teacher_hidden)
-    loss, *entropy = _run(
+    loss, *entropy = linear.run_counted(
         linear.generalized_jsd,
         backend,
         [
             linear.flat_head(student_hidden, student_weight, student_bias),
             linear.flat_head(teacher_hidden, teacher_weight, teacher_bias),
         ],
-        {"labels": labels, "weight": _weights(token_weight, labels, ignore_index)},
+        {"labels": labels, "weight": linear.row_weights(token_weight, labels, ignore_index)},
         None if labels is None else labels != ignore_index,
         num_valid,
         student_hidden.dim() - 1,
@@ -289,6 +316,7 @@ def linear_generalized_jsd_loss(
         ignore_index=ignore_index,
         reduction="none" if reduction == "none" else "sum",
         entropy=return_entropy,
+        final=final,
         round_logits=round_logits,
         max_chunk_bytes=max_chunk_bytes,
     )
@@ -308,6 +336,8 @@ def linear_sparse_divergence_loss(
     beta: float = 0.5,
     scaled: bool = False,
     tail: Tail = "bucket",
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
     temperature: float = 1.0,
     labels: Tensor | None = None,
     mask: Tensor | None = None,
@@ -319,7 +349,9 @@ def linear_sparse_divergence_loss(
     round_logits: bool = False,
     max_chunk_bytes: int = MAX_CHUNK_BYTES,
 ) -> Tensor:
-    """:func:`sparse_divergence_loss` of ``logits = hidden weightᵀ + bias``, without ever holding the logits.
+    """:func:`sparse_divergence_loss` of ``logits = f(hidden weightᵀ + bias)``, without ever holding the logits.
+
+    f is what the model does with its head's output: nothing, or a scale, or a soft cap.
 
     Tokens are taken in chunks. Where a gradient is needed the forward pass computes it, while a chunk's logits are
     there: the backward pass only scales (but for ``reduction="none"``, with which it computes the logits once more).
@@ -333,6 +365,8 @@ def linear_sparse_divergence_loss(
         teacher_logprobs: [..., K], the teacher's log-probabilities of the K ids, as in :func:`sparse_divergence_loss`.
         teacher_ids: int64 [..., K]; a negative id is padding.
         bias: [V], of the same dtype, or None; a DTensor as `weight` may be.
+        logit_scale, softcap: logits are ``c tanh(s z / c)`` of the head's output z, or s z where c is None, as in
+            :func:`linear_token_logprob`.
         kind, beta, scaled, tail, temperature, labels, mask, num_items, reduction, ignore_index: as in
             :func:`sparse_divergence_loss`.
         num_valid: how many tokens count, for the others not even to be projected: as in :func:`linear_token_logprob`.
@@ -361,8 +395,9 @@ def linear_sparse_divergence_loss(
         True
     """
     checks.head("", hidden, weight, bias)
+    final = check_final("", logit_scale, softcap)
     check_teacher(hidden, teacher_logprobs, teacher_ids, weight.shape[0])
-    mask, num_valid = _valid(hidden, mask, num_valid)
+    mask, num_valid = linear.valid_rows(hidden, mask, num_valid)
     check_rows(hidden, labels, mask, token_weight, reduction, num_items, ignore_index, "token_weight")
     check_kind(kind, beta, scaled, tail, temperature)
     check_rounding(round_logits, "hidden", hidden)
@@ -377,6 +412,8 @@ def linear_sparse_divergence_loss(
             teacher_logprobs,
             teacher_ids,
             bias=bias,
+            logit_scale=logit_scale,
+            softcap=softcap,
             kind=kind,
             beta=beta,
             scaled=scaled,
@@ -392,7 +429,7 @@ def linear_sparse_divergence_loss(
         )
     beta, labels = beta_of(kind, beta), labels_of(hidden, labels, mask, ignore_index)
     dtype = arithmetic_dtype(hidden, teacher_logprobs)
-    loss, *_ = _run(
+    loss, *_ = linear.run_counted(
         linear.sparse_divergence,
         backend,
         [linear.flat_head(hidden, weight, bias)],
@@ -400,7 +437,7 @@ def linear_sparse_divergence_loss(
             "teacher_logprobs": teacher_logprobs.detach(),
             "teacher_ids": teacher_ids,
             "labels": labels,
-            "weight": _weights(token_weight, labels, ignore_index),
+            "weight": linear.row_weights(token_weight, labels, ignore_index),
         },
         None if labels is None else labels != ignore_index,
         num_valid,
@@ -411,58 +448,8 @@ def linear_sparse_divergence_loss(
         temperature=temperature,
         ignore_index=ignore_index,
         reduction="none" if reduction == "none" else "sum",
+        final={"student_": final},
         round_logits=round_logits,
         max_chunk_bytes=max_chunk_bytes,
     )
     return loss.view(hidden.shape[:-1]) if reduction == "none" else loss
-
-
-def _valid(hidden: Tensor, mask: Tensor | None, num_valid: int | None) -> tuple[Tensor | None, int | None]:
-    """The mask beside `hidden`, and how many rows count where that is known on the host."""
-    if num_valid is not None:
-        num_valid = checks.integer("num_valid", num_valid, low=0)
-    if mask is None or not isinstance(mask, Tensor) or mask.device == hidden.device or mask.device.type != "cpu":
-        return mask, num_valid
-    if num_valid is None and not torch.compiler.is_compiling():
-        checks.mask("mask", mask, mask)
-        num_valid = int(mask.expand(hidden.shape[:-1]).sum())
-    return mask.to(hidden.device, non_blocking=True), num_valid
-
-
-def _weights(weight: Tensor | None, labels: Tensor | None, ignore_index: int) -> Tensor | None:
-    """The weights of rows, of which those of ignored rows may be anything."""
-    if weight is None or labels is None:
-        return None if weight is None else weight.detach()
-    return torch.where(labels != ignore_index, weight.detach(), 0)
-
-
-def _run(
-    loss: linear.LinearLoss,
-    backend: str,
-    heads: list[Head],
-    per_row: dict[str, Tensor | None],
-    counted: Tensor | None,
-    num_valid: int | None,
-    dims: int,
-    **options: Any,
-) -> tuple[Tensor, ...]:
-    """The results of `loss` over the rows that count, as far as it is known without a sync which ones do.
-
-    `dims`: the leading dimensions of `per_row` that are rows.
-    """
-    rows = heads[0].hidden.shape[0]
-    flat = {n: None if t is None else t.reshape(rows, *t.shape[dims:]) for n, t in per_row.items()}
-    if counted is not None and num_valid is None and type(counted) is Tensor and counted.device.type == "cpu":
-        num_valid = None if torch.compiler.is_compiling() else int(counted.sum())
-    if counted is None or num_valid is None or num_valid >= rows:
-        results = linear.run(loss, backend, *heads, **flat, **options)
-        return results if isinstance(results, tuple) else (results,)
-    # Those that count first, in their order: the sort takes no sync, and too large a number does no harm.
-    index = counted.flatten().logical_not().to(torch.uint8).argsort(stable=True)[:num_valid]
-    heads = [head._replace(hidden=head.hidden.index_select(0, index)) for head in heads]
-    flat = {name: None if t is None else t.index_select(0, index) for name, t in flat.items()}
-    results = linear.run(loss, backend, *heads, **flat, **options)
-    value, *others = results if isinstance(results, tuple) else (results,)
-    if options["reduction"] == "none":
-        value = value.new_zeros(rows).index_copy(0, index, value)
-    return value, *(t.new_zeros(*t.shape[:-1], rows).index_copy(-1, index, t) for t in others)

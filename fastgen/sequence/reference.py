@@ -184,13 +184,17 @@ def linear_token_logprob(
     tokens: Tensor,
     *,
     bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
     num_valid: int | None = None,
     round_logits: bool = False,
     max_chunk_bytes: int = 0,
     **options: Any,
 ) -> Tensor:
     """`token_logprob` of ``hidden weightᵀ + bias``."""
-    return token_logprob(linear_logits(hidden, weight, bias, round_logits), tokens, **options)
+    return token_logprob(
+        final(linear_logits(hidden, weight, bias, round_logits), logit_scale, softcap), tokens, **options
+    )
 
 
 def linear_generalized_jsd_loss(
@@ -202,6 +206,10 @@ def linear_generalized_jsd_loss(
     *,
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    teacher_logit_scale: float = 1.0,
+    teacher_softcap: float | None = None,
     token_weight: Tensor | None = None,
     num_valid: int | None = None,
     return_entropy: bool = False,
@@ -212,7 +220,9 @@ def linear_generalized_jsd_loss(
     """`generalized_jsd_loss` of the logits ``hidden weightᵀ + bias``."""
     with torch.no_grad():
         teacher_logits = linear_logits(teacher_hidden, teacher_weight, teacher_bias, round_logits)
+        teacher_logits = final(teacher_logits, teacher_logit_scale, teacher_softcap)
     student_logits = linear_logits(student_hidden, student_weight, student_bias, round_logits)
+    student_logits = final(student_logits, logit_scale, softcap)
     loss = generalized_jsd_loss(student_logits, teacher_logits, labels, weight=token_weight, **options)
     if not return_entropy:
         return loss
@@ -230,6 +240,8 @@ def linear_sparse_divergence_loss(
     teacher_ids: Tensor,
     *,
     bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
     token_weight: Tensor | None = None,
     num_valid: int | None = None,
     round_logits: bool = False,
@@ -237,7 +249,7 @@ def linear_sparse_divergence_loss(
     **options: Any,
 ) -> Tensor:
     """`sparse_divergence_loss` of the logits ``hidden weightᵀ + bias``."""
-    logits = linear_logits(hidden, weight, bias, round_logits)
+    logits = final(linear_logits(hidden, weight, bias, round_logits), logit_scale, softcap)
     loss = sparse_divergence_loss(logits, teacher_logprobs, teacher_ids, weight=token_weight, **options)
     assert isinstance(loss, Tensor)  # without masses
     return loss
@@ -253,6 +265,11 @@ def linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, round_log
     operands = autocast_head(hidden, weight, bias)
     with torch.autocast(hidden.device.type, enabled=False):
         return F.linear(*operands if round_logits else [None if t is None else widened(t) for t in operands])
+
+
+def final(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """``softcap tanh(scale logits / softcap)``, or ``scale logits`` without a cap."""
+    return scale * logits if softcap is None else softcap * torch.tanh(scale * logits / softcap)
 
 
 def autocast_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
