@@ -21,9 +21,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 if DEVICE == "cpu" and dispatch.missing("elbo_error", "triton", DEVICE) is None:
-    from interpreter import round_as_gpus_do
+    import interpreter
 
-    round_as_gpus_do()
+    interpreter.correct()
 
 # The first interpreted kernel of a process takes seconds, and machines that run tests are busy: no deadlines.
 settings.register_profile(
