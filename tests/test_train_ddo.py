@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,8 @@ pytest.importorskip("accelerate")
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 from train_ddo import data, networks, settings, training
+
+sys.path.pop(0)  # other tests mean other modules by the names of what is there
 
 
 class Tiny(nn.Module):
@@ -34,6 +37,13 @@ class Tiny(nn.Module):
         if label is not None:
             h = h + self.label(label)[:, :, None, None]
         return x * 0.25 / norm.square() + self.out(nn.functional.silu(h)) * 0.5 * s / norm
+
+
+class Drawing(Tiny):
+    """With noise of its own, from PyTorch's global generator."""
+
+    def forward(self, x, sigma, label=None):
+        return super().forward(x, sigma, label) + 1e-3 * torch.randn_like(x)
 
 
 def of_two_classes():
@@ -148,15 +158,18 @@ POINTS = [
     (training.Run, "draw", 2, None),  # among the first fakes
     (training.Run, "score", 3, None),  # at the end of round 1
     (training.Run, "begin_round", 2, None),
-    (training.Run, "train_step", 7, None),
+    (training.Run, "train_step", 8, None),  # the last of round 2, after a checkpoint
     (training.Run, "export", 1, None),
 ]
+
+
+DRAWING = "test_train_ddo:Drawing"
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     out = tmp_path_factory.mktemp("whole")
-    return train(out), final(out)
+    return train(out, model=DRAWING), final(out)
 
 
 @pytest.mark.parametrize(("owner", "call", "at", "file"), POINTS, ids=[f"{c}-{f}-{at}" for _, c, at, f in POINTS])
@@ -164,30 +177,49 @@ def test_killed_anywhere_it_goes_on_to_the_same_weights(owner, call, at, file, w
     with monkeypatch.context() as patch:
         patch.setattr(owner, call, killing(getattr(owner, call), at, file))
         with pytest.raises(Killed):
-            train(tmp_path)
+            train(tmp_path, model=DRAWING)
     drawn, draw = [], training.Run.draw
     monkeypatch.setattr(training.Run, "draw", lambda self, *args: drawn.append(args) or draw(self, *args))
     made = len(list(tmp_path.glob("round-*/fakes-*.npy")))
     torch.manual_seed(1)  # what the process did before must not matter
-    scores = train(tmp_path)
+    scores = train(tmp_path, model=DRAWING)
     assert same(final(tmp_path), whole[1])
     assert scores == whole[0]
     assert sum(args[3] == training.FAKE_NOISE for args in drawn) == 6 - made  # what is there is not drawn again
 
 
 def test_rounds_choose_by_the_score_and_more_can_follow(whole, tmp_path):
-    scores = train(tmp_path, rounds=1, alpha=2)
+    options = {"model": DRAWING}
+    scores = train(tmp_path, rounds=1, alpha=2, **options)
     assert [score[:2] for score in scores] == [(1, 0), (1, 2), (1, 4)]
     assert scores == whole[0][:3]
     best = torch.load(tmp_path / "round-1/best.pt", weights_only=True)
     assert same(best, torch.load(tmp_path / "round-2/reference.pt", weights_only=True))
-    train(tmp_path, rounds=2)
+    train(tmp_path, rounds=2, **options)
     assert same(final(tmp_path), whole[1])
     assert json.loads((tmp_path / "settings.json").read_text())["rounds"] == 2
-    train(tmp_path, rounds=1)  # fewer: the result of the first again
+    train(tmp_path, rounds=1, **options)  # fewer: the result of the first again
     assert same(final(tmp_path), best)
+    kept = json.loads((tmp_path / "settings.json").read_text())
+    assert settings.differences(kept, kept | {"rounds": 3, "alpha": [2.0, 2.0, 9.0]}) == []
     with pytest.raises(ValueError, match=r"alpha was \[2.0, 2.0\], is \[2.0, 3.0\]; lr was 0.001, is 0.002"):
-        training.train(settings.parse([*arguments(tmp_path, lr=2e-3), "--alpha", "2", "3"]))
+        training.train(settings.parse([*arguments(tmp_path, lr=2e-3, **options), "--alpha", "2", "3"]))
+
+
+def test_alpha_and_the_learning_rate_of_each_step(tmp_path, monkeypatch):
+    """A round begins at its reference, where the loss is (1 + alpha) ln 2."""
+    found, step = [], training.Run.train_step
+
+    def watched(self, *args):
+        values = step(self, *args)
+        found.append((values[0].item(), self.opt.param_groups[0]["lr"]))
+        return values
+
+    monkeypatch.setattr(training.Run, "train_step", watched)
+    training.train(settings.parse([*arguments(tmp_path, warmup=4), "--alpha", "4", "0.5"]))
+    losses, rates = zip(*found, strict=True)
+    assert [losses[0], losses[4]] == pytest.approx([5 * np.log(2), 1.5 * np.log(2)])
+    assert rates == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3] * 2)
 
 
 def test_the_best_of_a_round_need_not_be_its_last(tmp_path, monkeypatch):
@@ -365,6 +397,56 @@ def test_a_preset_fills_in_what_is_known(tmp_path):
     assert all(preset.keys() <= settings.DEFAULTS.keys() for preset in settings.PRESETS.values())
 
 
-def test_a_feature_network_of_the_users(tmp_path):
-    torch.manual_seed(0)
-    assert len(train(tmp_path, metric="test_train_ddo:features", rounds=1)) == 3
+def test_a_feature_network_of_the_users(tmp_path, monkeypatch):
+    """Here one of random weights, which are the same however often the run is taken up."""
+    options = {"metric": "test_train_ddo:features", "rounds": 1}
+    whole = train(tmp_path / "a", **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Run, "train_step", killing(training.Run.train_step, 4, None))
+        with pytest.raises(Killed):
+            train(tmp_path / "b", **options)
+    assert train(tmp_path / "b", **options) == whole
+    assert len(whole) == 3
+
+
+def test_what_is_refused_leaves_the_folder_free(tmp_path):
+    with pytest.raises(ValueError, match="multiple"):
+        train(tmp_path, batch=3)
+    with pytest.raises(TypeError, match="Module"):
+        train(tmp_path, model="builtins:dict")
+    train(tmp_path, rounds=1)
+    (tmp_path / "settings.json").unlink()
+    with pytest.raises(ValueError, match=r"has a run without its settings.json"):
+        train(tmp_path, rounds=1)
+
+
+def test_only_ddp(tmp_path, monkeypatch):
+    monkeypatch.setattr(training.Accelerator, "distributed_type", training.DistributedType.FSDP)
+    with pytest.raises(ValueError, match="FSDP: only DDP is supported"):
+        train(tmp_path)
+
+
+def test_tensorboard_goes_on_at_the_checkpoint(tmp_path, monkeypatch):
+    written = []
+
+    class Writer:
+        def __init__(self, folder, purge_step):
+            written.append(("from", purge_step))
+
+        def add_scalar(self, name, value, step):
+            assert np.isfinite(value)
+            written.append((name, step))
+
+        def close(self):
+            written.append(("close", None))
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Run, "train_step", killing(training.Run.train_step, 4, None))
+        with pytest.raises(Killed):
+            train(tmp_path, rounds=1)
+    assert [step for name, step in written if name == "distance"] == [0, 2]
+    written.clear()
+    train(tmp_path, rounds=1)
+    step = [(name, 4) for name in ("loss", "delta_real", "delta_fake", "right", "distance")]
+    assert written == [("from", 3), *step, ("close", None)]

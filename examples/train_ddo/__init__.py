@@ -4,18 +4,21 @@
     torchrun --nproc-per-node 8 -m examples.train_ddo --model my_networks:edm_cifar10 --data images.npz --out run
     python -m examples.train_ddo --model my_networks:tiny --data random --out /tmp/run   # one process, made-up images
 
-All from the repository's root. A *round* of self-play starts from a reference, which stays frozen: its samples are the
-fakes, cached on disk; the model, a copy of it, is trained by `fastgen.ddo_loss` on real images and fakes that share
-noise levels and noise; the average of its weights that scores best on validation images is the next round's reference.
-Networks are denoisers in EDM's sense, D(x; σ). A `UNet2DModel` of diffusers becomes one by a change of variables.
+All from the repository's root; on CPUs `accelerate launch` starts one process, and torchrun several.
 
-**Nobody has run the presets.** They are a table of what is known of the paper's settings; what is not in it has to be
-given on the command line. No result on CIFAR-10 or ImageNet is claimed here. Nor was this run on a GPU yet: what its
-tests cover is tiny networks on CPUs, one process and two.
+A *round* of self-play starts from a reference, which stays frozen. Its samples are the fakes, cached on disk. The
+model, a copy of it, is trained by `fastgen.ddo_loss` on real images and fakes that share noise levels and noise. The
+average of its weights that scores best against validation images is the next round's reference. Networks are denoisers
+in EDM's sense, D(x; σ); a `UNet2DModel` of diffusers becomes one by a change of variables.
 
-It needs accelerate; a `UNet2DModel` needs diffusers, a folder of images Pillow, `--metric fid` torch-fidelity.
-TensorBoard is written where it is installed. Only DDP is supported: FSDP and DeepSpeed, which shard the weights that
-are averaged and compared here, are refused.
+**No preset was ever run**, neither cifar10 nor imagenet64 nor imagenet512: they are a table of what is known of the
+paper's settings, and what is not in it has to be given on the command line. No result on these data is claimed. Nor did
+any of this run on a GPU yet: what its tests cover is tiny networks on CPUs, on one rank and on two. `--metric fid` was
+tried with Inception of random weights alone.
+
+It needs accelerate; a `UNet2DModel` needs diffusers, a folder of images Pillow, `--metric fid` torch-fidelity and its
+weights. TensorBoard is written where it is installed. Only DDP is supported: FSDP2 is not done, and FSDP and DeepSpeed,
+which shard the weights that are averaged and compared here, are refused.
 
 Killed at any point, the same command goes on from the last checkpoint, with as many ranks, and ends at the weights of a
 run that was not killed, to the bit where the network's kernels are deterministic, as on CPUs: a file takes its place by
@@ -25,7 +28,7 @@ a rename, and nothing is drawn that the seed and the checkpoint do not determine
     settings.json             what the run was started with; another command there is refused
     state.pt                  the checkpoint: weights, their average, the optimizer, round, step, random states
     round-K/reference.pt      the reference of round K
-    round-K/fakes-NNNNN.npy   its samples, in chunks; a chunk that is there is not drawn again
+    round-K/fakes-NNNNN.npy   its samples, in chunks; one that is there is not drawn again; of no use after the round
     round-K/best.pt           the averaged weights of the best score so far in the round
     model/ or model.pt        at the end: what was best in the last round, for `UNet2DModel.from_pretrained` or as a
                               state dict

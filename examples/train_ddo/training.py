@@ -26,7 +26,7 @@ from .networks import Moments, UNetDenoiser, denoise, frechet, open_features, op
 from .settings import FREE, SEARCHED, differences, of_round
 
 # The streams of random numbers, told apart by the second number of their seeds. 0 splits the data.
-WEIGHTS, STEPS, REAL, FAKE, FAKE_NOISE, METRIC_NOISE = range(1, 7)
+WEIGHTS, FEATURES, STEPS, REAL, FAKE, FAKE_NOISE, METRIC_NOISE = range(1, 8)
 DDP = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
@@ -72,14 +72,16 @@ class Run:
             )
         if args.batch % (self.ranks * args.accumulate):
             raise ValueError(f"--batch {args.batch} is not a multiple of {self.ranks} ranks times --accumulate")
-        self._claim_folder()
+        settings = self._settings_of_folder()
         self._open_data()
         self.schedule = NoiseSchedule.edm(sigma_data=args.sigma_data, log_mean=args.log_mean, log_std=args.log_std)
+        # Random weights are the same on every rank, and each time.
+        torch.manual_seed(seed_of(args.seed, FEATURES))
         self.features = open_features(args.metric, args.fid_weights, self.device)
         self.real_moments = self._moments(
             len(self.validation), lambda rows: self.validation[rows].to(self.device), "validation images"
         )
-        torch.manual_seed(seed_of(args.seed, WEIGHTS))  # of random weights, which are then the same on every rank
+        torch.manual_seed(seed_of(args.seed, WEIGHTS))
         # Dropout is off in DDO: eval() turns it off, and nothing here calls train().
         self.net = open_network(args.model, args.prediction_type, args.classes).float().to(self.device).eval()
         self.reference = copy.deepcopy(self.net).requires_grad_(False)
@@ -91,15 +93,16 @@ class Run:
         self.round, self.step, self.best = 1, 0, float("inf")
         self.scores: list[tuple[int, int, float]] = []  # round, step, distance; step 0 is the reference
         self.writer: Any = None
+        if self.main:  # now that all fits
+            write_whole(args.out / "settings.json", lambda f: f.write(json.dumps(settings, indent=1).encode()))
 
     # What a run needs before its first step
 
-    def _claim_folder(self) -> None:
-        """A new folder gets the settings; one that has others is refused."""
+    def _settings_of_folder(self) -> dict[str, Any]:
+        """What settings.json is to say; a folder that has a run with others is refused."""
         given = {k: v for k, v in vars(self.args).items() if k not in FREE} | {"ranks": self.ranks}
-        file = self.args.out / "settings.json"
         self.args.out.mkdir(parents=True, exist_ok=True)
-        self.accelerator.wait_for_everyone()
+        file = self.args.out / "settings.json"
         if file.exists():
             kept = json.loads(file.read_text(encoding="utf-8"))
             if other := differences(kept, given):
@@ -108,10 +111,7 @@ class Run:
                 given = kept
         elif (self.args.out / "state.pt").exists() or (self.args.out / "round-1").exists():
             raise ValueError(f"--out {self.args.out} has a run without its settings.json")
-        self.accelerator.wait_for_everyone()
-        if self.main:
-            write_whole(file, lambda f: f.write(json.dumps(given, indent=1).encode()))
-        self.accelerator.wait_for_everyone()
+        return given
 
     def _open_data(self) -> None:
         args = self.args
@@ -159,19 +159,21 @@ class Run:
             for name, value in values.items():
                 self.writer.add_scalar(name, value, self.all_steps())
 
-    def bar(self, total: int, desc: str, done: int = 0) -> Any:
-        return tqdm(total=total, initial=done, desc=desc, disable=not self.main, file=sys.stderr)
+    def bar(self, total: int, desc: str, done: int = 0, leave: bool = False) -> Any:
+        return tqdm(total=total, initial=done, desc=desc, leave=leave, disable=not self.main, file=sys.stderr)
 
     # Samples and scores
 
     def draw(self, net: nn.Module, rows: Tensor, label: Tensor | None, *seed: int) -> Tensor:
-        """Samples of a network, the same whichever rank draws them."""
+        """Samples of a network, the same whichever rank draws them, and whatever it drew before."""
         a = self.args
         generator = torch.Generator(self.device).manual_seed(seed_of(a.seed, *seed))
         noise = torch.randn(len(rows), *self.images.shape, generator=generator, device=self.device)
         label = None if label is None else label.to(self.device)
         levels = {"sigma_min": a.sigma_min, "sigma_max": a.sigma_max, "rho": a.rho}
-        return sample(net, noise, label, steps=a.sampler_steps, **levels)
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(seed_of(a.seed, *seed, 1))  # for a network that draws by itself
+            return sample(net, noise, label, steps=a.sampler_steps, **levels)
 
     @torch.no_grad()
     def _moments(self, total: int, images: Callable[[Tensor], Tensor], desc: str) -> Moments:
@@ -279,9 +281,9 @@ class Run:
         for net in (self.reference, self.net, self.average):
             net.load_state_dict(weights)
         self.opt.state.clear()
-        seed = seed_of(self.args.seed, STEPS, self.round, self.rank)
-        self.generator.manual_seed(seed)
-        torch.manual_seed(seed)  # of a network that draws for itself
+        seed = self.args.seed, STEPS, self.round, self.rank
+        self.generator.manual_seed(seed_of(*seed))
+        torch.manual_seed(seed_of(*seed, 1))  # for a network that draws by itself
 
     def play_round(self) -> None:
         """One round from where it stands; then the state is at the start of the next."""
@@ -294,7 +296,7 @@ class Run:
         order = {
             kind: Shuffle(len(rows), a.seed, kind, self.round) for kind, rows in ((REAL, self.images), (FAKE, fakes))
         }
-        with self.bar(a.steps, f"DDO round {self.round}", self.step) as bar:
+        with self.bar(a.steps, f"DDO round {self.round}", self.step, leave=True) as bar:
             while self.step < a.steps:
                 values = self.train_step(fakes, order)
                 if self.step % a.log_every == 0 or self.step == a.steps:
