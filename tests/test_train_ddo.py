@@ -222,7 +222,7 @@ def test_alpha_and_the_learning_rate_of_each_step(tmp_path, monkeypatch):
     assert rates == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3] * 2)
 
 
-def test_the_best_of_a_round_need_not_be_its_last(tmp_path, monkeypatch):
+def test_the_best_of_a_round_need_not_be_its_last(tmp_path, monkeypatch, capsys):
     found = iter([5.0, 1.0, 2.0])
     monkeypatch.setattr(training.Run, "score", lambda self, net: next(found))
     kept = []
@@ -230,7 +230,13 @@ def test_the_best_of_a_round_need_not_be_its_last(tmp_path, monkeypatch):
         kept.append((path.name, self.step)), keep(self, net, path)))  # fmt: skip
     scores = train(tmp_path, rounds=1)
     assert scores == [(1, 0, 5.0), (1, 2, 1.0), (1, 4, 2.0)]
-    assert [step for name, step in kept if name == "best.pt"] == [2]
+    assert [step for name, step in kept if name == "best.pt"] == [0, 2]
+    found = iter([5.0, 6.0, 7.0, 4.0, 8.0])  # round 2 starts again from the reference, which round 1 did not better
+    train(tmp_path / "two")
+    first, second, third = (torch.load(tmp_path / f"two/round-{k}/reference.pt") for k in (1, 2, 3))
+    assert same(first, second)
+    assert not same(second, third)
+    assert "round 1 did not improve on its reference" in capsys.readouterr().out
 
 
 def test_accumulated_parts_add_up_to_the_batch(tmp_path, monkeypatch):

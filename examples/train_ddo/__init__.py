@@ -8,8 +8,9 @@ All from the repository's root; on CPUs `accelerate launch` starts one process, 
 
 A *round* of self-play starts from a reference, which stays frozen. Its samples are the fakes, cached on disk. The
 model, a copy of it, is trained by `fastgen.ddo_loss` on real images and fakes that share noise levels and noise. The
-average of its weights that scores best against validation images is the next round's reference. Networks are denoisers
-in EDM's sense, D(x; σ); a `UNet2DModel` of diffusers becomes one by a change of variables.
+average of its weights that scores best against validation images is the next round's reference, or the reference stays
+where none scores better than it. Networks are denoisers in EDM's sense, D(x; σ); a `UNet2DModel` of diffusers becomes
+one by a change of variables.
 
 **No preset was ever run**, neither cifar10 nor imagenet64 nor imagenet512: they are a table of what is known of the
 paper's settings, and what is not in it has to be given on the command line. No result on these data is claimed. Nor did
@@ -29,7 +30,7 @@ a rename, and nothing is drawn that the seed and the checkpoint do not determine
     state.pt                  the checkpoint: weights, their average, the optimizer, round, step, random states
     round-K/reference.pt      the reference of round K
     round-K/fakes-NNNNN.npy   its samples, in chunks; one that is there is not drawn again; of no use after the round
-    round-K/best.pt           the averaged weights of the best score so far in the round
+    round-K/best.pt           the weights of the best score so far, averaged ones or the reference's
     model/ or model.pt        at the end: what was best in the last round, for `UNet2DModel.from_pretrained` or as a
                               state dict
 """

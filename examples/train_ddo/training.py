@@ -290,9 +290,9 @@ class Run:
         a = self.args
         fakes = self.make_fakes()
         if not any(score[0] == self.round for score in self.scores):
-            last = self.best if self.round > 1 else self.score(self.reference)
-            self.best = float("inf")
-            self.record(last)
+            self.best = self.best if self.round > 1 else self.score(self.reference)
+            self.keep(self.reference, self.folder() / "best.pt")
+            self.record(self.best)
         order = {
             kind: Shuffle(len(rows), a.seed, kind, self.round) for kind, rows in ((REAL, self.images), (FAKE, fakes))
         }
@@ -310,6 +310,8 @@ class Run:
                     self.record(distance)
                 if self.step % a.save_every == 0 and self.step < a.steps:
                     self.save()
+        if self.main and self.best == next(score for number, _, score in self.scores if number == self.round):
+            tqdm.write(f"round {self.round} did not improve on its reference, which the next starts from again")
         self.reference.load_state_dict(self._weights(self.folder() / "best.pt"))
         self.keep(self.reference, self.folder(self.round + 1) / "reference.pt")
         self.round, self.step = self.round + 1, 0
@@ -399,6 +401,8 @@ class Run:
 
 def train(args: argparse.Namespace) -> list[tuple[int, int, float]]:
     """All rounds, from the start or the checkpoint; returns (round, step, distance) of every score."""
+    # Convolutions would take TF32 on GPUs, whose rounding is of the size of the differences that the loss is about.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     run = Run(args)
     for name, (low, high) in SEARCHED.items():
         outside = [x for x in getattr(args, name) if not low <= x <= high]
