@@ -72,7 +72,11 @@ def check_functions() -> None:
             )
             _close(f"GKDTrainer.generalized_jsd_loss β = {beta} {options}", both(call), student)
         chunked = lambda beta=beta: distillation_trainer._chunked_divergence_loss(  # noqa: E731
-            hidden, teacher_hidden, weight, teacher_weight, mask, beta, student_logit_scale=0.5, teacher_logit_scale=0.5
+            *(hidden, teacher_hidden, weight, teacher_weight, mask, beta),
+            student_logit_scale=0.5,
+            student_final_logit_softcapping=2.0,
+            teacher_logit_scale=0.7,
+            teacher_final_logit_softcapping=3.0,
         )
         for part in (0, 1):
             call = lambda chunked=chunked, part=part: chunked()[part].requires_grad_(part == 0)  # noqa: E731

@@ -29,7 +29,7 @@ def use_fastgen() -> list[str]:
       divides by the batch. What it does not have stays TRL's: ``reduction="none"``, which there is elementwise, and
       probabilities in the place of logits.
     - ``DistillationTrainer``'s ``_chunked_divergence_loss``: :func:`fastgen.linear_generalized_jsd_loss`, which
-      projects the tokens that count alone. Soft caps, and scales that differ between the two models, stay TRL's.
+      projects the tokens that count alone.
     - ``SDPOTrainer``'s losses over logits: :func:`fastgen.generalized_jsd_loss`, and for the student's top k
       :func:`fastgen.sparse_divergence_loss`.
 
@@ -110,9 +110,9 @@ def _chunked_divergence(original: Callable[..., Any]) -> Callable[..., Any]:
             (student_hidden_states, student_lm_head_weight),
             (teacher_hidden_states, teacher_lm_head_weight),
         )
-        scale = options.get("student_logit_scale", 1.0)
-        capped = any(options.get(f"{model}_final_logit_softcapping") for model in ("student", "teacher"))
-        if arguments or capped or scale != options.get("teacher_logit_scale", 1.0) or scale <= 0:
+        scales = [options.get(f"{model}_logit_scale", 1.0) for model in ("student", "teacher")]
+        caps = [options.get(f"{model}_final_logit_softcapping") or None for model in ("student", "teacher")]
+        if arguments or min(scales) <= 0:
             hidden, weights = zip(student, teacher, strict=True)
             return original(*hidden, *weights, completion_mask, beta, *arguments, **options)
         valid = completion_mask != 0
@@ -125,7 +125,11 @@ def _chunked_divergence(original: Callable[..., Any]) -> Callable[..., Any]:
             mask=valid,
             num_valid=int(count),  # TRL's own selection of these tokens waits for the device too
             beta=beta,
-            temperature=options.get("temperature", 1.0) / scale,
+            logit_scale=scales[0],
+            softcap=caps[0],
+            teacher_logit_scale=scales[1],
+            teacher_softcap=caps[1],
+            temperature=options.get("temperature", 1.0),
             num_items=options.get("num_items_in_batch"),
             return_entropy=True,
         )
