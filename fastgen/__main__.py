@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import itertools
 import json
 import os
 import platform
@@ -35,9 +34,13 @@ def _backends(device_type: str) -> dict[str, dict[str, Any]]:
             chosen = dispatch.backend_for(name, device_type)
         except RuntimeError:  # FASTGEN_BACKEND asks for what is not there
             chosen = "none"
-        preferred = itertools.takewhile(lambda backend: backend != chosen, dispatch.preference(name, device_type))
-        reasons = {backend: dispatch.missing(name, backend, device_type) for backend in preferred}
-        found[name] = {"backend": chosen, "passed_over": {b: reason for b, reason in reasons.items() if reason}}
+        passed_over = {}
+        for backend in dispatch.preference(name, device_type):
+            if backend == chosen:
+                break
+            if reason := dispatch.missing(name, backend, device_type):
+                passed_over[backend] = reason
+        found[name] = {"backend": chosen, "passed_over": passed_over}
     return found
 
 

@@ -1,7 +1,8 @@
 """Visits every page of the built site with a headless Chromium: ``make docs-test``.
 
-On each page, in both widths and both colour schemes: no error in the console, no request that leaves the site, formulas drawn and
-no TeX left in the text, nothing wider than the window. Every internal link and anchor exists; the search finds a function.
+On each page, in three widths and both colour schemes: no error in the console, no request that leaves the site,
+formulas drawn and no TeX left in the text, nothing wider than the window. Every internal link and anchor exists; the
+search finds a function.
 """
 
 from __future__ import annotations

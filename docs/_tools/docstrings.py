@@ -124,7 +124,7 @@ def _items(body: str) -> Iterator[tuple[str, str]]:
 
 
 def markdown(text: str, owner: str = "") -> str:
-    """A docstring as Markdown. Roles across two lines are joined first; `owner` is the class whose members are meant."""
+    """A docstring as Markdown; `owner` is the class whose members are meant where a role names a member alone."""
     text = re.sub(r":(\w+):`([^`\n]*)\n\s*([^`\n]*)`", r":\1:`\2\3`", text)
     lines, out, i = text.splitlines(), [], 0
     while i < len(lines):

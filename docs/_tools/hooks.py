@@ -1,8 +1,8 @@
 """What MkDocs does beyond its plugins: pages from files elsewhere in the repository, links to them, formulas.
 
 A page in ``docs`` links to a file of the repository by its relative path, as it would on a forge; on the site that is
-a page with the file's text. A line ``<!-- include PATH # Heading -->`` stands for a section of another Markdown file, one
-without ``# Heading`` for the whole file, and ``<!-- include gallery -->`` for the examples.
+a page with the file's text. A line ``<!-- include PATH # Heading -->`` stands for a section of another Markdown file,
+one without ``# Heading`` for the whole file, and ``<!-- include gallery -->`` for the examples.
 """
 
 from __future__ import annotations
