@@ -55,7 +55,24 @@ def _table(lines: list[str]) -> str:
     if sum("==" in line for line in lines) == 2:
         rows.insert(0, [""] * len(starts))
     rows.insert(1, ["---"] * len(starts))
-    return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in rows)
+    return "\n".join("| " + " | ".join(_cell(cell) for cell in row) + " |" for row in rows)
+
+
+def _cell(text: str) -> str:
+    """A bar is part of a cell in code, and has to be marked elsewhere."""
+    parts = re.split("(``?[^`]+``?)", text)
+    return "".join(part if i % 2 else part.replace("|", r"\|") for i, part in enumerate(parts))
+
+
+def _formula(match: re.Match[str]) -> str:
+    """Literals with accents over letters, which few fonts for code have, as formulas."""
+    text = match[1]
+    if not any(unicodedata.combining(c) for c in unicodedata.normalize("NFD", text)):
+        return match[0]
+    text = re.sub("\u0302(\\d)", "\u0302_\\1", unicodedata.normalize("NFD", text))
+    text = re.sub("([a-z]{2,})_([a-z]{2,})", r"\1\\_\2", text)  # a name, not an index
+    text = re.sub(r"(?<![\w{])([xk])(\d)", r"\1_\2", text.replace("<=", "≤").replace(">=", "≥"))
+    return f"${text.replace('|', chr(92) + 'vert ').strip()}$"
 
 
 def _language(code: str) -> str:
@@ -93,7 +110,7 @@ def _blocks(text: str, owner: str) -> str:
             i = end
         elif re.match(r"\s*==+ +==", line):
             end = next(n for n in range(i, len(lines) + 1) if n == len(lines) or not lines[n].strip())
-            out += ["", *_table([row[indent:] for row in lines[i:end]]).splitlines(), ""]
+            out += ["", *_inline(_table([row[indent:] for row in lines[i:end]]), owner).splitlines(), ""]
             i = end
         elif line.rstrip().endswith("::"):
             end = _indented(lines, i + 1, indent)
@@ -112,6 +129,7 @@ def _blocks(text: str, owner: str) -> str:
 
 
 def _inline(line: str, owner: str) -> str:
+    line = re.sub("``([^`]+)``", _formula, line)
     return re.sub(r":(?P<kind>\w+):`(?P<name>[^`]+)`", lambda m: _role(m, owner), line)
 
 

@@ -8,6 +8,7 @@ one without ``# Heading`` for the whole file, and ``<!-- include gallery -->`` f
 from __future__ import annotations
 
 import html
+import importlib.util
 import posixpath
 import re
 from pathlib import Path
@@ -108,6 +109,14 @@ def _source_page(path: str) -> str:
     return f"{head}````` {language}\n{text}\n`````\n"
 
 
+def _math_font() -> Path:
+    """STIX Two Math, as the package ziamath brings it: systems without a font for formulas draw them badly."""
+    package = importlib.util.find_spec("ziamath")
+    if package is None or package.origin is None:
+        raise ImportError("ziamath is not installed")
+    return Path(package.origin).parent / "fonts" / "STIXTwoMath-Regular.ttf"
+
+
 def _generated() -> dict[str, str]:
     """Pages whose text is that of a file elsewhere."""
     found = {page: f"<!-- include {path} -->\n" for path, page in PAGES.items() if not (ROOT / "docs" / page).exists()}
@@ -124,6 +133,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             targets.add(posixpath.normpath(posixpath.join(posixpath.dirname(page), link[2])))
     for page, text in generated.items():
         files.append(File.generated(config, page, content=text))
+    files.append(File.generated(config, "assets/STIXTwoMath-Regular.ttf", abs_src_path=str(_math_font())))
     for target in sorted(targets):
         if target.startswith("source/"):
             content = _source_page(target.removeprefix("source/").removesuffix(".md"))

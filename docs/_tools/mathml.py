@@ -61,7 +61,7 @@ def _words(tex: str) -> str:
                 out.append(tex[i:end])
                 i = end
         elif word:
-            name = "mathrm" if any(indices) else "operatorname"
+            name = "mathrm" if any(indices) or "_" in word[0] else "operatorname"
             out.append(word[0] if word[0] == "dt" else rf"\{name}{{{word[0]}}}")
             i = word.end()
         else:
@@ -74,17 +74,26 @@ def _words(tex: str) -> str:
     return "".join(out)
 
 
+_LETTERS = re.compile(r'(?:<mi mathvariant="normal">[^<]*</mi>){2,}')
+_ACCENT = re.compile(r"<mover>(<mrow><mi>[^<]*</mi></mrow>)<mo[^>]*>&#x000(7E|AF);</mo></mover>")
+# A name that applies to what follows, and whether brackets touch it.
+_NAME = re.compile(r"(&#x00028;</mo>|)(?:<mi>(log|min|max)</mi>|<mo>([A-Za-z]{2,})</mo>)(?=(<mo[^>]*>&#x0002[89C];|))")
+
+
 def _tidy(mathml: str) -> str:
-    letters = re.compile(r'(?:<mi mathvariant="normal">[^<]*</mi>){2,}')
-    mathml = letters.sub(lambda m: f"<mi>{re.sub('<[^>]*>', '', m[0]).replace('&#x0005F;', '_')}</mi>", mathml)
+    """What browsers want otherwise than latex2mathml gives it: names in one piece, operators as such, low accents."""
+    mathml = _LETTERS.sub(lambda m: f"<mi>{re.sub('<[^>]*>', '', m[0]).replace('&#x0005F;', '_')}</mi>", mathml)
     mathml = re.sub(f"<mi>([{_OPERATORS}])</mi>", r"<mo>\1</mo>", mathml)
     mathml = mathml.replace("<mo>‖</mo>", '<mo stretchy="false" lspace="0" rspace="0">‖</mo>')
-    mathml = re.sub(
-        r"<mo>([A-Za-z_\\]{2,})</mo>(?=<mo[^>]*>&#x00028;)", r'<mo lspace="0.17em" rspace="0">\1</mo>', mathml
-    )
-    mathml = re.sub(r"<mo>([A-Za-z_\\]{2,})</mo>", r'<mo lspace="0.17em" rspace="0.17em">\1</mo>', mathml)
-    mathml = re.sub(r"<mi>(log|min|max)</mi>", r'<mo lspace="0.17em" rspace="0.17em">\1</mo>', mathml)
-    return mathml.replace("\\_", "_").replace("&#x0007E;", "˜")
+    mathml = mathml.replace("<mi>&#x02032;</mi>", "<mo>&#x02032;</mo>")
+    bars = {"7E": "˜", "AF": "¯"}
+    mathml = _ACCENT.sub(lambda m: f'<mover accent="true">{m[1]}<mo stretchy="false">{bars[m[2]]}</mo></mover>', mathml)
+
+    def name(match: re.Match[str]) -> str:
+        left, right = ("0" if match[side] else "0.17em" for side in (1, 4))
+        return f'{match[1]}<mo lspace="{left}" rspace="{right}">{match[2] or match[3]}</mo>'
+
+    return _NAME.sub(name, mathml)
 
 
 def render(tex: str, display: bool = False) -> str:
