@@ -25,11 +25,11 @@ VIEWS = {
     "medium": {"width": 1024, "height": 768},
     "wide": {"width": 1600, "height": 1000},
 }
-# Text outside code and formulas, and what of it looks like TeX.
-RAW_TEX = """() => {
+# Text outside code and formulas, and what of it looks like TeX or reStructuredText.
+RAW_MARKUP = """() => {
   const copy = document.querySelector("article").cloneNode(true);
   copy.querySelectorAll("code, pre, math, svg, script, style").forEach(e => e.remove());
-  return (copy.textContent.match(/.{0,30}(\\$|\\\\[a-zA-Z([])+.{0,30}/g) || []);
+  return (copy.textContent.match(/.{0,30}(\\$|\\\\[a-zA-Z([]|``|:\\w+:`)+.{0,30}/g) || []);
 }"""
 UNDRAWN = """() => [...document.querySelectorAll("article math")]
   .filter(e => e.checkVisibility() && (e.getBoundingClientRect().height < 4 || e.getBoundingClientRect().width < 2))
@@ -113,7 +113,7 @@ def main() -> int:
                         ("unknown", page.evaluate(UNKNOWN_ELEMENTS)),
                     ):
                         problems += [f"{where}: {what} formula {text}" for text in found]
-                    problems += [f"{where}: TeX in the text: {text}" for text in page.evaluate(RAW_TEX)]
+                    problems += [f"{where}: markup in the text: {text}" for text in page.evaluate(RAW_MARKUP)]
                     if too_wide := page.evaluate(TOO_WIDE):
                         problems.append(f"{where}: {too_wide} px wider than the window")
                     if (view, scheme) == ("wide", "light"):

@@ -75,7 +75,7 @@ def _words(tex: str) -> str:
 
 
 _LETTERS = re.compile(r'(?:<mi mathvariant="normal">[^<]*</mi>){2,}')
-_ACCENT = re.compile(r"<mover>(<mrow><mi>[^<]*</mi></mrow>)<mo[^>]*>&#x000(7E|AF);</mo></mover>")
+_ACCENT = re.compile(r"<mover>((?:<mrow>)?<mi>[^<]*</mi>(?:</mrow>)?)<mo[^>]*>&#x000(7E|AF);</mo></mover>")
 # A name that applies to what follows, and whether brackets touch it.
 _NAME = re.compile(r"(&#x00028;</mo>|)(?:<mi>(log|min|max)</mi>|<mo>([A-Za-z]{2,})</mo>)(?=(<mo[^>]*>&#x0002[89C];|))")
 
