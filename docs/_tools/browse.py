@@ -15,16 +15,19 @@ import shutil
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 from urllib.parse import unquote, urldefrag, urljoin
 
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Error, Page, Request, Route, sync_playwright
 
 VIEWS = {
     "narrow": {"width": 390, "height": 844},
     "medium": {"width": 1024, "height": 768},
     "wide": {"width": 1600, "height": 1000},
 }
+SCHEMES: tuple[Literal["light", "dark"], ...] = ("light", "dark")
 # Text outside code and formulas, and what of it looks like TeX or reStructuredText.
 RAW_MARKUP = """() => {
   const copy = document.querySelector("article").cloneNode(true);
@@ -53,13 +56,13 @@ def serve(site: Path) -> str:
     return f"http://127.0.0.1:{server.server_port}/"
 
 
-def watched(browser: Browser, root: str, problems: list[str], **options: object) -> Page:
+def watched(browser: Browser, root: str, problems: list[str], scheme: Literal["light", "dark"]) -> Page:
     """A page that writes down its errors and what it asks of other hosts, which it does not get."""
-    page = browser.new_page(**options)  # type: ignore[arg-type]
+    page = browser.new_page(color_scheme=scheme)
 
-    def outside(route: object, request: object) -> None:
-        problems.append(f"{page.url} asks for {request.url}")  # type: ignore[attr-defined]
-        route.abort()  # type: ignore[attr-defined]
+    def outside(route: Route, request: Request) -> None:
+        problems.append(f"{page.url} asks for {request.url}")
+        route.abort()
 
     page.route(lambda url: not url.startswith((root, "data:", "blob:")), outside)
     page.on("console", lambda m: problems.append(f"{page.url}: {m.text}") if m.type == "error" else None)
@@ -74,9 +77,35 @@ def search_finds(page: Page, root: str, name: str) -> bool:
     page.keyboard.type(name)
     try:
         page.wait_for_selector(f".md-search-result__item a[href*='fastgen.{name}']", timeout=20000)
-    except Exception:
+    except Error:
         return False
     return True
+
+
+def look(page: Page, where: str, view: str, scheme: str) -> list[str]:
+    """What is wrong with a page as it stands, in one width and one colour scheme."""
+    page.set_viewport_size(VIEWS[view])
+    problems = []
+    if page.get_attribute("body", "data-md-color-scheme") != {"light": "default", "dark": "slate"}[scheme]:
+        problems.append(f"its colours are not {scheme}")
+    problems += [f"undrawn formula {text}" for text in page.evaluate(UNDRAWN)]
+    problems += [f"unknown element in a formula: {text}" for text in page.evaluate(UNKNOWN_ELEMENTS)]
+    problems += [f"markup in the text: {text}" for text in page.evaluate(RAW_MARKUP)]
+    if too_wide := page.evaluate(TOO_WIDE):
+        problems.append(f"{too_wide} px wider than the window")
+    return [f"{where} ({view}, {scheme}): {problem}" for problem in problems]
+
+
+def dead_links(root: str, site: Path, ids: dict[str, set[str]], links: dict[str, set[str]]) -> Iterator[str]:
+    for url, targets in links.items():
+        for target in targets:
+            path, anchor = urldefrag(urljoin(url, target))
+            if not path.startswith(root):
+                continue
+            if path not in ids and not (site / unquote(path.removeprefix(root))).is_file():
+                yield f"{url}: no {path}"
+            elif path in ids and anchor and unquote(anchor) not in ids[path]:
+                yield f"{url}: no {target}"
 
 
 def main() -> int:
@@ -88,64 +117,41 @@ def main() -> int:
     if chromium is None:
         print("no Chromium: install one (apt-get install chromium), or name one with CHROMIUM=…", file=sys.stderr)
         return 1
-    root, problems, start = serve(options.site), [], time.monotonic()
-    files = sorted(p.relative_to(options.site) for p in options.site.rglob("*.html") if p.name != "404.html")
-    pages = [root + str(p.parent).replace(".", "", 1 if str(p.parent) == "." else 0).strip("/") for p in files]
-    pages = [url if url.endswith("/") else url + "/" for url in pages]
+    problems: list[str] = []
+    root, start, formulas = serve(options.site), time.monotonic(), 0
+    folders = sorted(p.parent.relative_to(options.site).as_posix() for p in options.site.rglob("index.html"))
+    pages = [root + ("" if folder == "." else f"{folder}/") for folder in folders]
+    if options.pictures:
+        options.pictures.mkdir(parents=True, exist_ok=True)
     ids: dict[str, set[str]] = {}
     links: dict[str, set[str]] = {}
-    formulas = 0
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        for view, size in VIEWS.items():
-            for scheme in ("light", "dark"):
-                page = watched(browser, root, problems, viewport=size, color_scheme=scheme)
-                for url in pages:
-                    if "/source/" in url and (view, scheme) != ("wide", "light"):
-                        continue  # a page of code is the same in all of them
-                    page.goto(url, wait_until="load")
-                    where = f"{url.removeprefix(root) or 'index'} ({view}, {scheme})"
-                    wanted = "slate" if scheme == "dark" else "default"
-                    if page.get_attribute("body", "data-md-color-scheme") != wanted:
-                        problems.append(f"{where}: its colours are not {scheme}")
-                    for what, found in (
-                        ("undrawn", page.evaluate(UNDRAWN)),
-                        ("unknown", page.evaluate(UNKNOWN_ELEMENTS)),
-                    ):
-                        problems += [f"{where}: {what} formula {text}" for text in found]
-                    problems += [f"{where}: markup in the text: {text}" for text in page.evaluate(RAW_MARKUP)]
-                    if too_wide := page.evaluate(TOO_WIDE):
-                        problems.append(f"{where}: {too_wide} px wider than the window")
-                    if (view, scheme) == ("wide", "light"):
-                        ids[url], links[url] = set(page.evaluate(IDS)), set(page.evaluate(LINKS))
-                        formulas += page.locator("article math").count()
-                    if options.pictures and "/source/" not in url:
-                        name = url.removeprefix(root).strip("/").replace("/", "-") or "index"
-                        options.pictures.mkdir(parents=True, exist_ok=True)
-                        page.screenshot(path=str(options.pictures / f"{name}-{view}-{scheme}.png"))
-                page.close()
-        page = watched(browser, root, problems)
-        if not search_finds(page, root, "ddo_loss"):
-            problems.append("the search does not find ddo_loss")
+        for scheme in SCHEMES:
+            page = watched(browser, root, problems, scheme)
+            for url in pages:
+                code = "/source/" in url  # a page of code is the same in all views
+                if code and scheme == "dark":
+                    continue
+                page.goto(url, wait_until="load")
+                name = url.removeprefix(root).strip("/").replace("/", "-") or "index"
+                for view in ("wide",) if code else VIEWS:
+                    problems += look(page, name, view, scheme)
+                    if options.pictures and not code:
+                        page.screenshot(path=options.pictures / f"{name}-{view}-{scheme}.png")
+                if scheme == "light":
+                    ids[url], links[url] = set(page.evaluate(IDS)), set(page.evaluate(LINKS))
+                    formulas += page.locator("article math").count()
+            if not search_finds(page, root, "ddo_loss"):
+                problems.append("the search does not find ddo_loss")
         browser.close()
-    for url, targets in links.items():
-        for target in targets:
-            path, anchor = urldefrag(urljoin(url, target))
-            if not path.startswith(root):
-                continue
-            known = ids.get(path) if path in ids else None
-            on_disk = options.site / unquote(path.removeprefix(root))
-            if known is None and not on_disk.is_file():
-                problems.append(f"{url}: no {path}")
-            elif known is not None and anchor and unquote(anchor) not in known:
-                problems.append(f"{url}: no {target}")
+    problems += dead_links(root, options.site, ids, links)
     if not formulas:
         problems.append("no formula on any page")
     print("\n".join(problems))
-    views = f"{len(VIEWS)} widths, 2 colour schemes"
-    print(
-        f"{len(pages)} pages, {views}, {formulas} formulas, {time.monotonic() - start:.0f} s; {len(problems)} problems"
-    )
+    taken = f"{time.monotonic() - start:.0f} s"
+    print(f"{len(pages)} pages, {len(VIEWS)} widths, 2 colour schemes, {formulas} formulas, {taken}")
+    print(f"{len(problems)} problems")
     return bool(problems)
 
 

@@ -49,7 +49,9 @@ def _roots(tex: str) -> str:
 
 def _words(tex: str) -> str:
     """Runs of letters as names: upright, and apart from what they apply to where they are no index."""
-    out, i, indices = [], 0, []  # whether each open brace is an index
+    out: list[str] = []
+    indices: list[bool] = []  # whether each open brace is an index
+    i = 0
     while i < len(tex):
         command = re.compile(r"\\(?:[A-Za-z]+|.)").match(tex, i)
         word = re.compile(r"[A-Za-z](?:[A-Za-z]|\\_)+").match(tex, i)
