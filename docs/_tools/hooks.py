@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 INCLUDE = re.compile(r"^<!-- include (\S+?)(?: # (.+?))? -->$", re.M)
 LINK = re.compile(r"(\]\()(?!\w+:|#)([^)\s#]+)((?:#[^)\s]*)?\))")
 LANGUAGES = {".h": "cpp", ".cuh": "cuda", ".cpp": "cpp", ".py": "python", ".toml": "toml", ".md": "markdown"}
+QUOTES = str.maketrans({'"': "'"})  # a title stands between double quotes
 # Files of the repository that have a page of their own, and where.
 PAGES = {
     "CONTRIBUTING.md": "contributing.md",
@@ -70,7 +71,7 @@ def relink(text: str, base: str, page: str) -> str:
 
 def fences(text: str) -> str:
     """What follows the language of a fence, such as a file's name, as the block's title."""
-    return re.sub(r"^```(\w+) (.+)$", lambda m: f'``` {{ .{m[1]} title="{html.escape(m[2])}" }}', text, flags=re.M)
+    return re.sub(r"^```(\w+) (.+)$", lambda m: f'``` {{ .{m[1]} title="{m[2].translate(QUOTES)}" }}', text, flags=re.M)
 
 
 def gallery() -> str:
