@@ -10,7 +10,7 @@ OLDEST_TRITON := 3.6.0
 START := $(shell date +%s)
 export CUDA_HOME ?= $(shell for d in /usr/local/cuda /usr/local/cuda-*; do [ -x $$d/bin/nvcc ] && echo $$d && break; done)
 
-.PHONY: help demo examples test aot lint bench integrations gpu clean
+.PHONY: help demo examples test aot lint bench integrations docs docs-serve docs-test gpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo "make lint      ruff and mypy"
 	@echo "make bench     benchmarks on this machine's CPU, a table and plots in benchmarks/results"
 	@echo "make integrations  install TRL and Liger-Kernel, and run their trainers with fastgen's losses (some minutes)"
+	@echo "make docs      the documentation site, in build/site; docs-serve shows it, docs-test visits it with a browser"
 	@echo "make gpu       on a GPU: all tests, compute-sanitizer, benchmarks, a results file (ARGS='--only tests' for a step)"
 
 $(VENV)/ready: pyproject.toml setup.py $(shell find csrc -type f)
@@ -57,6 +58,28 @@ integrations: $(VENV)/ready
 		> "$$(build/integrations/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch.pth"
 	build/integrations/bin/python -m pip install --quiet trl==1.16.0 liger-kernel==0.8.5 transformers==5.24.0
 	PYTHONPATH=. build/integrations/bin/python -m benchmarks.integrations
+
+# In an environment of its own, without torch: the documentation is made of the sources, which nobody imports.
+DOCS := NO_MKDOCS_2_WARNING=1 build/docs/bin/python
+pinned = $$(sed -n '/^$(1) = \[/,/\]/p' pyproject.toml | grep -o '"[^"]*"' | tr -d '"')
+
+build/docs/ready: pyproject.toml
+	rm -rf build/docs
+	$(PYTHON) -m venv build/docs
+	build/docs/bin/python -m pip install --quiet $(call pinned,docs)
+	@touch $@
+
+docs: build/docs/ready
+	$(DOCS) -m mkdocs build --strict --quiet
+	@echo "build/site/index.html"
+
+docs-serve: build/docs/ready
+	$(DOCS) -m mkdocs serve
+
+# With the Chromium of this machine, or with CHROMIUM=….
+docs-test: docs
+	build/docs/bin/python -m pip install --quiet $(call pinned,docs-test)
+	build/docs/bin/python docs/_tools/browse.py build/site
 
 # Built for this machine's GPU alone, and with nothing asked of the network that the tests do not need.
 gpu: EXTRAS := test,examples

@@ -31,7 +31,7 @@ from .score_distillation.training import *
 from .sequence import *
 from .trajectory import *
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = ["build_info", "use_backend"]
 __all__ += adversarial.__all__

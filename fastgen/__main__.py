@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import json
 import os
 import platform
 import sys
+from typing import Any
 
 import torch
 
@@ -24,62 +26,105 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _print_backends(device_type: str) -> None:
-    """Which backend serves each operator; then why the ones preferred to it do not, each reason once."""
-    passed_over: dict[str, list[str]] = {}
+def _backends(device_type: str) -> dict[str, dict[str, Any]]:
+    """Which backend serves each operator, and why the ones preferred to it do not."""
+    found = {}
     for name in sorted(operators):
         try:
             chosen = dispatch.backend_for(name, device_type)
         except RuntimeError:  # FASTGEN_BACKEND asks for what is not there
             chosen = "none"
-        print(f"  {name:26} {chosen}")
+        passed_over = {}
         for backend in dispatch.preference(name, device_type):
             if backend == chosen:
                 break
             if reason := dispatch.missing(name, backend, device_type):
-                passed_over.setdefault(f"{backend}: {reason}", []).append(name)
+                passed_over[backend] = reason
+        found[name] = {"backend": chosen, "passed_over": passed_over}
+    return found
+
+
+def _extension(facts: Any) -> dict[str, Any]:
+    if isinstance(facts, dispatch.NotBuilt):
+        return {"state": "not built", "reason": str(facts)}
+    if isinstance(facts, ImportError):
+        return {"state": "built, but does not load", "reason": str(facts)}
+    return {"state": "loaded", **facts}
+
+
+def facts() -> dict[str, Any]:
+    """Versions, devices, build facts, and which backend serves each operator: what ``info --json`` prints."""
+    gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    return {
+        "fastgen": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "cpu": {
+            "machine": platform.machine(),
+            "threads": torch.get_num_threads(),
+            "capability": torch.backends.cpu.get_cpu_capability(),
+        },
+        "cuda": torch.version.cuda,
+        "gpus": [
+            {"name": torch.cuda.get_device_name(i), "capability": list(torch.cuda.get_device_capability(i))}
+            for i in gpus
+        ],
+        "extensions": {name: _extension(found) for name, found in dispatch.build_info().items()},
+        "environment": {variable: os.environ[variable] for variable in VARIABLES if variable in os.environ},
+        "operators": {device_type: _backends(device_type) for device_type in (("cpu", "cuda") if gpus else ("cpu",))},
+    }
+
+
+def _print_backends(served: dict[str, dict[str, Any]]) -> None:
+    """Which backend serves each operator; then why the ones preferred to it do not, each reason once."""
+    passed_over: dict[str, list[str]] = {}
+    for name, entry in served.items():
+        print(f"  {name:26} {entry['backend']}")
+        for backend, reason in entry["passed_over"].items():
+            passed_over.setdefault(f"{backend}: {reason}", []).append(name)
     for reason, names in passed_over.items():
-        where = "" if len(names) == len(operators) else f" ({', '.join(names)})"
+        where = "" if len(names) == len(served) else f" ({', '.join(names)})"
         print(f"not {reason}{where}")
 
 
-def info() -> int:
-    """Versions, devices, build facts, and which backend serves each operator."""
-    versions = f"Python {platform.python_version()}, torch {torch.__version__}, triton {_version('triton')}"
-    print(f"fastgen {__version__}, {versions}")
-    print(f"CPU: {platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
-    if torch.cuda.is_available():
-        for i in range(torch.cuda.device_count()):
-            major, minor = torch.cuda.get_device_capability(i)
-            print(f"GPU {i}: {torch.cuda.get_device_name(i)}, compute capability {major}.{minor}")
-    else:
-        print(f"GPU: none that torch can use (built for CUDA {torch.version.cuda})")
-    for extension, facts in dispatch.build_info().items():
-        if isinstance(facts, dispatch.NotBuilt):
-            print(f"fastgen.{extension}: not built: {facts}")
-        elif isinstance(facts, ImportError):
-            print(f"fastgen.{extension}: built, but does not load: {facts}")
-        else:
-            print(f"fastgen.{extension}: " + ", ".join(f"{k} {v}" for k, v in facts.items()))
-    for variable in VARIABLES:
-        if variable in os.environ:
-            print(f"{variable}={os.environ[variable]}")
-    for device_type in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+def info(as_json: bool = False) -> int:
+    """Prints :func:`facts`, for a person or as JSON."""
+    found = facts()
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return 0
+    print(f"fastgen {found['fastgen']}, Python {found['python']}, torch {found['torch']}, triton {found['triton']}")
+    print("CPU: {machine}, {threads} threads, {capability}".format(**found["cpu"]))
+    for i, gpu in enumerate(found["gpus"]):
+        print(f"GPU {i}: {gpu['name']}, compute capability {'.'.join(map(str, gpu['capability']))}")
+    if not found["gpus"]:
+        print(f"GPU: none that torch can use (built for CUDA {found['cuda']})")
+    for name, entry in found["extensions"].items():
+        state = entry.pop("state")
+        details = ", ".join(f"{k} {v}" for k, v in entry.items())
+        print(f"fastgen.{name}: " + (details if state == "loaded" else f"{state}: {entry['reason']}"))
+    for variable, value in found["environment"].items():
+        print(f"{variable}={value}")
+    for device_type, served in found["operators"].items():
         print(f"\non {device_type}:")
-        _print_backends(device_type)
+        _print_backends(served)
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fastgen", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("info", help="versions, devices, build facts, which backend serves each operator and why")
+    showing = commands.add_parser(
+        "info", help="versions, devices, build facts, which backend serves each operator and why"
+    )
+    showing.add_argument("--json", action="store_true", help="for a program")
     checking = commands.add_parser("verify", help="check every operator, backend and dtype against float64")
     default = "cuda" if torch.cuda.is_available() else "cpu"
     checking.add_argument("--device", default=default, help=f"a torch device (default here: {default})")
     checking.add_argument("--backend", choices=dispatch.BACKENDS[1:], help="only this one")
     arguments = parser.parse_args(argv)
-    return info() if arguments.command == "info" else verify.main(arguments)
+    return info(arguments.json) if arguments.command == "info" else verify.main(arguments)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""The examples that users copy: docstrings and the README."""
+"""The examples that users copy: docstrings, the README, and the pages of the documentation."""
 
+import ast
 import doctest
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,6 +36,27 @@ def test_python_blocks_run(document, tmp_path, monkeypatch):
         exec(compile(block, document, "exec"), namespace)
     if document == "README.md":
         assert blocks, "the README shows no runnable example"
+
+
+def page_blocks():
+    for page in sorted((ROOT / "docs").rglob("*.md")):
+        text = page.read_text()
+        for block in re.finditer(r"^```python\n(.*?)^```", text, re.S | re.M):
+            heading = re.findall(r"^#+ (.*?)(?: \{.*)?$", text[: block.start()], re.M)[-1]
+            yield pytest.param(block[1], id=f"{page.relative_to(ROOT / 'docs')}: {heading}")
+
+
+@pytest.mark.parametrize("block", list(page_blocks()))
+def test_blocks_of_the_documentation_run(block, tmp_path, monkeypatch):
+    """Each stands alone; one that imports a library that is not here is skipped, by the library's name."""
+    for node in ast.walk(ast.parse(block)):
+        names = [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in getattr(node, "names", [])]
+        for name in names if isinstance(node, (ast.Import, ast.ImportFrom)) else []:
+            if name.partition(".")[0] not in (*sys.stdlib_module_names, "fastgen", "torch"):
+                pytest.importorskip(name.partition(".")[0])
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    exec(compile(block, "a page", "exec"), {"__name__": "page"})
 
 
 def test_the_readme_quotes_the_demo_as_it_is():
