@@ -110,9 +110,10 @@ def _chunked_divergence(original: Callable[..., Any]) -> Callable[..., Any]:
             (student_hidden_states, student_lm_head_weight),
             (teacher_hidden_states, teacher_lm_head_weight),
         )
-        scales = [options.get(f"{model}_logit_scale", 1.0) for model in ("student", "teacher")]
-        caps = [options.get(f"{model}_final_logit_softcapping") or None for model in ("student", "teacher")]
-        if arguments or min(scales) <= 0:
+        models = {"": "student", "teacher_": "teacher"}
+        finals: dict[str, Any] = {f"{p}logit_scale": options.get(f"{m}_logit_scale", 1.0) for p, m in models.items()}
+        finals |= {f"{p}softcap": options.get(f"{m}_final_logit_softcapping") or None for p, m in models.items()}
+        if arguments or min(finals["logit_scale"], finals["teacher_logit_scale"]) <= 0:
             hidden, weights = zip(student, teacher, strict=True)
             return original(*hidden, *weights, completion_mask, beta, *arguments, **options)
         valid = completion_mask != 0
@@ -125,13 +126,10 @@ def _chunked_divergence(original: Callable[..., Any]) -> Callable[..., Any]:
             mask=valid,
             num_valid=int(count),  # TRL's own selection of these tokens waits for the device too
             beta=beta,
-            logit_scale=scales[0],
-            softcap=caps[0],
-            teacher_logit_scale=scales[1],
-            teacher_softcap=caps[1],
             temperature=options.get("temperature", 1.0),
             num_items=options.get("num_items_in_batch"),
             return_entropy=True,
+            **finals,
         )
         return divergence, entropy.sum(), count
 
