@@ -1,6 +1,6 @@
 """Teach a diffusion model by reward alone: DiffusionNFT (arXiv 2509.16117) on scikit-learn's digits.
 
-    python examples/nft_digits.py               # the whole demo: three minutes on a quiet machine
+    python examples/nft_digits.py               # the whole demo: three minutes on a quiet core
     python examples/nft_digits.py --smoke       # the same path in seconds; its numbers mean nothing
     python examples/nft_digits.py --wanted 8    # another digit
 
@@ -18,7 +18,11 @@ The script
    distances to the real digits of that class (lower is better), between features of this second classifier and between
    pixels. "base, told the digit" is the base sampled with the class, which the others never get.
 
-RESULTS
+With seeds 0 and 1 the wanted digit's share rises from 12 and 12 % to 99.6 and 99.0 % by DiffusionNFT, and to 97.9 and
+96.2 % with the tie to the base; blind to the reward it stays at 12 % (r = 1/2) or comes to 20 and 19 % (r = 1). The
+good samples alone lead to 94.8 and 93.3 %, sooner but at three times the pixel distance. The rates say less than they
+seem to: they pass those of the base told the digit (90.8 and 89.8 %), but the samples are not better for it. Those are
+nearest to the real digits (feature distance 7.0 and 9.5; tied 10.1 and 10.9, not tied 22.9 and 21.6).
 """
 
 from __future__ import annotations
@@ -66,7 +70,7 @@ class Config:
     steps: int = 40  # a round
     lr: float = 5e-4
     beta: float = 1.0
-    clip: float = 1.0  # of advantages; the published 5 moves r little, and takes twice the rounds here
+    clip: float = 1.0  # of advantages; the published 5 moves r little, and takes more than twice the rounds
     kl_weight: float = 0.3  # λ
     keep: float = 0.5  # how much of the old network a round keeps
     classifier_steps: int = 600
