@@ -103,7 +103,7 @@ def extensions() -> tuple[list[Extension], dict[str, type[Command]]]:
     flags = ["-O3", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-g0"]
     modules = [cpu_extension(flags)] if backend.want("FASTGEN_CPU", compiler) else []
     # What nvcc compiles needs the C++ compiler too.
-    if home and backend.want("FASTGEN_CUDA", compiler and torch_has_cuda()):
+    if home and backend.want("FASTGEN_CUDA", compiler) and ("FASTGEN_CUDA" in os.environ or torch_has_cuda()):
         modules.append(cuda_extension(flags, home))
     if not modules:
         return [], {}
