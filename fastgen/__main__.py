@@ -12,7 +12,7 @@ import torch
 
 from . import __version__
 from .core import dispatch, verify
-from .core.operator import operators
+from .core.operator import PACKAGE, operators
 
 VARIABLES = ("FASTGEN_BACKEND", "FASTGEN_CPU_CAPABILITY", "FASTGEN_CPU_CACHE_MB", "TRITON_INTERPRET")
 
@@ -46,7 +46,7 @@ def _print_backends(device_type: str) -> None:
 def info() -> int:
     """Versions, devices, build facts, and which backend serves each operator."""
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, triton {_version('triton')}"
-    print(f"{dispatch.PACKAGE} {__version__}, {versions}")
+    print(f"{PACKAGE} {__version__}, {versions}")
     print(f"CPU: {platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
@@ -56,11 +56,11 @@ def info() -> int:
         print(f"GPU: none that torch can use (built for CUDA {torch.version.cuda})")
     for extension, facts in dispatch.build_info().items():
         if isinstance(facts, dispatch.NotBuilt):
-            print(f"{dispatch.PACKAGE}.{extension}: not built: {facts}")
+            print(f"{PACKAGE}.{extension}: not built: {facts}")
         elif isinstance(facts, ImportError):
-            print(f"{dispatch.PACKAGE}.{extension}: built, but does not load: {facts}")
+            print(f"{PACKAGE}.{extension}: built, but does not load: {facts}")
         else:
-            print(f"{dispatch.PACKAGE}.{extension}: " + ", ".join(f"{k} {v}" for k, v in facts.items()))
+            print(f"{PACKAGE}.{extension}: " + ", ".join(f"{k} {v}" for k, v in facts.items()))
     for variable in VARIABLES:
         if variable in os.environ:
             print(f"{variable}={os.environ[variable]}")
@@ -71,7 +71,7 @@ def info() -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog=f"python -m {dispatch.PACKAGE}", description=__doc__)
+    parser = argparse.ArgumentParser(prog=f"python -m {PACKAGE}", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="versions, devices, build facts, which backend serves each operator and why")
     checking = commands.add_parser("verify", help="check every operator, backend and dtype against float64")

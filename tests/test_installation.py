@@ -120,7 +120,7 @@ class Environment:
         ours = [p for p in sys.path if p and Path(p).is_dir() and Path(p).resolve() not in (ROOT, ROOT / "tests")]
         (self.site / "borrowed.pth").write_text("\n".join(ours) + "\n")
 
-    def __call__(self, *command, ok=True):
+    def __call__(self, *command):
         done = subprocess.run(
             [str(self.python), *map(str, command)],
             cwd=self.folder,
@@ -129,19 +129,19 @@ class Environment:
             text=True,
             check=False,
         )
-        assert (done.returncode == 0) == ok, done.stdout + done.stderr
-        return done.stdout if ok else done.stderr
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
 
     def install(self, what, *options):
         """Without network, and without pip's cache: to that, what is built of one source is one thing."""
         offline = ("--quiet", "--no-index", "--no-cache-dir", "--no-build-isolation", "--no-deps", "--ignore-installed")
         self("-m", "pip", "install", *offline, *options, what)
 
-    def verify(self, package, *options):
+    def verify(self, package, backend):
         """The package is the installed one, and right."""
         where = self("-c", f"import {package}; print({package}.__file__)").strip()
         assert where == str(self.site / package / "__init__.py")
-        out = self("-m", package, "verify", "--device", "cpu", *options)
+        out = self("-m", package, "verify", "--device", "cpu", "--backend", backend)
         assert re.search(r"^([1-9]\d*) of \1 pass on cpu", out, re.M), out
 
     def kernels(self, package):
@@ -172,8 +172,9 @@ def test_an_installed_distribution_works_without_a_compiler(tmp_path, distributi
     environment.install(archive)
     assert environment.kernels("fastgen") == KERNELS
     serves = set(re.findall(r"^  \w+ +(\w+)$", environment("-m", "fastgen", "info"), re.M))
-    assert serves == {"native" if kind == "linux" else "reference"}
-    environment.verify("fastgen")
+    backend = "native" if kind == "linux" else "reference"
+    assert serves == {backend}
+    environment.verify("fastgen", backend)
 
 
 @pytest.mark.slow
@@ -183,16 +184,14 @@ def test_an_installation_under_another_name_stands_beside_any_fastgen(tmp_path, 
     (archive,) = distributions.glob("*.tar.gz")
     variables = {"FASTGEN_PACKAGE": "fastgen_kernels", "FASTGEN_CUDA": "0", "FASTGEN_CPU": str(int(compiled))}
     if compiled:
-        variables |= {name: os.environ[name] for name in ("PATH", "CXX") if name in os.environ}
+        variables |= {"PATH": os.environ["PATH"], "CXX": os.environ.get("CXX", "c++")}
     environment = Environment(tmp_path / "venv", **variables)
     environment.install(archive)
     assert environment.kernels("fastgen_kernels") == KERNELS
     assert not (environment.site / "fastgen").exists()
     other = environment.site / "fastgen.py"
     other.write_text("raise ImportError('another project')")
-    environment.verify("fastgen_kernels")
-    info = environment("-m", "fastgen_kernels", "info")
-    assert set(re.findall(r"^  \w+ +(\w+)$", info, re.M)) == {"native" if compiled else "reference"}
+    environment.verify("fastgen_kernels", "native" if compiled else "reference")
     other.unlink()
     (wheel,) = distributions.glob("*manylinux*.whl" if compiled else "*-py3-none-any.whl")
     environment.install(wheel, "--target", tmp_path / "both")
