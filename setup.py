@@ -2,19 +2,21 @@
 
 FASTGEN_CPU=0 skips the first, FASTGEN_CUDA=0|1 skips or demands the second. Without either the package still
 installs: the PyTorch reference serves on CPUs, Triton on GPUs. What a source distribution holds is up to MANIFEST.in
-alone, and does not depend on what is built.
+alone, and does not depend on what is built. FASTGEN_PACKAGE=name installs the library under another name, to be
+imported beside another package that is called fastgen.
 """
 
 import importlib.metadata
 import os
 import runpy
 import shutil
-import subprocess
 import sys
 from glob import glob
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
-from setuptools import Command, Extension, setup
+from setuptools import Command, Extension, find_packages, setup
 
 # The oldest torch whose stable ABI the extensions use; one build then serves every later torch.
 TORCH_TARGET = "0x020b000000000000"
@@ -22,32 +24,10 @@ CUDA_ARCHITECTURES = (os.environ.get("FASTGEN_CUDA_ARCHITECTURES") or "80;90a;10
 HEADERS = sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", recursive=True))
 CSRC = Path(__file__).resolve().parent / "csrc"
 write_units = runpy.run_path(str(CSRC / "units.py"))["write"]
-
-
-def compiler_works() -> bool:
-    cxx = os.environ.get("CXX", "c++")
-    try:
-        return subprocess.run([cxx, "--version"], capture_output=True, check=False).returncode == 0
-    except OSError:
-        return False
-
-
-def cuda_home() -> str | None:
-    """The toolkit's own root. An nvcc on the PATH may be a wrapper script in a folder with no libraries beside it."""
-    candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    candidates += sorted(glob("/usr/local/cuda-*"), reverse=True)
-    nvcc = shutil.which("nvcc")
-    if nvcc:
-        candidates.append(str(Path(nvcc).resolve().parent.parent))
-    for root in filter(None, candidates):
-        if Path(root, "bin", "nvcc").exists() and Path(root, "include", "cuda_runtime.h").exists():
-            return root
-    return None
-
-
-def want(variable: str, default: bool) -> bool:
-    value = os.environ.get(variable)
-    return default if value is None else value != "0"
+backend = SimpleNamespace(**runpy.run_path(str(CSRC / "backend.py")))
+PACKAGE = backend.package()
+# A wheel takes all that it finds in the build's folder: one name's must not end up in another's.
+BUILD = "build" if PACKAGE == "fastgen" else f"build/package-{PACKAGE}"
 
 
 def find_ninja() -> None:
@@ -68,7 +48,7 @@ def cpu_extension(flags: list[str]) -> Extension:
     from torch.utils.cpp_extension import CppExtension
 
     return CppExtension(
-        "fastgen._C",
+        f"{PACKAGE}._C",
         ["csrc/runtime/cpu_module.cpp", *(f"csrc/runtime/{name}.cpp" for name in ("convert", "isa", "pool"))],
         include_dirs=[str(CSRC), pybind11.get_include()],
         define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET), ("FASTGEN_FLAGS", f'"{" ".join(flags)}"')],
@@ -92,7 +72,7 @@ def cuda_extension(flags: list[str], home: str) -> Extension:
     cpp_extension.CUDA_HOME = home  # stays None under a torch built without CUDA
     arch = [gencode(a) for a in CUDA_ARCHITECTURES]
     extension = cpp_extension.CUDAExtension(
-        "fastgen._C_cuda",
+        f"{PACKAGE}._C_cuda",
         ["csrc/runtime/cuda_module.cpp"],
         include_dirs=[str(CSRC), pybind11.get_include()],
         define_macros=[
@@ -115,15 +95,15 @@ def torch_has_cuda() -> bool:
 
 
 def extensions() -> tuple[list[Extension], dict[str, type[Command]]]:
-    compiler, home = compiler_works(), cuda_home()
+    compiler, home = backend.compiler_works(), backend.cuda_home()
     if not compiler:
         print("fastgen: no C++ compiler: the PyTorch reference will serve on CPUs, Triton on GPUs", file=sys.stderr)
     if os.environ.get("FASTGEN_CUDA") == "1" and home is None:
         raise SystemExit("FASTGEN_CUDA=1, but no CUDA toolkit was found: set CUDA_HOME to its root")
     flags = ["-O3", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-g0"]
-    modules = [cpu_extension(flags)] if want("FASTGEN_CPU", compiler) else []
+    modules = [cpu_extension(flags)] if backend.want("FASTGEN_CPU", compiler) else []
     # What nvcc compiles needs the C++ compiler too.
-    if home and want("FASTGEN_CUDA", compiler and torch_has_cuda()):
+    if home and backend.want("FASTGEN_CUDA", compiler) and ("FASTGEN_CUDA" in os.environ or torch_has_cuda()):
         modules.append(cuda_extension(flags, home))
     if not modules:
         return [], {}
@@ -134,13 +114,30 @@ def extensions() -> tuple[list[Extension], dict[str, type[Command]]]:
 
         def build_extensions(self) -> None:
             for extension in self.extensions:
-                device = "CUDA" if extension.name == "fastgen._C_cuda" else "CPU"
-                extension.sources += map(str, write_units(Path("build", "units", device.lower()), device))
+                device = "CUDA" if extension.name.endswith("._C_cuda") else "CPU"
+                folder = Path(BUILD, "units", device.lower())
+                extension.sources += map(str, write_units(folder, device, PACKAGE))
             super().build_extensions()
 
     find_ninja()
     return modules, {"build_ext": Build}
 
 
+def packages() -> dict[str, Any]:
+    """The packages to install, and the folders of those that do not stand where their names say."""
+    names = [PACKAGE + name.removeprefix("fastgen") for name in find_packages(include=["fastgen", "fastgen.*"])]
+    # A clone's fastgen/triton_kernels is a signpost: an installation has the kernels there.
+    folders = {PACKAGE: "fastgen", f"{PACKAGE}.triton_kernels": "triton_kernels"}
+    return {"packages": names, "package_dir": folders}
+
+
+if PACKAGE != "fastgen" and {"develop", "editable_wheel"} & set(sys.argv):
+    raise SystemExit("FASTGEN_PACKAGE renames a copy: it goes with pip install ., not with pip install -e .")
 ext_modules, cmdclass = extensions()
-setup(ext_modules=ext_modules, cmdclass=cmdclass)
+setup(
+    ext_modules=ext_modules,
+    cmdclass=cmdclass,
+    package_data={PACKAGE: ["py.typed"]},
+    options={"build": {"build_base": BUILD}},
+    **packages(),
+)

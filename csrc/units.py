@@ -36,22 +36,25 @@ def units() -> dict[str, list[str]]:
     return {**alone, "shared": list(SHARED)}
 
 
-def text(names: list[str], device: str, key: str | None = None) -> str:
+def text(names: list[str], device: str, key: str | None = None, namespace: str = "fastgen") -> str:
     """A unit that registers these parts; `key`: for the kernels of another device than they are made for."""
     _, header, kind = DEVICES[device]
     headers = parts()
     includes = "".join(f'#include "{name}"\n' for name in sorted({headers[part] for part in names}))
     calls = "".join(f"  fastgen::register_{part}<fastgen::{kind}>(m);\n" for part in names)
-    return f'{includes}#include "{header}"\n\nSTABLE_TORCH_LIBRARY_IMPL(fastgen, {key or device}, m) {{\n{calls}}}\n'
+    library = f"STABLE_TORCH_LIBRARY_IMPL({namespace}, {key or device}, m)"
+    return f'{includes}#include "{header}"\n\n{library} {{\n{calls}}}\n'
 
 
-def write(folder: Path, device: str) -> list[Path]:
-    """Writes the units of a device. Files that are as they should be are left alone, for builds to be incremental."""
+def write(folder: Path, device: str, namespace: str = "fastgen") -> list[Path]:
+    """Writes the units of a device, for operators of this namespace. Files that are right are left alone: builds are
+    incremental."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for unit, names in units().items():
         path = folder / f"{unit}.{DEVICES[device][0]}"
-        if not path.exists() or path.read_text() != text(names, device):
-            path.write_text(text(names, device))
+        content = text(names, device, namespace=namespace)
+        if not path.exists() or path.read_text() != content:
+            path.write_text(content)
         paths.append(path)
     return sorted(paths)

@@ -14,7 +14,7 @@ import torch
 
 from . import __version__
 from .core import dispatch, verify
-from .core.operator import operators
+from .core.operator import PACKAGE, operators
 
 VARIABLES = ("FASTGEN_BACKEND", "FASTGEN_CPU_CAPABILITY", "FASTGEN_CPU_CACHE_MB", "TRITON_INTERPRET")
 
@@ -94,7 +94,7 @@ def info(as_json: bool = False) -> int:
     if as_json:
         print(json.dumps(found, indent=2))
         return 0
-    print(f"fastgen {found['fastgen']}, Python {found['python']}, torch {found['torch']}, triton {found['triton']}")
+    print(f"{PACKAGE} {found['fastgen']}, Python {found['python']}, torch {found['torch']}, triton {found['triton']}")
     print("CPU: {machine}, {threads} threads, {capability}".format(**found["cpu"]))
     for i, gpu in enumerate(found["gpus"]):
         print(f"GPU {i}: {gpu['name']}, compute capability {'.'.join(map(str, gpu['capability']))}")
@@ -103,7 +103,7 @@ def info(as_json: bool = False) -> int:
     for name, entry in found["extensions"].items():
         state = entry.pop("state")
         details = ", ".join(f"{k} {v}" for k, v in entry.items())
-        print(f"fastgen.{name}: " + (details if state == "loaded" else f"{state}: {entry['reason']}"))
+        print(f"{PACKAGE}.{name}: " + (details if state == "loaded" else f"{state}: {entry['reason']}"))
     for variable, value in found["environment"].items():
         print(f"{variable}={value}")
     for device_type, served in found["operators"].items():
@@ -113,7 +113,7 @@ def info(as_json: bool = False) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m fastgen", description=__doc__)
+    parser = argparse.ArgumentParser(prog=f"python -m {PACKAGE}", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     showing = commands.add_parser(
         "info", help="versions, devices, build facts, which backend serves each operator and why"

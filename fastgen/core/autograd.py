@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .gradient import scale_gradient_
-from .operator import Operator, Role
+from .operator import PACKAGE, Operator, Role
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -164,7 +164,7 @@ def once_differentiable(gradients: Gradients, sources: tuple[Tensor | None, ...]
     if not edges:
         return gradients
     fail = torch._C._functions.DelayedError(
-        b"this loss is once differentiable: for second derivatives use fastgen.use_backend('reference')",
+        f"this loss is once differentiable: for second derivatives use {PACKAGE}.use_backend('reference')".encode(),
         1 + len(edges),
     )
     return tuple(None if g is None else fail(g, *edges)[0] for g in gradients)

@@ -22,9 +22,8 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from .operator import operators
+from .operator import NATIVE, PACKAGE, operators
 
-PACKAGE = __name__.partition(".")[0]
 BACKENDS = ("auto", "native", "triton", "reference")
 
 # Families whose CUDA kernels serve on GPUs where they are built. Elsewhere it is Triton's, which run on every GPU that
@@ -139,7 +138,7 @@ def _foreign_gpu() -> str | None:
         capability = torch.cuda.get_device_capability(device)
         if not runs_on(built, capability):
             found = ".".join(map(str, capability))
-            return f"fastgen._C_cuda is built for {built}, and GPU {device} has compute capability {found}"
+            return f"{PACKAGE}._C_cuda is built for {built}, and GPU {device} has compute capability {found}"
     return None
 
 
@@ -157,16 +156,16 @@ def missing(name: str, backend: str, device_type: str) -> str | None:
         return None if importlib.util.find_spec(kernels) is not None else f"there is no {kernels}"
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
     if key is None:
-        return f"fastgen has no compiled kernels for device type {device_type!r}"
-    if torch._C._dispatch_has_kernel_for_dispatch_key(f"fastgen::{name}", key):
+        return f"{PACKAGE} has no compiled kernels for device type {device_type!r}"
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"{NATIVE}::{name}", key):
         return None if key == "CPU" else _foreign_gpu()
     extension = {"CPU": "_C", "CUDA": "_C_cuda"}[key]
     module = _extensions[extension]
     if isinstance(module, NotBuilt):
-        return f"fastgen.{extension} is not built"
+        return f"{PACKAGE}.{extension} is not built"
     if isinstance(module, ImportError):
-        return f"fastgen.{extension} does not load"
-    return f"fastgen.{extension} has no kernel for {name}"
+        return f"{PACKAGE}.{extension} does not load"
+    return f"{PACKAGE}.{extension} has no kernel for {name}"
 
 
 def preference(name: str, device_type: str) -> tuple[str, ...]:
@@ -184,7 +183,8 @@ def _resolve(name: str, requested: str, device_type: str) -> str:
         reason = missing(name, requested, device_type)
         if reason:
             raise RuntimeError(
-                f"backend {requested!r} cannot run {name} on {device_type}: {reason} (python -m fastgen info says more)"
+                f"backend {requested!r} cannot run {name} on {device_type}: {reason}"
+                f" (python -m {PACKAGE} info says more)"
             )
         return requested
     return next(b for b in preference(name, device_type) if missing(name, b, device_type) is None)

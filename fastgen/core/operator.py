@@ -73,7 +73,10 @@ PredictionType = Literal["epsilon", "sample", "v_prediction", "flow_prediction"]
 
 _TYPES = {bool: "bool", int: "int", float: "float", torch.dtype: "ScalarType"}
 
-libraries = {name: torch_library.Library(name, "DEF") for name in ("fastgen", "fastgen_triton")}
+# The namespaces are called after the package, so that two copies under two names can share a process.
+PACKAGE = __name__.partition(".")[0]
+NATIVE, TRITON = PACKAGE, f"{PACKAGE}_triton"
+libraries = {name: torch_library.Library(name, "DEF") for name in (NATIVE, TRITON)}
 
 
 @dataclass(frozen=True)
@@ -170,9 +173,7 @@ def operator(declaration: Callable[..., Any] | None = None, *, paired: bool = Fa
         return getattr(importlib.import_module(f"..triton_kernels.{family}", __package__), name)
 
     # On CPU tensors too: that is how the kernels are tested under Triton's interpreter.
-    libraries["fastgen_triton"].impl(
-        name, lambda *values: launcher()(**defined.bind(*values)), "CompositeExplicitAutograd"
-    )
+    libraries[TRITON].impl(name, lambda *values: launcher()(**defined.bind(*values)), "CompositeExplicitAutograd")
     defined = Operator(
         name,
         family,
@@ -220,8 +221,8 @@ def _parameter(name: str, annotation: Any) -> tuple[str, Role | None, dict[str, 
 
 def _refuse_batches(*_: Any, **__: Any) -> Any:
     raise RuntimeError(
-        "fastgen's kernels do not run on batched gradients (is_grads_batched=True, jacobian(vectorize=True)): use"
-        " fastgen.use_backend('reference') for the forward pass, or torch.func, which does so by itself"
+        f"{PACKAGE}'s kernels do not run on batched gradients (is_grads_batched=True, jacobian(vectorize=True)): use"
+        f" {PACKAGE}.use_backend('reference') for the forward pass, or torch.func, which does so by itself"
     )
 
 

@@ -16,9 +16,9 @@ from .. import reference
 from ..cases import FUNCTIONS, Case
 from . import dispatch
 from .accuracy import accurate, errors
-from .operator import operators
+from .operator import PACKAGE, operators
 
-fastgen = importlib.import_module(dispatch.PACKAGE)  # the public functions, whatever name the package has
+fastgen = importlib.import_module(PACKAGE)  # the public functions, whatever name the package has
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SHAPES = ((6, 4, 16, 16), (6, 3, 5, 7), (2, 40_000))
