@@ -40,9 +40,9 @@ class Final(NamedTuple):
     softcap: float | None
 
     def apply_(self, z: Tensor) -> Tensor:
-        if self.softcap is None:
-            return z if self.scale == 1 else z.mul_(self.scale)
-        return z.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap)
+        z = z if self.scale == 1 else z.mul_(self.scale)
+        # Not times scale / softcap, whose rounding would scale all logits alike: a temperature that nobody asked for.
+        return z if self.softcap is None else z.div_(self.softcap).tanh_().mul_(self.softcap)
 
     def chain_(self, grad: Tensor, logits: Tensor) -> Tensor:
         """The gradient of z from that of the logits, which it overwrites as well: who needs it has used them."""
