@@ -172,8 +172,6 @@ CASES = (
         STUDENT | TEACHER | {"token_weight": row_weights},
         "student_hidden student_weight student_bias",
         beta=1.0,
-        logit_scale=0.5,
-        teacher_softcap=4.0,
     ),
     case(
         "linear_generalized_jsd_loss-capped",
