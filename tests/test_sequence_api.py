@@ -21,6 +21,27 @@ from fastgen.sequence import operators
 backend, kernel_backend = sequences.backend, sequences.kernel_backend
 
 
+def test_entropies(backend, device):
+    """Of the distribution at the temperature, in all losses that return one; nothing flows back through it."""
+    head, hidden = (torch.randn(n, 8, device=device) for n in (50, 6))
+    tokens = torch.tensor([3, -100, 7, 0, 49, -100], device=device)
+    logits = (hidden @ head.T).requires_grad_()
+    logits = torch.where(torch.arange(50, device=device) == 11, -math.inf, logits)  # an entry that is masked
+    logprobs = (logits.detach() / 1.5).log_softmax(-1)
+    wanted = -(logprobs.exp() * logprobs.clamp(min=-1e30)).sum(-1).masked_fill(tokens == -100, 0)
+    options = {"temperature": 1.5, "return_entropy": True}
+    for value, entropy in (
+        fastgen.token_logprob(logits, tokens, **options),
+        fastgen.generalized_jsd_loss(logits, logits.detach() * 0.9, tokens, **options),
+    ):
+        torch.testing.assert_close(entropy, wanted)
+        assert not entropy.requires_grad
+        assert value.requires_grad
+    bias = torch.where(torch.arange(50, device=device) == 11, -math.inf, 0.0)
+    _, entropy = fastgen.linear_token_logprob(hidden, head, tokens, bias=bias, max_chunk_bytes=500, **options)
+    torch.testing.assert_close(entropy, wanted)
+
+
 @pytest.mark.parametrize("wider", ["student", "teacher"])
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 def test_unequal_vocabularies(wider, beta, backend, device):

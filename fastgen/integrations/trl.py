@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from ..sequence import generalized_jsd_loss, linear_generalized_jsd_loss, sparse_divergence_loss
+from ..sequence.options import Reduction
 
 __all__ = ["restore", "use_fastgen"]
 
@@ -88,7 +89,7 @@ def _generalized_jsd(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
             labels,
             beta=beta,
             temperature=temperature,
-            reduction="sum" if items is not None else reduction,  # type: ignore[arg-type]
+            reduction=cast(Reduction, "sum" if items is not None else reduction),
             num_items=items,
         )
 

@@ -27,6 +27,26 @@ __all__ = [
 REDUCTIONS = ("mean", "sum", "none")
 
 
+@overload
+def token_logprob(
+    logits: Tensor,
+    tokens: Tensor,
+    *,
+    mask: Tensor | None = ...,
+    temperature: float = ...,
+    ignore_index: int = ...,
+    return_entropy: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def token_logprob(
+    logits: Tensor,
+    tokens: Tensor,
+    *,
+    mask: Tensor | None = ...,
+    temperature: float = ...,
+    ignore_index: int = ...,
+    return_entropy: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 def token_logprob(
     logits: Tensor,
     tokens: Tensor,
@@ -34,7 +54,8 @@ def token_logprob(
     mask: Tensor | None = None,
     temperature: float = 1.0,
     ignore_index: int = IGNORE_INDEX,
-) -> Tensor:
+    return_entropy: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """The log-probability of each token: ``logit_token / τ - log Σ exp(logits / τ)``.
 
     What supervised fine-tuning, sequence-level distillation, policy gradients, DPO on tokens, CCA and DDO are made of.
@@ -52,11 +73,14 @@ def token_logprob(
         temperature: τ > 0, which divides the logits: the one that the tokens were sampled with.
         ignore_index: rows with this token, and those that `mask` leaves out, are not read; their log-probability and
             gradient are 0.
+        return_entropy: also return the entropy [...] in nats of each row's softmax(logits / τ), for logging: without
+            gradient, 0 for tokens that do not count. It reads the logits twice more.
 
     Returns:
-        [...], float32 (float64 for float64), computed in that precision, with the maximum split off: logits of ±10⁴
-        lose nothing. -inf where the token's logit is; NaN, with gradient 0, where a token is neither in [0, V) nor
-        `ignore_index`; NaN with a NaN gradient in a row with NaN or +inf, or of -inf alone. Once differentiable.
+        [...], float32 (float64 for float64), or ``(logprob, entropy)``. It is computed in that precision, with the
+        maximum split off: logits of ±10⁴ lose nothing. -inf where the token's logit is; NaN, with gradient 0, where a
+        token is neither in [0, V) nor `ignore_index`; NaN with a NaN gradient in a row with NaN or +inf, or of -inf
+        alone. Once differentiable.
 
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
@@ -80,10 +104,15 @@ def token_logprob(
         tokens = reference.masked(tokens, mask, ignore_index)
     backend = dispatch.backend_for("token_logprob", logits.device.type)
     if backend == "reference":
-        return reference.token_logprob(logits, tokens, temperature=temperature, ignore_index=ignore_index)
-    return operators.token_logprob(
+        return reference.token_logprob(
+            logits, tokens, temperature=temperature, ignore_index=ignore_index, return_entropy=return_entropy
+        )
+    logprob = operators.token_logprob(
         backend, logits=logits, tokens=tokens, temperature=temperature, ignore_index=ignore_index
     )
+    if not return_entropy:
+        return logprob
+    return logprob, operators.entropy(backend, logits, tokens, temperature, ignore_index)
 
 
 @overload
@@ -234,6 +263,38 @@ def sequence_ddo_loss(
     return (loss, delta) if return_delta else loss
 
 
+@overload
+def generalized_jsd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = ...,
+    *,
+    mask: Tensor | None = ...,
+    weight: Tensor | None = ...,
+    beta: float = ...,
+    scaled: bool = ...,
+    temperature: float = ...,
+    reduction: Reduction = ...,
+    num_items: float | Tensor | None = ...,
+    ignore_index: int = ...,
+    return_entropy: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def generalized_jsd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = ...,
+    *,
+    mask: Tensor | None = ...,
+    weight: Tensor | None = ...,
+    beta: float = ...,
+    scaled: bool = ...,
+    temperature: float = ...,
+    reduction: Reduction = ...,
+    num_items: float | Tensor | None = ...,
+    ignore_index: int = ...,
+    return_entropy: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 def generalized_jsd_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -247,7 +308,8 @@ def generalized_jsd_loss(
     reduction: Reduction = "batchmean",
     num_items: float | Tensor | None = None,
     ignore_index: int = IGNORE_INDEX,
-) -> Tensor:
+    return_entropy: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """The divergences of knowledge distillation and GKD (arXiv 2306.13649) between a teacher P and a student Q.
 
     With P and Q the softmax of ``logits / τ`` and M = β P + (1 - β) Q, for each token::
@@ -290,9 +352,12 @@ def generalized_jsd_loss(
             0-dimensional tensor, such as Transformers' ``num_items_in_batch``. With the number of valid tokens of all
             micro-batches of an optimizer step, accumulated gradients equal those of one large batch.
         ignore_index: see `labels`.
+        return_entropy: also return the entropy [...] in nats of the student's softmax(logits / τ), for logging: without
+            gradient, 0 for rows that do not count. It reads the student's logits twice more.
 
     Returns:
-        The loss, float32 (float64 if an input is). Once differentiable. No rows, or none valid, give 0 and gradients 0.
+        The loss, float32 (float64 if an input is), or ``(loss, entropy)``. Once differentiable. No rows, or none valid,
+        give 0 and gradients 0.
         Masked entries (-inf) count as probability 0, and 0 log 0 = 0; where the student has probability and the teacher
         none, reverse KL is inf and its gradient not finite, as is forward KL's value the other way round: mask both, or
         take beta between.
@@ -330,6 +395,7 @@ def generalized_jsd_loss(
             reduction=reduction,
             num_items=num_items,
             ignore_index=ignore_index,
+            return_entropy=return_entropy,
         )
     labels = labels_of(student_logits, labels, mask, ignore_index)
     vocabulary = min(student_logits.shape[-1], teacher_logits.shape[-1])
@@ -346,4 +412,7 @@ def generalized_jsd_loss(
         ignore_index=ignore_index,
         reduction="none" if reduction == "none" or weight is not None else "sum",
     )
-    return loss if weight is None else weighted(loss, labels, weight, reduction, ignore_index)
+    loss = loss if weight is None else weighted(loss, labels, weight, reduction, ignore_index)
+    if not return_entropy:
+        return loss
+    return loss, operators.entropy(backend, student_logits, labels, temperature, ignore_index)

@@ -8,7 +8,6 @@ float64), are scaled there by what comes in, and are then rounded once.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -282,16 +281,9 @@ class LinearLoss:
         final: Final = arguments["final"][prefix]
         return final.chain_(grad_logits, given[name])
 
-    @staticmethod
-    def entropy(backend: str, given: Mapping[str, Any]) -> Tensor:
-        """Of the student's rows: log V - KL(Q‖U) with the uniform distribution U; 0 of rows that do not count."""
-        student, labels, ignored = given["student"], given["labels"], given["ignore_index"]
-        uniform = student.new_zeros(student.shape[-1]).expand(student.shape)
-        options = {"scale": None, "beta": 1.0, "temperature": given["temperature"], "ignore_index": ignored}
-        options |= {"labels": labels, "reduction": "none", "with_grad": False}
-        divergence = operators.generalized_jsd.operator(backend, student=student, teacher=uniform, **options).loss
-        entropy = math.log(student.shape[-1]) - divergence
-        return entropy if labels is None else torch.where(labels != ignored, entropy, 0)
+    def entropy(self, backend: str, given: Mapping[str, Any]) -> Tensor:
+        logits, labels = given[next(iter(self.logits))], given["tokens" if "tokens" in given else "labels"]
+        return operators.entropy(backend, logits, labels, given["temperature"], given["ignore_index"])
 
     def gradient(self, backend: str, given: Mapping[str, Any], grad: Tensor, stats: Tensor) -> Tensor:
         operator, of_rows = self.loss.gradient, {"grad": grad, "stats": stats}

@@ -17,6 +17,40 @@ from .sparse import Kind, beta_of, check_kind, check_teacher
 __all__ = ["linear_generalized_jsd_loss", "linear_sparse_divergence_loss", "linear_token_logprob"]
 
 
+@overload
+def linear_token_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    mask: Tensor | None = ...,
+    num_valid: int | None = ...,
+    logit_scale: float = ...,
+    softcap: float | None = ...,
+    temperature: float = ...,
+    ignore_index: int = ...,
+    return_entropy: Literal[False] = ...,
+    round_logits: bool = ...,
+    max_chunk_bytes: int = ...,
+) -> Tensor: ...
+@overload
+def linear_token_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    mask: Tensor | None = ...,
+    num_valid: int | None = ...,
+    logit_scale: float = ...,
+    softcap: float | None = ...,
+    temperature: float = ...,
+    ignore_index: int = ...,
+    return_entropy: Literal[True],
+    round_logits: bool = ...,
+    max_chunk_bytes: int = ...,
+) -> tuple[Tensor, Tensor]: ...
 def linear_token_logprob(
     hidden: Tensor,
     weight: Tensor,
@@ -29,9 +63,10 @@ def linear_token_logprob(
     softcap: float | None = None,
     temperature: float = 1.0,
     ignore_index: int = IGNORE_INDEX,
+    return_entropy: bool = False,
     round_logits: bool = False,
     max_chunk_bytes: int = MAX_CHUNK_BYTES,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`token_logprob` of ``logits = f(hidden weightᵀ + bias)``, without ever holding the logits.
 
     f is what the model does with its head's output: nothing, or a scale, or a soft cap.
@@ -55,6 +90,7 @@ def linear_token_logprob(
             `hidden` is on a CPU, and where `mask` is: that may stay there beside hidden states on a GPU. Elsewhere
             finding out would wait for the device, and without it all rows are projected. It may be too large; where it
             is too small, the last tokens that count are left out.
+        return_entropy: also return the entropy [...], as :func:`token_logprob` does.
         round_logits: keep the logits in the dtype of `hidden`, as a layer returns them, instead of float32. In bfloat16
             that halves their memory and costs accuracy, as :func:`token_logprob` says. float16 is refused: the gradient
             of its logits would underflow.
@@ -62,8 +98,8 @@ def linear_token_logprob(
             for parts of the weight, or of its gradient, in float32.
 
     Returns:
-        [...], float32 (float64 for float64). Gradients flow to `hidden`, `weight` and `bias`, once differentiable.
-        Under autocast the three are cast to its dtype; the logits are float32 there too.
+        [...], float32 (float64 for float64), or ``(logprob, entropy)``. Gradients flow to `hidden`, `weight` and
+        `bias`, once differentiable. Under autocast the three are cast to its dtype; the logits are float32 there too.
 
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
@@ -101,10 +137,11 @@ def linear_token_logprob(
             mask=mask,
             temperature=temperature,
             ignore_index=ignore_index,
+            return_entropy=return_entropy,
             round_logits=round_logits,
         )
     tokens = reference.masked(tokens, mask, ignore_index)
-    logprob, *_ = linear.run_counted(
+    logprob, *entropy = linear.run_counted(
         linear.token_logprob,
         backend,
         [linear.flat_head(hidden, weight, bias)],
@@ -116,11 +153,13 @@ def linear_token_logprob(
         temperature=temperature,
         ignore_index=ignore_index,
         reduction="none",
+        entropy=return_entropy,
         final={"student_": final},
         round_logits=round_logits,
         max_chunk_bytes=max_chunk_bytes,
     )
-    return logprob.view(tokens.shape)
+    logprob = logprob.view(tokens.shape)
+    return (logprob, entropy[0].view(tokens.shape)) if return_entropy else logprob
 
 
 @overload

@@ -10,8 +10,10 @@ after the comma. Rows that are ignored are not read; their results, stats and gr
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..core.autograd import differentiable
@@ -167,3 +169,23 @@ def sparse_divergence(
     and sum; what renormalising takes from log Q and log P; and of the gradient the center and what is times Q outside
     the entries.
     """
+
+
+def entropy(backend: str, logits: Tensor, labels: Tensor | None, temperature: float, ignore_index: int) -> Tensor:
+    """Of each row's softmax(logits / τ), without gradient: log V - KL(Q‖U), U uniform; 0 in ignored rows."""
+    logits = logits.detach()
+    uniform = logits.new_zeros(logits.shape[-1]).expand(logits.shape)
+    divergence = generalized_jsd.operator(
+        backend,
+        student=logits,
+        teacher=uniform,
+        labels=labels,
+        scale=None,
+        beta=1.0,
+        temperature=temperature,
+        ignore_index=ignore_index,
+        reduction="none",
+        with_grad=False,
+    ).loss
+    entropy = math.log(logits.shape[-1]) - divergence
+    return entropy if labels is None else torch.where(labels != ignore_index, entropy, 0)

@@ -34,9 +34,16 @@ def token_logprob(
     mask: Tensor | None = None,
     temperature: float = 1.0,
     ignore_index: int = IGNORE_INDEX,
-) -> Tensor:
+    return_entropy: bool = False,
+) -> Any:
     """``log softmax(logits / temperature)`` at the tokens."""
     tokens = masked(tokens, mask, ignore_index)
+    logprob = picked_logprob(logits, tokens, temperature, ignore_index)
+    return (logprob, entropy(logits, tokens != ignore_index, temperature)) if return_entropy else logprob
+
+
+def picked_logprob(logits: Tensor, tokens: Tensor, temperature: float, ignore_index: int) -> Tensor:
+    """``log softmax(logits / temperature)`` at the tokens; 0 where they are ignored."""
     logprobs = log_softmax(logits, temperature)
     inside = (tokens >= 0) & (tokens < logits.shape[-1])
     picked = logprobs.gather(-1, torch.where(inside, tokens, 0).unsqueeze(-1)).squeeze(-1)
@@ -59,7 +66,9 @@ def sequence_ddo_loss(
     group: Any = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """DDO with ``delta_i = Σ_t mask (log p(token) - log p_ref(token))``."""
-    difference = token_logprob(logits, tokens, mask=mask) - token_logprob(ref_logits.detach(), tokens, mask=mask)
+    tokens = masked(tokens, mask, IGNORE_INDEX)
+    model, ref = (picked_logprob(t, tokens, 1.0, IGNORE_INDEX) for t in (logits, ref_logits.detach()))
+    difference = model - ref
     delta = difference.flatten(1).sum(1)
     term = torch.where(is_real, softplus(-beta * delta), alpha * softplus(beta * delta))
     if normalize:
@@ -84,13 +93,15 @@ def generalized_jsd_loss(
     reduction: str = "batchmean",
     num_items: float | Tensor | None = None,
     ignore_index: int = IGNORE_INDEX,
-) -> Tensor:
+    return_entropy: bool = False,
+) -> Any:
     """``beta KL(P‖M) + (1 - beta) KL(Q‖M)``, ``M = beta P + (1 - beta) Q``; KL(P‖Q) at beta = 0, KL(Q‖P) at 1."""
     vocabulary = min(student_logits.shape[-1], teacher_logits.shape[-1])
     log_q, log_p = (log_softmax(t[..., :vocabulary], temperature) for t in (student_logits, teacher_logits.detach()))
     rows = _divergence(log_q, log_p, beta, scaled)
     counted = _counted(rows, labels, mask, ignore_index)
-    return _reduced(rows, counted, weight, num_items, reduction, vocabulary)
+    loss = _reduced(rows, counted, weight, num_items, reduction, vocabulary)
+    return (loss, entropy(student_logits, counted, temperature)) if return_entropy else loss
 
 
 def _divergence(log_q: Tensor, log_p: Tensor, beta: float, scaled: bool) -> Tensor:
@@ -190,7 +201,7 @@ def linear_token_logprob(
     round_logits: bool = False,
     max_chunk_bytes: int = 0,
     **options: Any,
-) -> Tensor:
+) -> Any:
     """`token_logprob` of ``hidden weightᵀ + bias``."""
     return token_logprob(
         final(linear_logits(hidden, weight, bias, round_logits), logit_scale, softcap), tokens, **options
@@ -212,25 +223,17 @@ def linear_generalized_jsd_loss(
     teacher_softcap: float | None = None,
     token_weight: Tensor | None = None,
     num_valid: int | None = None,
-    return_entropy: bool = False,
     round_logits: bool = False,
     max_chunk_bytes: int = 0,
     **options: Any,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     """`generalized_jsd_loss` of the logits ``hidden weightᵀ + bias``."""
     with torch.no_grad():
         teacher_logits = linear_logits(teacher_hidden, teacher_weight, teacher_bias, round_logits)
         teacher_logits = final(teacher_logits, teacher_logit_scale, teacher_softcap)
     student_logits = linear_logits(student_hidden, student_weight, student_bias, round_logits)
     student_logits = final(student_logits, logit_scale, softcap)
-    loss = generalized_jsd_loss(student_logits, teacher_logits, labels, weight=token_weight, **options)
-    if not return_entropy:
-        return loss
-    with torch.no_grad():
-        logprobs = log_softmax(student_logits, options.get("temperature", 1.0))
-        entropy = -(logprobs.exp() * logprobs.clamp(min=-1e30)).sum(-1)
-        counted = _counted(entropy, labels, options.get("mask"), options.get("ignore_index", IGNORE_INDEX))
-    return loss, entropy if counted is None else torch.where(counted, entropy, 0.0)
+    return generalized_jsd_loss(student_logits, teacher_logits, labels, weight=token_weight, **options)
 
 
 def linear_sparse_divergence_loss(
@@ -290,6 +293,13 @@ def log_softmax(logits: Tensor, temperature: float) -> Tensor:
     logits = widened(logits)
     largest = logits.detach().amax(-1, keepdim=True)
     return F.log_softmax((logits - torch.where(largest.isfinite(), largest, 0.0)) / temperature, -1)
+
+
+def entropy(logits: Tensor, counted: Tensor | None, temperature: float) -> Tensor:
+    """Of softmax(logits / temperature), in nats, without gradient; 0 in rows that do not count."""
+    logprobs = log_softmax(logits.detach(), temperature)
+    found = -(logprobs.exp() * logprobs.clamp(min=-1e30)).sum(-1)
+    return found if counted is None else torch.where(counted, found, 0.0)
 
 
 def kl_divergence(log_a: Tensor, log_b: Tensor) -> Tensor:
