@@ -79,7 +79,8 @@ def linear_token_logprob(
         weight: [V, H], the output layer's weight, of the same dtype. It may be a DTensor, such as a parameter under
             FSDP2, beside plain hidden states of each rank: it is gathered here, and its gradient is the mean over the
             ranks, as that of FSDP2's other parameters is. (For their sum pass
-            ``weight.full_tensor(grad_placements=[Partial()])``.)
+            ``weight.full_tensor(grad_placements=[Partial()])``.) A layer wrapped by LoRA has its frozen base here,
+            without the adapter: pass ``base + scaling B A``.
         tokens: int64 [...].
         bias: [V], of the same dtype, or None; a DTensor as `weight` may be.
         logit_scale: s > 0, which multiplies the head's output z (Cohere's models have one; Granite's divide by 1 / s).
