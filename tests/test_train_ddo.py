@@ -65,10 +65,23 @@ def features():
 def arguments(out, model="test_train_ddo:Tiny", **options):
     """Two rounds of four steps that score twice; checkpoints on another beat."""
     options = {
-        "model": model, "data": "random:40x3x8x8", "out": out, "batch": 4, "accumulate": 2, "fakes": 12, "rounds": 2,
-        "steps": 4, "lr": 1e-3, "sampler-steps": 2, "sample-batch": 4, "metric-samples": 16, "metric-every": 2,
-        "save-every": 3, "log-every": 1, **options,
-    }  # fmt: skip
+        "model": model,
+        "data": "random:40x3x8x8",
+        "out": out,
+        "batch": 4,
+        "accumulate": 2,
+        "fakes": 12,
+        "rounds": 2,
+        "steps": 4,
+        "lr": 1e-3,
+        "sampler-steps": 2,
+        "sample-batch": 4,
+        "metric-samples": 16,
+        "metric-every": 2,
+        "save-every": 3,
+        "log-every": 1,
+        **options,
+    }
     return ["--cpu"] + [word for name, value in options.items() for word in (f"--{name}", str(value))]
 
 
@@ -226,8 +239,11 @@ def test_the_best_of_a_round_need_not_be_its_last(tmp_path, monkeypatch, capsys)
     found = iter([5.0, 1.0, 2.0])
     monkeypatch.setattr(training.Run, "score", lambda self, net: next(found))
     kept = []
-    monkeypatch.setattr(training.Run, "keep", lambda self, net, path, keep=training.Run.keep: (
-        kept.append((path.name, self.step)), keep(self, net, path)))  # fmt: skip
+    monkeypatch.setattr(
+        training.Run,
+        "keep",
+        lambda self, net, path, keep=training.Run.keep: (kept.append((path.name, self.step)), keep(self, net, path)),
+    )
     scores = train(tmp_path, rounds=1)
     assert scores == [(1, 0, 5.0), (1, 2, 1.0), (1, 4, 2.0)]
     assert [step for name, step in kept if name == "best.pt"] == [0, 2]

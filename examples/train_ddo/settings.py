@@ -71,12 +71,20 @@ def parser() -> argparse.ArgumentParser:
             options["help"] += f" (without a preset: {default})"
         p.add_argument(name, type=kind, **options)
 
-    add("--model", required=True, help="a folder with a UNet2DModel of diffusers (or with its pipeline), a .json of its"
+    add(
+        "--model",
+        required=True,
+        help="a folder with a UNet2DModel of diffusers (or with its pipeline), a .json of its"
         " configuration (random weights), or module:function, which returns a network called as"
-        " net(x, sigma), net(x, sigma, label) with --classes, and returns the clean images")  # fmt: skip
-    add("--data", required=True, help="a folder of images (subfolders are classes), a .npy or .npz of [N, C, H, W]"
+        " net(x, sigma), net(x, sigma, label) with --classes, and returns the clean images",
+    )
+    add(
+        "--data",
+        required=True,
+        help="a folder of images (subfolders are classes), a .npy or .npz of [N, C, H, W]"
         " (uint8, or floats to be taken as they are; in an .npz 'images' and 'labels'),"
-        " or random[:NxCxHxW] for made-up ones")  # fmt: skip
+        " or random[:NxCxHxW] for made-up ones",
+    )
     add("--validation", help="the same for the images that choose the best weights; else a share of --data is held out")
     add("--validation-share", _number(float, 0, 0.9), default=0.1, help="that share; default 0.1")
     add("--out", Path, required=True, help="folder of the run, which goes on where it is if it is there")
@@ -100,9 +108,13 @@ def parser() -> argparse.ArgumentParser:
     add("--sigma-max", positive, help="the sampler's first noise level")
     add("--rho", positive, help="how the sampler's levels are spread")
     add("--sample-batch", count, default=64, help="samples drawn at a time; default 64")
-    add("--metric", default="pixels", help="what the Frechet distance compares: pixels (averaged down to 8x8: no FID),"
+    add(
+        "--metric",
+        default="pixels",
+        help="what the Frechet distance compares: pixels (averaged down to 8x8: no FID),"
         " fid (Inception by torch-fidelity), or module:function, which returns a network from images in [-1, 1] to"
-        " [B, features]; default pixels")  # fmt: skip
+        " [B, features]; default pixels",
+    )
     add("--fid-weights", help="file of torch-fidelity's Inception; else it downloads it")
     add("--metric-samples", _number(int, 1), default=1000, help="samples a score; default 1000")
     add("--metric-every", count, help="steps between scores; by default one, at a round's end")
