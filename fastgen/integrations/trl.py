@@ -112,9 +112,11 @@ def _chunked_divergence(original: Callable[..., Any]) -> Callable[..., Any]:
             (teacher_hidden_states, teacher_lm_head_weight),
         )
         models = {"": "student", "teacher_": "teacher"}
-        finals: dict[str, Any] = {f"{p}logit_scale": options.get(f"{m}_logit_scale", 1.0) for p, m in models.items()}
-        finals |= {f"{p}softcap": options.get(f"{m}_final_logit_softcapping") or None for p, m in models.items()}
-        if arguments or min(finals["logit_scale"], finals["teacher_logit_scale"]) <= 0:
+        transforms: dict[str, Any] = {
+            f"{p}logit_scale": options.get(f"{m}_logit_scale", 1.0) for p, m in models.items()
+        }
+        transforms |= {f"{p}softcap": options.get(f"{m}_final_logit_softcapping") or None for p, m in models.items()}
+        if arguments or min(transforms["logit_scale"], transforms["teacher_logit_scale"]) <= 0:
             hidden, weights = zip(student, teacher, strict=True)
             return original(*hidden, *weights, completion_mask, beta, *arguments, **options)
         valid = completion_mask != 0
@@ -130,7 +132,7 @@ def _chunked_divergence(original: Callable[..., Any]) -> Callable[..., Any]:
             temperature=options.get("temperature", 1.0),
             num_items=options.get("num_items_in_batch"),
             return_entropy=True,
-            **finals,
+            **transforms,
         )
         return divergence, entropy.sum(), count
 

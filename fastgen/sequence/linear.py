@@ -32,7 +32,7 @@ class Head(NamedTuple):
     bias: Tensor | None
 
 
-class Final(NamedTuple):
+class LogitTransform(NamedTuple):
     """What a model does with its head's output: ``softcap tanh(scale z / softcap)``, or ``scale z`` without a cap."""
 
     scale: float
@@ -204,7 +204,7 @@ class LinearLoss:
         self.weighs = "weight" in per_row and "weight" not in declared
         heads = [f"{prefix}{name}" for prefix in logits.values() for name in Head._fields]
         self.tensors = (*heads, *per_row, "scale", "stats")
-        self.options = (*self.settings, "reduction", "final", "round_logits", "max_chunk_bytes")
+        self.options = (*self.settings, "reduction", "transform", "round_logits", "max_chunk_bytes")
 
     def forward(self, backend: str, keep: bool, needed: tuple[bool, ...], arguments: dict[str, Any]) -> Forward:
         summed, weight = arguments["reduction"] == "sum", arguments["weight"] if self.weighs else None
@@ -263,7 +263,9 @@ class LinearLoss:
         for rows in chunks_of(heads[first], total, max_bytes):
             with no_autocast(heads[first].weight):
                 given: dict[str, Any] = {
-                    n: arguments["final"][self.logits[n]].apply_(linear_logits(head, rows, dtypes[n], max_bytes // 4))
+                    n: arguments["transform"][self.logits[n]].apply_(
+                        linear_logits(head, rows, dtypes[n], max_bytes // 4)
+                    )
                     for n, head in heads.items()
                 }
                 for name in self.per_row:
@@ -278,8 +280,8 @@ class LinearLoss:
     def of_head(self, grad_logits: Tensor, given: Mapping[str, Any], arguments: Mapping[str, Any]) -> Tensor:
         """The gradient of a head's output from that of its logits. It overwrites both."""
         name, prefix = next(iter(self.logits.items()))
-        final: Final = arguments["final"][prefix]
-        return final.chain_(grad_logits, given[name])
+        transform: LogitTransform = arguments["transform"][prefix]
+        return transform.chain_(grad_logits, given[name])
 
     def entropy(self, backend: str, given: Mapping[str, Any]) -> Tensor:
         logits, labels = given[next(iter(self.logits))], given["tokens" if "tokens" in given else "labels"]

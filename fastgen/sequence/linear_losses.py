@@ -11,7 +11,7 @@ from ..triton_kernels.layout import arithmetic_dtype
 from . import linear, reference
 from .linear import MAX_CHUNK_BYTES
 from .operators import IGNORE_INDEX, Tail
-from .options import Reduction, check_divergence, check_final, check_rounding, check_rows, labels_of, scale_of
+from .options import Reduction, check_divergence, check_rounding, check_rows, check_transform, labels_of, scale_of
 from .sparse import Kind, beta_of, check_kind, check_teacher
 
 __all__ = ["linear_generalized_jsd_loss", "linear_sparse_divergence_loss", "linear_token_logprob"]
@@ -116,7 +116,7 @@ def linear_token_logprob(
         >>> (-logprob.mean()).backward()
     """
     checks.head("", hidden, weight, bias)
-    final = check_final("", logit_scale, softcap)
+    transform = check_transform("", logit_scale, softcap)
     checks.row_indices("tokens", tokens, hidden)
     mask, num_valid = linear.valid_rows(hidden, mask, num_valid)
     if mask is not None:
@@ -155,7 +155,7 @@ def linear_token_logprob(
         ignore_index=ignore_index,
         reduction="none",
         entropy=return_entropy,
-        final={"student_": final},
+        transform={"student_": transform},
         round_logits=round_logits,
         max_chunk_bytes=max_chunk_bytes,
     )
@@ -294,9 +294,9 @@ def linear_generalized_jsd_loss(
     """
     checks.head("student_", student_hidden, student_weight, student_bias)
     checks.head("teacher_", teacher_hidden, teacher_weight, teacher_bias)
-    final = {
-        "student_": check_final("", logit_scale, softcap),
-        "teacher_": check_final("teacher_", teacher_logit_scale, teacher_softcap),
+    transform = {
+        "student_": check_transform("", logit_scale, softcap),
+        "teacher_": check_transform("teacher_", teacher_logit_scale, teacher_softcap),
     }
     if teacher_hidden.shape[:-1] != student_hidden.shape[:-1]:
         raise ValueError(
@@ -356,7 +356,7 @@ def linear_generalized_jsd_loss(
         ignore_index=ignore_index,
         reduction="none" if reduction == "none" else "sum",
         entropy=return_entropy,
-        final=final,
+        transform=transform,
         round_logits=round_logits,
         max_chunk_bytes=max_chunk_bytes,
     )
@@ -435,7 +435,7 @@ def linear_sparse_divergence_loss(
         True
     """
     checks.head("", hidden, weight, bias)
-    final = check_final("", logit_scale, softcap)
+    transform = check_transform("", logit_scale, softcap)
     check_teacher(hidden, teacher_logprobs, teacher_ids, weight.shape[0])
     mask, num_valid = linear.valid_rows(hidden, mask, num_valid)
     check_rows(hidden, labels, mask, token_weight, reduction, num_items, ignore_index, "token_weight")
@@ -488,7 +488,7 @@ def linear_sparse_divergence_loss(
         temperature=temperature,
         ignore_index=ignore_index,
         reduction="none" if reduction == "none" else "sum",
-        final={"student_": final},
+        transform={"student_": transform},
         round_logits=round_logits,
         max_chunk_bytes=max_chunk_bytes,
     )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..core import checks
 from . import reference
-from .linear import Final
+from .linear import LogitTransform
 
 TOKEN_REDUCTIONS = ("batchmean", "sum", "mean", "none")
 
@@ -58,12 +58,12 @@ def check_divergence(beta: float, scaled: bool, temperature: float) -> None:
     checks.number("temperature", temperature, low=0, open_low=True)
 
 
-def check_final(prefix: str, logit_scale: float, softcap: float | None) -> Final:
+def check_transform(prefix: str, logit_scale: float, softcap: float | None) -> LogitTransform:
     """What a model does with the output of its head."""
     logit_scale = checks.number(f"{prefix}logit_scale", logit_scale, low=0, open_low=True)
     if softcap is not None:
         softcap = checks.number(f"{prefix}softcap", softcap, low=0, open_low=True)
-    return Final(logit_scale, softcap)
+    return LogitTransform(logit_scale, softcap)
 
 
 def check_rounding(round_logits: bool, name: str, hidden: Tensor) -> None:

@@ -204,7 +204,7 @@ def linear_token_logprob(
 ) -> Any:
     """`token_logprob` of ``hidden weightᵀ + bias``."""
     return token_logprob(
-        final(linear_logits(hidden, weight, bias, round_logits), logit_scale, softcap), tokens, **options
+        transformed(linear_logits(hidden, weight, bias, round_logits), logit_scale, softcap), tokens, **options
     )
 
 
@@ -230,9 +230,9 @@ def linear_generalized_jsd_loss(
     """`generalized_jsd_loss` of the logits ``hidden weightᵀ + bias``."""
     with torch.no_grad():
         teacher_logits = linear_logits(teacher_hidden, teacher_weight, teacher_bias, round_logits)
-        teacher_logits = final(teacher_logits, teacher_logit_scale, teacher_softcap)
+        teacher_logits = transformed(teacher_logits, teacher_logit_scale, teacher_softcap)
     student_logits = linear_logits(student_hidden, student_weight, student_bias, round_logits)
-    student_logits = final(student_logits, logit_scale, softcap)
+    student_logits = transformed(student_logits, logit_scale, softcap)
     return generalized_jsd_loss(student_logits, teacher_logits, labels, weight=token_weight, **options)
 
 
@@ -252,7 +252,7 @@ def linear_sparse_divergence_loss(
     **options: Any,
 ) -> Tensor:
     """`sparse_divergence_loss` of the logits ``hidden weightᵀ + bias``."""
-    logits = final(linear_logits(hidden, weight, bias, round_logits), logit_scale, softcap)
+    logits = transformed(linear_logits(hidden, weight, bias, round_logits), logit_scale, softcap)
     loss = sparse_divergence_loss(logits, teacher_logprobs, teacher_ids, weight=token_weight, **options)
     assert isinstance(loss, Tensor)  # without masses
     return loss
@@ -270,7 +270,7 @@ def linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, round_log
         return F.linear(*operands if round_logits else [None if t is None else widened(t) for t in operands])
 
 
-def final(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
+def transformed(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
     """``softcap tanh(scale logits / softcap)``, or ``scale logits`` without a cap."""
     return scale * logits if softcap is None else softcap * torch.tanh(scale * logits / softcap)
 
