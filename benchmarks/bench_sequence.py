@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ import fastgen
 from fastgen import reference
 from fastgen.cases import CASES
 
+from . import peers
 from .harness import compare, compare_case
 
 DEVICE = os.environ.get("FASTGEN_TEST_DEVICE", "cpu")
@@ -40,13 +41,13 @@ STEPS: list[tuple[str, str, tuple[int, ...], int]] = [
 @pytest.mark.parametrize("step", STEPS, ids=lambda s: f"{s[0]}-{'x'.join(map(str, s[2]))}")
 def test_step(step: tuple[str, str, tuple[int, ...], int], dtype: torch.dtype, benchmark: Any, device: str) -> None:
     _, case, shape, streams = step
-    compare_case(benchmark, CASES[case], shape, dtype, device, streams)
+    compare_case(benchmark, CASES[case], shape, dtype, device, streams, peers.of_logits(case))
 
 
-def linear_step(module: Any, student: Tensor, teacher: Tensor, inputs: Sequence[Tensor]) -> None:
+def linear_step(loss: Callable[..., Tensor], student: Tensor, teacher: Tensor, inputs: Sequence[Tensor]) -> None:
     hidden = inputs[0].detach().requires_grad_()
     weight = student.detach().requires_grad_()
-    module.linear_generalized_jsd_loss(hidden, weight, inputs[1], teacher).backward()
+    loss(hidden, weight, inputs[1], teacher).backward()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
@@ -54,12 +55,14 @@ def test_linear_generalized_jsd_loss(dtype: torch.dtype, benchmark: Any, device:
     """Matrix products dominate; what the fused form saves is memory."""
     tokens, width, vocabulary = HEAD
     student, teacher = (0.05 * torch.randn(vocabulary, width, device=device, dtype=dtype) for _ in range(2))
+    losses: dict[str, Callable[..., Tensor]] = {
+        "eager": reference.linear_generalized_jsd_loss,
+        **peers.of_hidden(),
+        "fastgen": fastgen.linear_generalized_jsd_loss,
+    }
     compare(
         benchmark,
-        {
-            "eager": partial(linear_step, reference, student, teacher),
-            "fastgen": partial(linear_step, fastgen, student, teacher),
-        },
+        {name: partial(linear_step, loss, student, teacher) for name, loss in losses.items()},
         lambda: [torch.randn(tokens, width, device=device).to(dtype) for _ in range(2)],
         (3 * vocabulary + 3 * tokens) * width * dtype.itemsize,
         "fastgen",

@@ -141,6 +141,10 @@ class Run:
         """The largest sizes in bfloat16, before anything that may take all the time."""
         self._benchmark("headline", ["--benchmark-enable", "benchmarks", "-k", f"({LARGEST}) and bfloat16"], 90, {})
 
+    def kernels(self) -> None:
+        command = [*PYTHON, "benchmarks.kernels", "--out", str(self.results.with_suffix(".kernels.jsonl"))]
+        self.together([Job("kernels", command, 70)])
+
     def tests(self) -> None:
         """Compiling is most of it; each worker's Inductor compiles in its own process, for memory to suffice."""
         workers = max(2, (os.cpu_count() or 4) // 2)
@@ -191,6 +195,7 @@ class Run:
 STEPS: dict[str, Callable[[Run], None]] = {
     "info": Run.info,
     "smoke": Run.smoke,
+    "kernels": Run.kernels,
     "headline": Run.headline,
     "tests": Run.tests,
     "sanitizers": Run.sanitizers,

@@ -180,6 +180,19 @@ def compare(
     benchmark.pedantic(lambda: variants[subject](pool[next(turn) % len(pool)]), rounds=5, iterations=1)
 
 
+def case_step(case: Case, loss: Callable[..., Tensor], inputs: Sequence[Tensor]) -> None:
+    """A training step, forward and backward, of a case that has gradients; of another, its call.
+
+    A small loss takes as long as a few lines of Python, so around it are only fresh leaves, the network's output.
+    """
+    named = dict(zip(case.roles, inputs, strict=True))
+    for name in case.differentiable:
+        named[name] = named[name].detach().requires_grad_()
+    result = loss(**named)
+    if case.differentiable:
+        (result.sum() if result.dim() else result).backward()
+
+
 def compare_case(
     benchmark: Any,
     case: Case,
@@ -194,19 +207,13 @@ def compare_case(
     `streams` is how many tensors of `shape` have to move: every input that is read once, the gradient once.
     """
     seeds = itertools.count()
-    names = list(case.roles)
 
     def make() -> list[Tensor]:
         tensors = case.inputs(shape, dtype, device=device, seed=next(seeds)).values()
         return [t.clamp(min=0) if t.dtype == torch.int64 else t for t in tensors]  # no row is ignored
 
-    # A small loss takes as long as a few lines of Python, so around it are only fresh leaves, the network's output.
     def step(loss: Callable[..., Tensor], inputs: Sequence[Tensor]) -> None:
-        named = dict(zip(names, inputs, strict=True))
-        for name in case.differentiable:
-            named[name] = named[name].detach().requires_grad_()
-        result = loss(**named)
-        (result.sum() if result.dim() else result).backward()
+        case_step(case, loss, inputs)
 
     def step_on(backend: str, inputs: Sequence[Tensor]) -> None:
         with fastgen.use_backend(backend):

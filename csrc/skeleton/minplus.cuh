@@ -214,7 +214,7 @@ __global__ void __launch_bounds__(kScanThreads)
   if (threadIdx.x == 0) faults[blockIdx.x] = all;
 }
 
-__global__ void __launch_bounds__(kScanThreads)
+static __global__ void __launch_bounds__(kScanThreads)
     collect_faults(const int64_t* faults, int64_t rows, bool certify, int64_t* status) {
   extern __shared__ int64_t collect_memory[];
   int64_t mine = 0;
