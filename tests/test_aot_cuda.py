@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shutil
@@ -47,6 +48,17 @@ def registers(kernel):
     if re.search("ScoreField|DmdField|Nft", kernel):  # an NFT loss has five streams, five sums and three slopes
         return 128 if "float" in kernel else 160
     return 64 if "float" in kernel else 80
+
+
+def test_no_unit_defines_what_another_does():
+    """All units include the headers: a kernel that is no template has to be its unit's own, or nothing links."""
+    for header in sorted((ROOT / "csrc").rglob("*.cuh")):
+        lines = header.read_text().splitlines()
+        for before, line in itertools.pairwise(lines):
+            assert "__global__" not in line or before.startswith("template") or line.startswith("static"), (
+                header,
+                line,
+            )
 
 
 @needs_nvcc
