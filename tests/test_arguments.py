@@ -247,14 +247,15 @@ INTEGERS = {
     "max_chunk_bytes": lambda v: fastgen.linear_token_logprob(X, Y, TOKENS % 2, max_chunk_bytes=v),
     "every": lambda v: fastgen.r1_penalty(IMAGES.square().sum(1), IMAGES, gamma=1.0, every=v),
     "num_timesteps": lambda v: fastgen.NoiseSchedule.linear(v).alphas_cumprod,
-    "capacity": lambda v: fastgen.ReplayBuffer(v, (3,)).samples,
-    r"shape\[0\]": lambda v: fastgen.ReplayBuffer(4, (v,)).samples,
-    "seed": lambda v: fastgen.ReplayBuffer(4, (3,), seed=v).samples,
+    "capacity": lambda v: fastgen.ReplayBuffer(v, (3,), device=DEVICE).samples,
+    r"shape\[0\]": lambda v: fastgen.ReplayBuffer(4, (v,), device=DEVICE).samples,
+    "seed": lambda v: fastgen.ReplayBuffer(4, (3,), seed=v, device=DEVICE).samples,
     "s": lambda v: fastgen.step_coefficients(SCHEDULE, v, 5).x0,
-    "t": lambda v: fastgen.reverse_variance(SCHEDULE, torch.ones(11), 1, v),
-    "levels": lambda v: fastgen.variational_bound(SCHEDULE, torch.ones(11), torch.tensor([1, 10]), levels=v).total,
+    "t": lambda v: fastgen.reverse_variance(SCHEDULE, MOMENTS, 1, v),
+    "levels": lambda v: fastgen.variational_bound(SCHEDULE, MOMENTS, NODES, levels=v).total,
 }
 IMAGES = X.clone().requires_grad_()
+MOMENTS, NODES = torch.ones(11, device=DEVICE), torch.tensor([1, 10], device=DEVICE)
 
 
 @pytest.mark.parametrize("name", INTEGERS)

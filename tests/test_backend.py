@@ -94,22 +94,25 @@ def test_info_names_every_operator(capsys):
 def test_info_gives_no_reasons_where_a_backend_is_asked_for(capsys):
     with fastgen.use_backend("reference"):
         assert main(["info"]) == 0
-    table = capsys.readouterr().out.partition("\non cpu:\n")[2].splitlines()
-    assert [line.split()[1] for line in table] == ["reference"] * len(dispatch.operators)
+    _, *tables = capsys.readouterr().out.split("\non ")
+    found = {heading: lines for heading, *lines in map(str.splitlines, tables)}
+    assert list(found) == (["cpu:", "cuda:"] if torch.cuda.is_available() else ["cpu:"])
+    for lines in found.values():
+        assert [line.split()[1] for line in lines] == ["reference"] * len(dispatch.operators)
 
 
-def test_verify_covers_every_operator_and_fails_on_a_wrong_one(monkeypatch, capsys, kernel_backend):
+def test_verify_covers_every_operator_and_fails_on_a_wrong_one(monkeypatch, capsys, kernel_backend, device):
     monkeypatch.setattr(verify, "SHAPES", ((2, 2, 6),))
     if kernel_backend == "native":  # all functions; interpreted ones take a minute, and other tests run them
         with Recorder() as recorder:
-            assert main(["verify", "--device", "cpu", "--backend", "native"]) == 0
+            assert main(["verify", "--device", device, "--backend", "native"]) == 0
         assert set(recorder.calls) == set(dispatch.operators)
     monkeypatch.setattr(verify, "FUNCTIONS", {"elbo_error": verify.FUNCTIONS["elbo_error"]})
-    assert main(["verify", "--device", "cpu", "--backend", kernel_backend]) == 0
+    assert main(["verify", "--device", device, "--backend", kernel_backend]) == 0
     assert "FAIL" not in capsys.readouterr().out
     right = fastgen.elbo_error
     monkeypatch.setattr(fastgen, "elbo_error", lambda *args, **kwargs: right(*args, **kwargs) * 1.001)
-    assert main(["verify", "--device", "cpu", "--backend", kernel_backend]) == 1
+    assert main(["verify", "--device", device, "--backend", kernel_backend]) == 1
     assert "FAIL" in capsys.readouterr().out
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import DEVICE
 from torch import Tensor
 
 import fastgen
@@ -19,15 +20,15 @@ SCHEDULE = NoiseSchedule.linear(20)
 
 
 def generator() -> torch.Generator:
-    return torch.Generator().manual_seed(3)
+    return torch.Generator(DEVICE).manual_seed(3)
 
 
 def numbers(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32).to(DEVICE)
 
 
 def moments() -> Tensor:
-    v = 1 / SCHEDULE._alphas_cumprod_at(torch.arange(-1, 20)) - 1
+    v = 1 / SCHEDULE._alphas_cumprod_at(torch.arange(-1, 20, device=DEVICE)) - 1
     return v / (v + 0.5)
 
 
@@ -36,7 +37,7 @@ def critic(x: Tensor) -> Tensor:
 
 
 def replayed() -> Any:
-    buffer = fastgen.ReplayBuffer(8, (3,))
+    buffer = fastgen.ReplayBuffer(8, (3,), device=DEVICE)
     return buffer.sample(4)
 
 
@@ -52,12 +53,13 @@ def penalised() -> Any:
 
 
 def score_moments() -> Any:
-    m = fastgen.ScoreMoments(4)
-    m.update(torch.tensor([0, 1, 1, 3]), numbers(4, 3))
+    m = fastgen.ScoreMoments(4, device=DEVICE)
+    m.update(torch.tensor([0, 1, 1, 3], device=DEVICE), numbers(4, 3))
     return m.ms_eps, m.standard_error, m.count
 
 
-X, Y, HALF, T = numbers(4, 3), numbers(4, 3, seed=1), numbers(4).abs() + 0.1, torch.tensor([1, 2, 5, 19])
+X, Y, HALF = numbers(4, 3), numbers(4, 3, seed=1), numbers(4).abs() + 0.1
+T = torch.tensor([1, 2, 5, 19], device=DEVICE)
 CALLS: dict[str, Callable[[], Any]] = {
     "add_noise": lambda: fastgen.add_noise(X, Y, HALF, HALF),
     "prediction_to_x0": lambda: fastgen.prediction_to_x0(X, Y, HALF, HALF),
@@ -72,16 +74,24 @@ CALLS: dict[str, Callable[[], Any]] = {
     "diffuse_pair": lambda: fastgen.diffuse_pair(SCHEDULE, X, T, generator=generator()),
     "step_coefficients": lambda: [
         fastgen.step_coefficients(SCHEDULE, T - 1, T),
-        fastgen.step_coefficients(SCHEDULE, 3, 5, method="ddim", eta=0.5),
+        fastgen.step_coefficients(SCHEDULE, 3, 5, method="ddim", eta=0.5, device=DEVICE),
     ],
     "reverse_step": lambda: fastgen.reverse_step(
-        X, Y, fastgen.step_coefficients(SCHEDULE, 3, 5), uncond=X, guidance_scale=2.0, noise=Y, clamp=(-1.0, 1.0)
+        X,
+        Y,
+        fastgen.step_coefficients(SCHEDULE, 3, 5, device=DEVICE),
+        uncond=X,
+        guidance_scale=2.0,
+        noise=Y,
+        clamp=(-1.0, 1.0),
     ),
     "guidance": lambda: fastgen.guidance(X, Y, 7.5),
     "posterior_sample": lambda: fastgen.posterior_sample(SCHEDULE, X, Y, T, generator=generator()),
     "langevin_step": lambda: fastgen.langevin_step(X, Y, 0.5, 0.1, generator=generator()),
     "langevin_sample": lambda: fastgen.langevin_sample(critic, X, steps=2, generator=generator()),
-    "classifier_guidance": lambda: fastgen.classifier_guidance(critic, X, torch.zeros(4, dtype=torch.int64)),
+    "classifier_guidance": lambda: fastgen.classifier_guidance(
+        critic, X, torch.zeros(4, dtype=torch.int64, device=DEVICE)
+    ),
     "joint_energy_loss": lambda: fastgen.joint_energy_loss(X, T % 3, Y, return_energies=True),
     "ReplayBuffer": replayed,
     "renoise_times": lambda: [
@@ -91,7 +101,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     ],
     "fake_score_loss": lambda: fastgen.fake_score_loss(X, Y, X, HALF, HALF, prediction_type="flow_prediction"),
     "backward_simulation": lambda: fastgen.backward_simulation(
-        lambda x, t: x, SCHEDULE, torch.tensor([19, 10, 3]), X, step=2, rng=generator()
+        lambda x, t: x, SCHEDULE, torch.tensor([19, 10, 3], device=DEVICE), X, step=2, rng=generator()
     ),
     "sample": lambda: fastgen.sample(
         lambda x, t: x,
@@ -107,7 +117,9 @@ CALLS: dict[str, Callable[[], Any]] = {
     "regularize_moments": lambda: fastgen.regularize_moments(SCHEDULE, moments()),
     "reverse_variance": lambda: fastgen.reverse_variance(SCHEDULE, moments(), 3, 5),
     "pixel_reverse_variance": lambda: fastgen.pixel_reverse_variance(SCHEDULE, X.square(), 3, 5, pred=Y),
-    "variational_bound": lambda: fastgen.variational_bound(SCHEDULE, moments(), torch.tensor([1, 5, 20])),
+    "variational_bound": lambda: fastgen.variational_bound(
+        SCHEDULE, moments(), torch.tensor([1, 5, 20], device=DEVICE)
+    ),
     "trajectory_cost": lambda: fastgen.trajectory_cost(SCHEDULE, moments()).matrix(),
     "analytic_trajectory": lambda: fastgen.analytic_trajectory(SCHEDULE, moments(), 5),
     "optimal_trajectory": lambda: fastgen.optimal_trajectory(numbers(5, 5), [2, 3]).total_cost,
@@ -125,7 +137,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "vsd_loss": lambda: fastgen.vsd_loss(X, Y, X, return_stats=True),
     "dmd_loss": lambda: fastgen.dmd_loss(X, Y, X, Y, alpha_t=HALF, sigma_t=HALF, mask=X > 0, return_stats=True),
     "DiffusionClassifier": classified,
-    **{name: functools.partial(case, fastgen, **case.inputs((4, 3))) for name, case in CASES.items()},
+    **{name: functools.partial(case, fastgen, **case.inputs((4, 3), device=DEVICE)) for name, case in CASES.items()},
 }
 
 

@@ -6,12 +6,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from conftest import DEVICE
 from torch import Tensor
 
 import fastgen
 
-DDGAN, K = fastgen.NoiseSchedule.ddgan(4), fastgen.step_coefficients(fastgen.NoiseSchedule.linear(10), 3, 5)
-T, HALF = torch.tensor([1, 2]), torch.full((2,), 0.5)
+DDGAN = fastgen.NoiseSchedule.ddgan(4)
+K = fastgen.step_coefficients(fastgen.NoiseSchedule.linear(10), 3, 5, device=DEVICE)
+T, HALF = torch.tensor([1, 2], device=DEVICE), torch.full((2,), 0.5, device=DEVICE)
 
 CALLS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "add_noise": lambda a, b: fastgen.add_noise(a, a, HALF, HALF),
@@ -38,7 +40,7 @@ def test_compiles_with_one_tensor_twice(name: str, leaves: tuple[bool, bool], ke
     if kernel_backend == "triton" and leaves != (True, True):
         pytest.skip("the arguments of a Function are one and the same on every backend")
     torch._dynamo.reset()
-    a, b = (torch.randn(2, 3).requires_grad_(leaf) for leaf in leaves)
+    a, b = (torch.randn(2, 3, device=DEVICE).requires_grad_(leaf) for leaf in leaves)
 
     def run(f: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor | None]:
         out = f(a, b)

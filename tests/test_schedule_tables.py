@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from conftest import DEVICE
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
@@ -15,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import fastgen
 from fastgen import NoiseSchedule
 
-X, T = torch.arange(6.0).reshape(2, 3), torch.tensor([1, 3])
+X, T = torch.arange(6.0, device=DEVICE).reshape(2, 3), torch.tensor([1, 3], device=DEVICE)
 
 
 def use(schedule: NoiseSchedule, x: Tensor, t: Tensor) -> Tensor:
@@ -35,7 +36,7 @@ class Net(torch.nn.Module):
 
 def fake(schedule: NoiseSchedule) -> None:
     with FakeTensorMode(allow_non_fake_inputs=True):
-        use(schedule, torch.empty(2, 3), torch.tensor([1, 3]))
+        use(schedule, torch.empty(2, 3, device=DEVICE), torch.tensor([1, 3], device=DEVICE))
 
 
 def export(schedule: NoiseSchedule, strict: bool = False) -> None:
@@ -113,12 +114,12 @@ SCHEDULE = NoiseSchedule.linear(300)
 
 def of_times(t: Tensor) -> dict[str, object]:
     """Whatever takes integer times: t holds 0 and 3."""
-    moments = fastgen.ScoreMoments(300)
+    moments = fastgen.ScoreMoments(300, device=DEVICE)
     moments.update(t, X)
-    buffer = fastgen.ReplayBuffer(5, (3,))
+    buffer = fastgen.ReplayBuffer(5, (3,), device=DEVICE)
     buffer.update(t, X)
-    ms_eps = torch.linspace(0, 0.9, 301, dtype=torch.float64)
-    s = torch.tensor([-1, 2])
+    ms_eps = torch.linspace(0, 0.9, 301, dtype=torch.float64, device=DEVICE)
+    s, later = torch.tensor([-1, 2], device=DEVICE), torch.tensor([2, 4], device=DEVICE)
     return {
         "coefficients": (SCHEDULE.alpha_t(t), SCHEDULE.sigma_t(t)),
         "add_noise": SCHEDULE.add_noise(X, X, t),
@@ -129,30 +130,30 @@ def of_times(t: Tensor) -> dict[str, object]:
         "step_coefficients": tuple(fastgen.step_coefficients(SCHEDULE, s, t)),
         "ScoreMoments": moments.count,
         "ReplayBuffer": buffer.samples,
-        "reverse_variance": fastgen.reverse_variance(SCHEDULE, ms_eps, t, torch.tensor([2, 4])),
-        "pixel_reverse_variance": fastgen.pixel_reverse_variance(SCHEDULE, X, t, torch.tensor([2, 4])),
+        "reverse_variance": fastgen.reverse_variance(SCHEDULE, ms_eps, t, later),
+        "pixel_reverse_variance": fastgen.pixel_reverse_variance(SCHEDULE, X, t, later),
         "sample": fastgen.sample(lambda x, t: x, SCHEDULE, X, method="ddim", steps=t, progress=False),
     }
 
 
 @pytest.mark.parametrize("dtype", INTEGERS, ids=str)
 def test_integers_of_any_dtype_are_those_integers(dtype: torch.dtype, backend: str) -> None:
-    t = torch.tensor([0, 3])
+    t = torch.tensor([0, 3], device=DEVICE)
     for (name, got), expected in zip(of_times(t.to(dtype)).items(), of_times(t).values(), strict=True):
         torch.testing.assert_close(got, expected, rtol=0, atol=0, msg=lambda m, name=name: f"{name}: {m}")
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.complex64], ids=str)
 def test_times_that_are_no_integers_are_refused(dtype: torch.dtype) -> None:
-    t = torch.tensor([0, 1]).to(dtype)
+    t = torch.tensor([0, 1], device=DEVICE).to(dtype)
     calls = {
         "t": [
             lambda: SCHEDULE.alpha_t(t),
             lambda: fastgen.diffuse_pair(SCHEDULE, X, t),
             lambda: fastgen.posterior_sample(SCHEDULE, X, X, t),
-            lambda: fastgen.ScoreMoments(300).update(t, X),
+            lambda: fastgen.ScoreMoments(300, device=DEVICE).update(t, X),
         ],
-        "index": [lambda: fastgen.ReplayBuffer(5, (3,)).update(t, X)],
+        "index": [lambda: fastgen.ReplayBuffer(5, (3,), device=DEVICE).update(t, X)],
     }
     for name, each in calls.items():
         for call in each:
