@@ -144,7 +144,11 @@ struct Sparse {
     }
     total = Team::sum(total), difference = Team::sum(difference), slope = Team::sum(slope);
     Category<T> others{};
-    if (tail == Tail::bucket) others = bucket(q, p, difference), total += static_cast<double>(others.loss);
+    if (tail == Tail::bucket) {
+      others = bucket(q, p, difference), total += static_cast<double>(others.loss);
+      // Of ids that occur twice Q can be more than 1 in all. Then Q - P, which KL divergences have, does not sum to 0.
+      if (q > 1) total += D == Divergence::forward ? 1 - q : D == Divergence::reverse ? q - 1 : 0.0;
+    }
     *loss = static_cast<T>(total + 0 * p);  // NaN of a teacher that is none
     const bool moves = tail == Tail::bucket && !(1 - q < least());  // a bucket that is as good as empty has no gradient
     const bool whole = moves || tail == Tail::renormalize;          // what has gradients sums to 1

@@ -13,7 +13,7 @@ from fastgen.core.verify import results, widened
 
 
 def assert_accurate(actual: Tensor, eager: Tensor, exact: Tensor, what: str = "result") -> None:
-    """`actual` is at most twice as far from `exact` (float64) as `eager` is, plus one rounding of its dtype."""
+    """`actual` is at most twice as far from `exact` (float64) as `eager` is, plus one rounding: see ``bounds``."""
     assert actual.shape == exact.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
     assert actual.dtype == eager.dtype, f"{what}: {actual.dtype}, expected {eager.dtype}"
     for name, mine, limit in zip(("L2", "max"), errors(actual, exact), bounds(eager, exact), strict=True):

@@ -110,9 +110,11 @@ def test_padding_and_rows_without_entries():
 @pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_id_that_occurs_twice_counts_twice(kind, tail):
-    student = torch.randn(2, 7, device=DEVICE, dtype=torch.float64, requires_grad=True)
-    teacher = logits(0.2, 0.1, 0.3, 0.1, dtype=torch.float64).expand(2, 4)
-    twice = ids(4, 1, 4, 4).expand(2, 4)
+    student = torch.randn(3, 7, device=DEVICE, dtype=torch.float64)
+    student[:, 4] = torch.tensor([-1.0, 3.0, 0.0])  # the student's probabilities of the second row's entries exceed 1
+    student.requires_grad_()
+    teacher = logits(0.2, 0.1, 0.3, 0.1, dtype=torch.float64).expand(3, 4)
+    twice = ids(4, 1, 4, 4).expand(3, 4)
     loss = fastgen.sparse_divergence_loss(student, teacher, twice, kind=kind, tail=tail)
     (grad,) = torch.autograd.grad(loss, student)
     with fastgen.use_backend("reference"):

@@ -171,6 +171,12 @@ def _found(args, row, largest, total, KIND: tl.constexpr, T: tl.constexpr):
         slopes += tl.where(present, of_q * slope, 0.0)
     loss, difference, slope = _sum(losses, T), _sum(differences, T), _sum(slopes, T)
     tail = _bucket(args, q, p, difference, KIND, T)
+    # Of ids that occur twice Q can be more than 1 in all. Then Q - P, which KL divergences have, does not sum to 0.
+    excess = tl.where(bucket & (q > 1.0), q - 1.0, 0.0)
+    if KIND == FORWARD:
+        loss -= excess
+    if KIND == REVERSE:
+        loss += excess
     loss = tl.where(bucket, loss + tail[3].to(tl.float64), loss).to(T) + 0.0 * p.to(T)
     if KIND == FORWARD:
         center = tl.where(whole, 0.0, 1.0 - p)

@@ -29,7 +29,7 @@ __device__ __forceinline__ T warp_sum(T x, int width = 32) {
   return x;
 }
 
-// On thread 0: the sums over a block of whole warps. One barrier: each warp's sums are there before warp 0 reads them.
+// On the first warp: the sums over a block of whole warps. One barrier: each warp's sums are there before warp 0 reads them.
 template <class T, int K, int Slopes>
 __device__ __forceinline__ void block_sum(T (&x)[K], Exchange<T, K, Slopes>& exchange) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;

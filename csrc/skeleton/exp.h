@@ -95,28 +95,48 @@ struct Base {
 };
 
 // (v - max) * scale for every v of a row, as one rounded operation, v * scale - base: base is max * scale, rounded, and
-// what that lost is a factor of the whole row. Of a maximum whose product overflows only what equals it counts, at any
-// scale.
+// what that lost is a factor of the whole row. Where what it lost could be beyond any power, the next smaller logit is so
+// far below the maximum that only what equals it counts; then a power of two stands for the scale, for nothing to be
+// lost.
 template <class T>
 struct Origin {
+  static constexpr T kExact = sizeof(T) == 4 ? T(0x1p31) : T(0x1p60);  // half its last place is 64
   T scale, base;
   bool beyond;
 
   Origin() = default;
   FASTGEN_HD Origin(T max, T scale_) : scale(scale_), base(max * scale_), beyond(false) {
-    if (!(std::abs(base) < T(1e37))) {
+    if (!(std::abs(base) < kExact)) {
       if (max == -static_cast<T>(INFINITY)) {
         base = T(-1e37);  // nothing yet
       } else {
-        scale *= T(0x1p-40), base = max * scale, beyond = true;
+        scale = power_of_two(scale);
+        if (!(std::abs(base) < T(1e37))) scale *= T(0x1p-40);
+        base = max * scale, beyond = true;
       }
     }
   }
   FASTGEN_HD T from(T v) const { return std::fma(v, scale, -base); }
-  // base^(base - max * scale), near 1.
-  FASTGEN_HD T factor(T max) const { return Base::power(-std::fma(max, scale, -base)); }
+  // base^(base - max * scale), near 1, to the last place: it is on every number of the row.
+  FASTGEN_HD T factor(T max) const { return beyond ? T(1) : exp_of(-std::fma(max, scale, -base) * T(Base::kLog)); }
   // What a sum is times that had `other` as its base.
   FASTGEN_HD T carries(T other, bool same_max) const { return beyond ? T(same_max) : Base::power(other - base); }
+
+  // The largest that is at most x.
+  static FASTGEN_HD float power_of_two(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    bits &= 0x7f800000u;
+    std::memcpy(&x, &bits, 4);
+    return x;
+  }
+  static FASTGEN_HD double power_of_two(double x) {
+    uint64_t bits;
+    std::memcpy(&bits, &x, 8);
+    bits &= 0x7ff0000000000000u;
+    std::memcpy(&x, &bits, 8);
+    return x;
+  }
 };
 #else
 struct Base {

@@ -8,7 +8,7 @@
 // map shares of a row.
 //
 // Sums have a fixed tree for a given shape, alignment and device: elements of a vector, vectors of a thread, threads,
-// blocks in the order of their ranks, the last two in float64. No atomics.
+// blocks, the last two in float64. No atomics.
 #pragma once
 
 #include "../runtime/token_rows.h"
@@ -193,15 +193,14 @@ struct Sweep {
     zero(job.size);
   }
 
-  // After it every block has what thread 0 of every block has put at `place` of its own exchange.
+  // After it every block has what the first warp of every block has as `value` at `place` of its own exchange.
   template <class V>
   __device__ __forceinline__ void gather(V* place, const V& value, [[maybe_unused]] bool first_time) const {
 #if FASTGEN_CLUSTERS
     if (plan.parts > 1) {
       const Cluster cluster;
       if (first_time) cluster.group.barrier_wait();  // joined: all blocks run
-      if (threadIdx.x == 0)
-        for (int b = 0; b < plan.parts; ++b) *cluster.group.map_shared_rank(place, b) = value;
+      if (threadIdx.x < plan.parts) *cluster.group.map_shared_rank(place, threadIdx.x) = value;  // a lane for each block
       __syncwarp();
       cluster.group.sync();
       return;
@@ -288,19 +287,20 @@ struct Sweep {
 #pragma unroll
     for (int s = 0; s < N; ++s) mine.of[s] = {block[s], totals[s]};
     gather(&exchange.normals[part], mine, true);
+    const int lane = threadIdx.x % 32;  // of each warp one lane for each block
 #pragma unroll
     for (int s = 0; s < N; ++s) {
-      T max = exchange.normals[0].of[s].max;
-#pragma unroll 1
-      for (int b = 1; b < plan.parts; ++b) max = at_least(exchange.normals[b].of[s].max, max);
+      typename SweepExchange<T, F>::Normal of{-static_cast<T>(INFINITY), 0};
+      if (lane < plan.parts) of = exchange.normals[lane].of[s];
+      T max = of.max;
+      for (int offset = kMaxCluster / 2; offset > 0; offset /= 2) max = at_least(__shfl_xor_sync(~0u, max, offset), max);
       const Origin<T> origin(max, scale);
-      double total = 0;
-#pragma unroll 1
-      for (int b = 0; b < plan.parts; ++b) {
-        const auto& of = exchange.normals[b].of[s];
-        total += of.sum * static_cast<double>(origin.carries(Origin<T>(of.max, scale).base, of.max == max));
+      double total =
+          warp_sum(of.sum * static_cast<double>(origin.carries(Origin<T>(of.max, scale).base, of.max == max)), kMaxCluster);
+      if (max != -static_cast<T>(INFINITY)) {
+        total *= static_cast<double>(origin.factor(max));
+        if (total < 1) total = 1;  // it has a summand of 1
       }
-      if (max != -static_cast<T>(INFINITY)) total *= static_cast<double>(origin.factor(max));
       normal[s] = {max, static_cast<T>(total)};
     }
   }
@@ -398,15 +398,15 @@ struct Sweep {
 #pragma unroll
     for (int k = 0; k < F::kSums; ++k) mine.of[k] = totals[k];
     gather(&exchange.totals[part], mine, !F::kNormalizes);
-    if (threadIdx.x == 0) {  // of every block: they store the same numbers
+    if (threadIdx.x < 32) {  // of every block: they store the same numbers
       T total[F::kSums];
-      for (int k = 0; k < F::kSums; ++k) {
-        double sum = 0;
-        for (int b = 0; b < plan.parts; ++b) sum += exchange.totals[b].of[k];
-        total[k] = static_cast<T>(sum);
+#pragma unroll
+      for (int k = 0; k < F::kSums; ++k)
+        total[k] = static_cast<T>(warp_sum(threadIdx.x < plan.parts ? exchange.totals[threadIdx.x].of[k] : 0.0));
+      if (threadIdx.x == 0) {
+        job.formula.epilogue(row, constants, total);
+        exchange.row = constants;
       }
-      job.formula.epilogue(row, constants, total);
-      exchange.row = constants;
     }
     __syncthreads();
     constants = exchange.row;
