@@ -33,7 +33,10 @@ SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 ON_DEVICE = {**os.environ, "FASTGEN_TEST_DEVICE": "cuda", "PYTHONUNBUFFERED": "1"}
 PYTHON = [sys.executable, "-m"]
 # They are about compilers, examples and CPUs.
-NOT_ON_DEVICE = ("aot", "aot_cuda", "distributed", "docs", "examples", "trajectory_regret")
+NOT_ON_DEVICE = (
+    *("aot", "aot_cuda", "contributing", "distributed", "docs", "docs_site", "examples", "installation"),
+    *("linear_distributed", "train_ddo", "trajectory_regret", "types"),
+)
 # In order of what is to be learnt from them.
 FAMILIES = (
     "elbo",
@@ -90,18 +93,18 @@ def sanitizer_jobs(out: Path, seconds: float) -> list[Job]:
     if tool is None:
         print("compute-sanitizer is not on the PATH: its checks are left out")
         return []
-    subset = [*PYTHON, "benchmarks.sanitize"]
+    # With the caching allocator all lies inside one allocation, and nothing is out of bounds.
+    alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     return [
         Job(
-            f"compute-sanitizer {k}",
-            [tool, "--tool", k, "--error-exitcode", "9", *subset],
+            f"compute-sanitizer {k}, {backend}",
+            [tool, "--tool", k, "--error-exitcode", "9", *PYTHON, "benchmarks.sanitize", "--backends", backend],
             seconds,
-            out / f"{k}.log",
-            {
-                "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"
-            },  # else all lies inside one allocation, and nothing is out of bounds
+            out / f"{k}-{backend}.log",
+            alone,
         )
         for k in SANITIZERS
+        for backend in ("native", "triton")
     ]
 
 

@@ -88,6 +88,7 @@ class Shape(NamedTuple):
     TILES: int
     WIDTH: int
     EDGES: bool
+    AHEAD: bool  # the next tiles are on their way while these are worked on
     INDEX: Any
     T: Any
 
@@ -184,7 +185,7 @@ def _launch(
     shares = plan.segments if shares is None else shares
     alone = first == last == RESULTS
     T = tl.float64 if rows.dtype == torch.float64 else tl.float32
-    tile = plan.lanes, plan.tiles, rows.width, rows.edges
+    tile = plan.lanes, plan.tiles, rows.width, rows.edges, plan.lanes >= WIDE
     rowwise.launch(
         _sweep,
         rows.count * shares,
@@ -268,19 +269,34 @@ def combined_normalizer(part, segments, scale, read, SEGMENTS: tl.constexpr, STR
 
 @triton.jit
 def _load(data, starts, first, end, AGAIN: tl.constexpr, S: tl.constexpr):
-    """The tiles of every stream."""
-    return [
-        load_tiles(data[s], starts[s], first, end, AGAIN, S.LANES, S.TILES, S.WIDTH, S.T) for s in (0, 1)[: S.STREAMS]
-    ]
+    """The tiles of every stream, in its dtype."""
+    return [load_tiles(data[s], starts[s], first, end, AGAIN, S.LANES, S.TILES, S.WIDTH) for s in (0, 1)[: S.STREAMS]]
+
+
+@triton.jit
+def _widened(tiles, T: tl.constexpr):
+    """A stream's tiles in the arithmetic dtype."""
+    wide = ()
+    for i in tl.static_range(len(tiles)):
+        wide = wide + (tiles[i].to(T),)
+    return wide
 
 
 @triton.jit
 def _normalizers(data, starts, span, begin, end, read, edge, scale, AGAIN: tl.constexpr, S: tl.constexpr):
     """(largest, total) of each stream over chunks [begin, end) and, where `edge`, the edges."""
     normalizers = [normalizer_start(S.LANES, S.T) for _ in (0, 1)[: S.STREAMS]]
-    for chunk in range(begin, tl.where(read, end, begin), S.LANES * S.TILES):
-        tiles = _load(data, starts, chunk, end, AGAIN, S)
-        normalizers = [normalizer_add(normalizers[s], tiles[s], scale) for s in (0, 1)[: S.STREAMS]]
+    stop = tl.where(read, end, begin)
+    if S.AHEAD:
+        tiles = _load(data, starts, begin, stop, AGAIN, S)
+    for chunk in range(begin, stop, S.LANES * S.TILES):
+        if S.AHEAD:
+            following = _load(data, starts, chunk + S.LANES * S.TILES, stop, AGAIN, S)
+        else:
+            tiles = _load(data, starts, chunk, stop, AGAIN, S)
+        normalizers = [normalizer_add(normalizers[s], _widened(tiles[s], S.T), scale) for s in (0, 1)[: S.STREAMS]]
+        if S.AHEAD:
+            tiles = following
     if S.EDGES:
         element, mask = edge_elements(span, S.LANES, S.WIDTH)
         tiles = [load_edge(data[s], starts[s], element, both(mask, read & edge), S.T) for s in (0, 1)[: S.STREAMS]]
@@ -333,13 +349,23 @@ def _pass(
     sums = [_zeros(S.LANES, S.T) for _ in (0, 1)[: S.SUMS]]
     OUT: tl.constexpr = data[S.STREAMS].dtype.element_ty if MAPS else None
     blocks = tl.cdiv(end - begin, S.LANES * S.TILES)
+    step = -S.LANES * S.TILES if BACKWARDS else S.LANES * S.TILES
+    chunk = begin + (blocks - 1) * (S.LANES * S.TILES) if BACKWARDS else begin
+    if S.AHEAD:
+        tiles = _load(data, starts, tl.where(blocks > 0, chunk, end), stop, AGAIN, S)
     for block in range(0, blocks):
-        chunk = begin + (blocks - 1 - block if BACKWARDS else block) * (S.LANES * S.TILES)
-        tiles = _load(data, starts, chunk, stop, AGAIN, S)
+        if S.AHEAD:  # after the last comes nothing, of which all is beyond the end
+            following = _load(data, starts, tl.where(block + 1 < blocks, chunk + step, end), stop, AGAIN, S)
+        else:
+            tiles = _load(data, starts, chunk, stop, AGAIN, S)
+        wide = [_widened(tiles[s], S.T) for s in (0, 1)[: S.STREAMS]]
         column = span[0] + chunk * S.WIDTH + lane
-        sums, values = _elements(functions, constants, tiles, sums, column, S.LANES * S.WIDTH, picked, SUM, OUT, S)
+        sums, values = _elements(functions, constants, wide, sums, column, S.LANES * S.WIDTH, picked, SUM, OUT, S)
         if MAPS:
             store_tiles(data[S.STREAMS], starts[S.STREAMS], chunk, end, values, S.LANES, S.TILES, S.WIDTH)
+        chunk += step
+        if S.AHEAD:
+            tiles = following
     if S.EDGES:
         element, mask = edge_elements(span, S.LANES, S.WIDTH)
         tiles = [load_edge(data[s], starts[s], element, both(mask, read & edge), S.T) for s in (0, 1)[: S.STREAMS]]

@@ -287,7 +287,7 @@ struct Sweep {
 #pragma unroll
     for (int s = 0; s < N; ++s) mine.of[s] = {block[s], totals[s]};
     gather(&exchange.normals[part], mine, true);
-    const int lane = threadIdx.x % 32;  // of each warp one lane for each block
+    const int lane = threadIdx.x % kMaxCluster;  // one for each block, in each half of a warp
 #pragma unroll
     for (int s = 0; s < N; ++s) {
       typename SweepExchange<T, F>::Normal of{-static_cast<T>(INFINITY), 0};
