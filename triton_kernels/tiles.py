@@ -33,6 +33,7 @@ def load_tiles(
     LANES: tl.constexpr,
     TILES: tl.constexpr,
     WIDTH: tl.constexpr,
+    T: tl.constexpr,
 ):
     """Chunks [first, end) of the row at `start`, as far as the tiles go; -inf from there. AGAIN: not the last read."""
     base = data + (start + (WIDTH - 1)) // WIDTH * WIDTH  # the compiler cannot know that this divides the start
@@ -47,7 +48,7 @@ def load_tiles(
             other=float("-inf"),
             eviction_policy="" if AGAIN else "evict_first",
         )
-        tiles = tiles + (tile,)
+        tiles = tiles + (tile.to(T),)
     return tiles
 
 

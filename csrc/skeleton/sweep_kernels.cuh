@@ -3,9 +3,9 @@
 //
 // The first pass, which finds maximum and sum, leaves the row's logits in (distributed) shared memory as they came; the
 // second, which sums what formulas want, leaves there what the map wants; so that only the first reads global memory,
-// and the last is short: of 128 256 pairs two floats each are 64 KB in each of sixteen blocks. A row that does not fit
-// is read again by each pass. A formula that neither normalizes nor sums has nothing to wait for: any number of blocks
-// map shares of a row.
+// and the last is short. A row that does not fit is read again by each pass, and so are many rows that more than a few
+// blocks would have to hold. A formula that neither normalizes nor sums has nothing to wait for: any number of blocks map
+// shares of a row.
 //
 // Sums have a fixed tree for a given shape, alignment and device: elements of a vector, vectors of a thread, threads,
 // blocks, the last two in float64. No atomics.
