@@ -1,4 +1,4 @@
-"""Distillation losses of other libraries, by their own formulas, as calls of fastgen: README's table of conventions."""
+"""Distillation losses of other libraries, by their own formulas, as calls of fastgen: see docs/conventions.md."""
 
 import pytest
 import torch

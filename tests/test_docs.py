@@ -59,7 +59,7 @@ def test_blocks_of_the_documentation_run(block, tmp_path, monkeypatch):
     exec(compile(block, "a page", "exec"), {"__name__": "page"})
 
 
-def test_the_readme_quotes_the_demo_as_it_is():
+def test_the_documentation_quotes_the_demo_as_it_is():
     demo = (ROOT / "examples" / "ddo_digits.py").read_text()
     function = re.search(r"^def finetune_with_ddo.*?^    return models\[1:\]$", demo, re.S | re.M)[0]
-    assert function in (ROOT / "README.md").read_text()
+    assert function in (ROOT / "docs" / "demo.md").read_text()
