@@ -6,9 +6,7 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -35,21 +33,18 @@ _RESOURCES = re.compile(
 
 
 def cuda_home() -> Path | None:
-    """The toolkit's own root, as setup.py finds it: an nvcc on the PATH may be a wrapper with no headers beside it."""
-    candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    candidates += sorted(map(str, Path("/usr/local").glob("cuda-*")), reverse=True)
-    nvcc = shutil.which("nvcc")
-    if nvcc:
-        candidates.append(str(Path(nvcc).resolve().parent.parent))
-    for root in map(Path, filter(None, candidates)):
-        if (root / "bin" / "nvcc").exists() and (root / "include" / "cuda_runtime.h").exists():
-            return root
-    return None
+    """The toolkit's root, as the build finds it."""
+    root = _of_the_build("backend").cuda_home()
+    return None if root is None else Path(root)
 
 
 def units() -> ModuleType:
-    """csrc/units.py, which is no part of the package."""
-    spec = importlib.util.spec_from_file_location("units", ROOT / "csrc" / "units.py")
+    return _of_the_build("units")
+
+
+def _of_the_build(name: str) -> ModuleType:
+    """A module of csrc, which is no part of the package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "csrc" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -85,3 +85,11 @@ def test_every_kernel():
     found = reports()
     assert {r["arch"] for r in found} == {80, 90, 100}
     check(found)
+
+
+def test_later_launches_hand_over_what_the_first_does():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, str(Path(__file__).parent / "launched_twice.py")]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout) > 20

@@ -21,7 +21,7 @@ Sums have one fixed tree for a given shape, dtype and device; there are no atomi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -115,11 +115,50 @@ class Rows:
 
 def launch(kernel: Any, programs: int, like: Tensor, *args: Any, **constants: Any) -> None:
     """On the current stream of the device that `like` is on, which need not be the current device."""
-    if like.is_cuda:
-        with torch.cuda.device_of(like):
-            kernel[(programs,)](*args, **constants)
-    else:
+    if not like.is_cuda:
         kernel[(programs,)](*args, **constants)
+    elif like.get_device() == torch.cuda.current_device():
+        launch_compiled(kernel, programs, like.get_device(), args, constants)
+    else:
+        with torch.cuda.device_of(like):
+            launch_compiled(kernel, programs, like.get_device(), args, constants)
+
+
+_compiled: dict[tuple[Any, ...], Any] = {}
+
+
+def launch_compiled(
+    kernel: Any, programs: int, device: int, args: tuple[Any, ...], constants: Mapping[str, Any]
+) -> None:
+    """On the current device, which is number `device`. Triton looks a compiled kernel up anew at every launch, which
+    takes longer than the rest of a small one; here it is looked up by all that Triton may compile one for."""
+    key = [kernel, device, *constants, *constants.values()]
+    add_aspects(key, args)
+    compiled = _compiled.get(tuple(key))
+    if compiled is None:
+        _compiled[tuple(key)] = kernel[(programs,)](*args, **constants)
+    else:
+        compiled[programs, 1, 1](*args, *[constants[name] for name in kernel.arg_names[len(args) :]])
+
+
+def add_aspects(key: list[Any], args: Iterable[Any]) -> None:
+    """Of every argument what Triton specializes a kernel for: a tensor's dtype and whether it starts at 16 bytes, an
+    integer's type and whether it is 1 or a multiple of 16, a float's type, and anything else itself."""
+    for value in args:
+        kind = type(value)
+        if kind is Tensor:
+            key.append((value.dtype, value.data_ptr() % 16))
+        elif kind is int:
+            key.append((value == 1, value % 16 == 0, -(2**31) <= value < 2**31, value >= 2**63))
+        elif kind is float:
+            key.append(float)
+        elif isinstance(value, tuple):
+            key.append((kind, len(value)))
+            add_aspects(key, value)
+        elif isinstance(value, Tensor):
+            key.append((value.dtype, value.data_ptr() % 16))
+        else:
+            key.append(value)
 
 
 def run(formula: Formula, groups: Groups, rows: Rows, args: Any, out: Tensor | None = None) -> None:
