@@ -169,11 +169,10 @@ def _compiling(arch: int, compiled: list[Launch]) -> Iterator[None]:
     from fastgen.triton_kernels import rowwise
 
     def compile_launch(kernel: Any, programs: int, like: torch.Tensor, *args: Any, **constants: Any) -> None:
-        key = [kernel, arch, *constants, *constants.values()]
-        rowwise.add_aspects(key, args)
+        key = rowwise.launch_key(kernel, arch, args, constants)
         kernel = kernel.warmup(*args, grid=(programs,), **constants)
         # A launch on a GPU takes what was compiled for the same key.
-        if _by_key.setdefault(tuple(key), kernel.hash) != kernel.hash:
+        if _by_key.setdefault(key, kernel.hash) != kernel.hash:
             raise AssertionError(f"launches of two kernels {kernel.metadata.name} have one key")
         compiled.append(Launch.of(kernel, args, constants))
 

@@ -146,7 +146,7 @@ def compare(
         inputs = make()
         if sum(t.numel() * t.element_size() for t in inputs) <= COMPILE_BYTES:
             for name, f in variants.items():
-                if name != "eager":
+                if name != "eager":  # which has nothing to compile, and takes the most memory
                     f(inputs)
         synchronize(device)
         return
@@ -181,6 +181,17 @@ def compare(
     benchmark.pedantic(lambda: variants[subject](pool[next(turn) % len(pool)]), rounds=5, iterations=1)
 
 
+def case_inputs(case: Case, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Callable[[], list[Tensor]]:
+    """What makes a case's inputs, others at every call, none of whose rows is ignored."""
+    seeds = itertools.count()
+
+    def make() -> list[Tensor]:
+        tensors = case.inputs(shape, dtype, device=device, seed=next(seeds)).values()
+        return [t.clamp(min=0) if t.dtype == torch.int64 else t for t in tensors]
+
+    return make
+
+
 def case_step(case: Case, loss: Callable[..., Tensor], inputs: Sequence[Tensor]) -> None:
     """A training step, forward and backward, of a case that has gradients; of another, its call.
 
@@ -207,14 +218,7 @@ def compare_case(
 
     `streams` is how many tensors of `shape` have to move: every input that is read once, the gradient once.
     """
-    seeds = itertools.count()
-
-    def make() -> list[Tensor]:
-        tensors = case.inputs(shape, dtype, device=device, seed=next(seeds)).values()
-        return [t.clamp(min=0) if t.dtype == torch.int64 else t for t in tensors]  # no row is ignored
-
-    def step(loss: Callable[..., Tensor], inputs: Sequence[Tensor]) -> None:
-        case_step(case, loss, inputs)
+    step = partial(case_step, case)
 
     def step_on(backend: str, inputs: Sequence[Tensor]) -> None:
         with fastgen.use_backend(backend):
@@ -231,7 +235,7 @@ def compare_case(
     compare(
         benchmark,
         variants,
-        make,
+        case_inputs(case, shape, dtype, device),
         streams * torch.Size(shape).numel() * dtype.itemsize,
         "fastgen",
         device,

@@ -8,7 +8,6 @@ compare with other libraries; this is for finding out where the time goes.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import statistics
 import sys
@@ -27,7 +26,7 @@ import fastgen
 from fastgen import reference
 from fastgen.cases import CASES
 
-from .harness import Variant, case_step, input_pool, measure
+from .harness import Variant, case_inputs, case_step, input_pool, measure
 
 Shape = tuple[int, ...]
 # name of a case -> streams that have to move (every input read once, the gradient or output written once), shapes.
@@ -90,23 +89,14 @@ def _host_seconds(f: Variant, pool: list[Sequence[Tensor]], calls: int = 20) -> 
 
 
 def examine(name: str, shape: Shape, dtype: torch.dtype, backends: Sequence[str]) -> list[dict[str, Any]]:
-    case, seeds = CASES[name], itertools.count()
-    streams, _ = WORK[name]
-
-    def make() -> list[Tensor]:
-        tensors = case.inputs(shape, dtype, device="cuda", seed=next(seeds)).values()
-        return [t.clamp(min=0) if t.dtype == torch.int64 else t for t in tensors]  # no row is ignored
-
-    pool = input_pool(make, "cuda")
+    case, (streams, _) = CASES[name], WORK[name]
+    pool = input_pool(case_inputs(case, shape, dtype, "cuda"), "cuda")
     variants: dict[str, Variant] = {}
     for backend in backends:
         module = reference if backend == "eager" else fastgen
         step = partial(case_step, case, partial(case, module))
         variants[backend] = step if backend == "eager" else partial(_on, backend, step)
-    source = next(t for t in pool[0] if t.is_floating_point() and t.numel() >= torch.Size(shape).numel())
-    destination = torch.empty_like(source)
-    copy: Variant = lambda inputs: destination.copy_(source)  # noqa: E731
-    measured = measure({"copy": copy, **variants}, pool, "cuda", rounds=7)
+    measured = measure(variants, pool, "cuda", rounds=7)
     rows = []
     for backend, f in variants.items():
         kernels = _kernels(f, pool)

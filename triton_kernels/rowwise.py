@@ -132,31 +132,35 @@ def launch_compiled(
 ) -> None:
     """On the current device, which is number `device`. Triton looks a compiled kernel up anew at every launch, which
     takes longer than the rest of a small one; here it is looked up by all that Triton may compile one for."""
-    key = [kernel, device, *constants, *constants.values()]
-    add_aspects(key, args)
-    compiled = _compiled.get(tuple(key))
+    key = launch_key(kernel, device, args, constants)
+    compiled = _compiled.get(key)
     if compiled is None:
-        _compiled[tuple(key)] = kernel[(programs,)](*args, **constants)
+        _compiled[key] = kernel[(programs,)](*args, **constants)
     else:
         compiled[programs, 1, 1](*args, *[constants[name] for name in kernel.arg_names[len(args) :]])
 
 
-def add_aspects(key: list[Any], args: Iterable[Any]) -> None:
+def launch_key(kernel: Any, device: int, args: tuple[Any, ...], constants: Mapping[str, Any]) -> tuple[Any, ...]:
+    """All that Triton may compile a kernel anew for."""
+    key = [kernel, device, *constants, *constants.values()]
+    _add_aspects(key, args)
+    return tuple(key)
+
+
+def _add_aspects(key: list[Any], args: Iterable[Any]) -> None:
     """Of every argument what Triton specializes a kernel for: a tensor's dtype and whether it starts at 16 bytes, an
     integer's type and whether it is 1 or a multiple of 16, a float's type, and anything else itself."""
     for value in args:
         kind = type(value)
-        if kind is Tensor:
-            key.append((value.dtype, value.data_ptr() % 16))
+        if isinstance(value, Tensor):
+            key.append((value.dtype, value.data_ptr() % 16 == 0))
         elif kind is int:
             key.append((value == 1, value % 16 == 0, -(2**31) <= value < 2**31, value >= 2**63))
         elif kind is float:
             key.append(float)
         elif isinstance(value, tuple):
             key.append((kind, len(value)))
-            add_aspects(key, value)
-        elif isinstance(value, Tensor):
-            key.append((value.dtype, value.data_ptr() % 16))
+            _add_aspects(key, value)
         else:
             key.append(value)
 

@@ -21,8 +21,8 @@ from ..core.operator import Operator
 from . import operators
 from .reference import autocast_head
 
-# On a CPU so much as stays near its caches. On an H200 chunks of 96 MiB took five times what products of whole matrices
-# would: a thousand rows of a large vocabulary, and large parts of a gradient, keep its matrix units busy.
+# On an H200 chunks of 96 MiB took five times as long as what other libraries do in larger ones: a thousand rows of a
+# large vocabulary, and large parts of a gradient, keep a GPU's matrix units busy.
 CHUNK_BYTES = {"cpu": 96 << 20}
 CHUNK_BYTES_ELSEWHERE = 1 << 30
 
