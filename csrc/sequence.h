@@ -44,7 +44,8 @@ struct TokenLogprob {
   }
 };
 
-// grad[row] * (onehot - softmax) / temperature
+// grad[row] * (onehot - softmax) / temperature. `elsewhere`: the vocabulary is divided, and a row's token may be among the
+// columns of another rank.
 template <class T>
 struct TokenLogprobBackward {
   static constexpr int kStreams = 1, kSums = 0, kParts = 1;
@@ -57,8 +58,9 @@ struct TokenLogprobBackward {
   T inverse_temperature, scale;  // scale: 1 / temperature to the device's base
   const T* grad;
   Softmax<const T*> saved;
+  bool elsewhere;
 
-  FASTGEN_HD bool ignored(int64_t row) const { return tokens.ignored(row) || !tokens.inside(row); }
+  FASTGEN_HD bool ignored(int64_t row) const { return tokens.ignored(row) || !(elsewhere || tokens.inside(row)); }
   FASTGEN_HD void ignore(int64_t) const {}
   FASTGEN_HD Row row(int64_t row, const Softmax<T>*) const {
     const T coefficient = grad[row] * inverse_temperature, sum = saved.sum[row];
@@ -261,6 +263,19 @@ struct GeneralizedJsd {
   FASTGEN_HD T map(const Row& row, const T* parts) const { return of.gradient(row.of, parts); }
 };
 
+// The sums of a slice of the vocabulary, whose rows' normals are given.
+template <class T, Divergence D>
+struct GeneralizedJsdSums : GeneralizedJsd<T, D> {
+  using Whole = GeneralizedJsd<T, D>;
+  static constexpr bool kNormalizes = false;
+  Softmax<const T*> student, teacher;
+
+  FASTGEN_HD typename Whole::Row row(int64_t row, const Softmax<T>*) const {
+    const Softmax<T> normals[] = {{student.max[row], student.sum[row]}, {teacher.max[row], teacher.sum[row]}};
+    return Whole::row(row, normals);
+  }
+};
+
 template <class T, Divergence D>
 struct GeneralizedJsdBackward {
   static constexpr int kStreams = 2, kSums = 0, kParts = JsdElement<T, D>::kParts;
@@ -311,7 +326,7 @@ std::tuple<Tensor, Tensor> token_logprob(const Tensor& logits, const Tensor& tok
 
 template <class Device>
 Tensor token_logprob_backward(const Tensor& grad, const Tensor& logits, const Tensor& tokens, const Tensor& stats,
-                              double temperature, int64_t ignore_index) {
+                              double temperature, int64_t ignore_index, bool elsewhere) {
   const TokenRows<1> rows({logits});
   const auto dtype = rows.arithmetic();
   const Tensor indices = made_contiguous(tokens), saved = made_contiguous(stats);
@@ -322,7 +337,7 @@ Tensor token_logprob_backward(const Tensor& grad, const Tensor& logits, const Te
     const T* s = static_cast<const T*>(saved.const_data_ptr());
     const TokenLogprobBackward<T> formula{tokens_of<T>(indices, logits, ignore_index), T(1 / temperature),
                                           Base::scale(T(1 / temperature)), data_or_null<T>(row_grad),
-                                          {s, s + rows.count}};
+                                          {s, s + rows.count}, elsewhere};
     Device::template sweep<T>(formula, rows, Output{grad_logits.mutable_data_ptr(), logits.scalar_type()},
                               logits.size(-1));
   });
@@ -375,13 +390,14 @@ inline const int64_t* labels_or_null(const std::optional<Tensor>& labels) {
 
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor> generalized_jsd(const Tensor& student, const Tensor& teacher,
-                                                   std::optional<Tensor> labels, const std::optional<Tensor>& scale,
-                                                   double beta, double temperature, int64_t ignore_index,
-                                                   int64_t reduction, bool with_grad) {
+                                                   std::optional<Tensor> labels, const std::optional<Tensor>& normals,
+                                                   const std::optional<Tensor>& scale, double beta, double temperature,
+                                                   int64_t ignore_index, int64_t reduction, bool with_grad) {
   const TokenRows<2> rows({student, teacher});
   const auto dtype = rows.arithmetic();
   if (labels) labels = made_contiguous(*labels);
-  const auto factor = row_scalars(scale, dtype);
+  const auto factor = row_scalars(scale, dtype), given = row_scalars(normals, dtype);
+  STD_TORCH_CHECK(!given || !with_grad, "generalized_jsd: the gradient of a slice waits for the sums of all slices");
   const Tensor loss = new_per_row(student, dtype), stats = new_per_row(student, dtype, 5);
   const Tensor grad = with_grad ? Device::new_logits(student) : new_vector(student, 0, student.scalar_type());
   return with_arithmetic(dtype, [&](auto zero) -> std::tuple<Tensor, Tensor, Tensor> {
@@ -392,6 +408,11 @@ std::tuple<Tensor, Tensor, Tensor> generalized_jsd(const Tensor& student, const 
                                          labels_or_null(labels),              ignore_index,
                                          data_or_null<T>(factor),             mutable_data<T>(loss),
                                          jsd_stats<T>(stats, rows.count)};
+      if (const T* n = data_or_null<T>(given)) {
+        const int64_t count = rows.count;
+        return Device::template sweep<T>(
+            GeneralizedJsdSums<T, D>{formula, {n, n + count}, {n + 2 * count, n + 3 * count}}, rows, Output{}, 0);
+      }
       Device::template sweep<T>(formula, rows,
                                 Output{with_grad ? grad.mutable_data_ptr() : nullptr, student.scalar_type()},
                                 student.size(-1));

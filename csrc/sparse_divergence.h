@@ -202,6 +202,7 @@ struct SparseDivergence {
   T* masses;  // [2, rows]
   int64_t rows;
   SparseStats<T> stats;
+  Softmax<const T*> normals;  // may be null; else of the vocabulary, of which the student's columns are some
 
   FASTGEN_HD bool ignored(int64_t row) const { return sparse.ignored(row); }
   FASTGEN_HD void ignore(int64_t row) const {
@@ -210,11 +211,11 @@ struct SparseDivergence {
   }
   FASTGEN_HD Row row(int64_t row, const Softmax<T>* streams) const {
     Row r;
-    r.student = streams[0];
-    r.of = sparse.template entries_of<Team>(row, streams[0], &r.loss, r.masses);
+    r.student = normals.max ? Softmax<T>{normals.max[row], normals.sum[row]} : streams[0];
+    r.of = sparse.template entries_of<Team>(row, r.student, &r.loss, r.masses);
     const T coefficient = (scale ? *scale : T(1)) * sparse.weight_of(row);
-    r.base = base_of(streams[0].max), r.loss *= coefficient;
-    r.share = coefficient * sparse.gradient_scale() * r.of.outside / streams[0].sum;
+    r.base = base_of(r.student.max), r.loss *= coefficient;
+    r.share = coefficient * sparse.gradient_scale() * r.of.outside / r.student.sum;
     return r;
   }
   FASTGEN_HD void element(const Row& row, const T* v, T* parts, T*) const {
@@ -292,6 +293,13 @@ SparseStats<T> sparse_stats(const Tensor& stats, int64_t rows) {
   return {{s, s + rows}, {s + 2 * rows, s + 3 * rows, s + 4 * rows, s + 5 * rows}};
 }
 
+// Of one stream, [2, rows].
+template <class T>
+Softmax<const T*> normals_or_null(const std::optional<Tensor>& normals, int64_t rows) {
+  const T* n = data_or_null<T>(normals);
+  return {n, n ? n + rows : nullptr};
+}
+
 // The tensors of the two operators, as kernels read them.
 struct SparseInputs {
   TokenRows<1> rows;
@@ -330,12 +338,13 @@ struct SparseInputs {
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor, Tensor> sparse_divergence(
     const Tensor& student, const Tensor& teacher_logprobs, const Tensor& teacher_ids,
-    const std::optional<Tensor>& labels, const std::optional<Tensor>& weight, const std::optional<Tensor>& scale,
-    double beta, int64_t tail, double temperature, int64_t ignore_index, int64_t reduction, bool with_grad) {
+    const std::optional<Tensor>& labels, const std::optional<Tensor>& weight, const std::optional<Tensor>& normals,
+    const std::optional<Tensor>& scale, double beta, int64_t tail, double temperature, int64_t ignore_index,
+    int64_t reduction, bool with_grad) {
   const SparseInputs inputs(student, teacher_logprobs, teacher_ids, labels, weight);
   Device::check_indices("teacher_ids", inputs.ids, inputs.rows.size);
   const int64_t rows = inputs.rows.count;
-  const auto factor = row_scalars(scale, inputs.dtype);
+  const auto factor = row_scalars(scale, inputs.dtype), given = row_scalars(normals, inputs.dtype);
   const Tensor loss = new_per_row(student, inputs.dtype), masses = new_per_row(student, inputs.dtype, 2);
   const Tensor stats = new_per_row(student, inputs.dtype, 6);
   const Tensor grad = with_grad ? Device::new_logits(student) : new_vector(student, 0, student.scalar_type());
@@ -348,7 +357,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sparse_divergence(
       with_flag(with_grad, [&](auto writes) {
         const SparseDivergence<T, D, typename Device::Team, decltype(writes)::value> formula{
             sparse, sparse.inverse_temperature, data_or_null<T>(factor), mutable_data<T>(loss), mutable_data<T>(masses),
-            rows, sparse_stats<T>(stats, rows)};
+            rows, sparse_stats<T>(stats, rows), normals_or_null<T>(given, rows)};
         Device::template sweep<T>(formula, inputs.rows, out, inputs.rows.size);
       });
       if (with_grad)

@@ -1,6 +1,5 @@
 """Two gloo ranks against one process: output layers that are DTensors, beside hidden states of each rank's own."""
 
-import pytest
 import torch
 from ranks import spawn
 from torch import nn
@@ -133,23 +132,6 @@ def test_under_fsdp2_the_head_and_the_body_get_gradients_of_one_scale(tmp_path):
         for name, parameter in net.named_parameters():
             for r in ranks:
                 torch.testing.assert_close(r[loss.__name__][1][name], parameter.grad, msg=lambda m, n=name: f"{n}: {m}")
-
-
-class DTensor(torch.Tensor):
-    """Goes by its name."""
-
-
-def test_hidden_states_that_are_dtensors_are_refused_with_advice_that_is_right_however_they_are_sharded():
-    h, w = torch.zeros(2, 4), torch.zeros(5, 4)
-    for name, call in {
-        "student_hidden": lambda d: fastgen.linear_generalized_jsd_loss(d, w, h, w),
-        "teacher_hidden": lambda d: fastgen.linear_generalized_jsd_loss(h, w, d, w),
-        "hidden": lambda d: fastgen.linear_token_logprob(d, w, torch.zeros(2, dtype=torch.int64)),
-        "student_logits": lambda d: fastgen.generalized_jsd_loss(d, h),
-    }.items():
-        with pytest.raises(TypeError, match=rf"{name} is a DTensor: pass {name}\.full_tensor\(\)") as error:
-            call(h.as_subclass(DTensor))
-        assert "to_local" not in str(error.value)
 
 
 def run_whole_logits(rank, out):

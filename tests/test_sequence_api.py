@@ -361,9 +361,9 @@ class DTensor(torch.Tensor):
 jsd, ddo, logprob = fastgen.generalized_jsd_loss, fastgen.sequence_ddo_loss, fastgen.token_logprob
 BAD_CALLS = {
     "logits must be a torch.Tensor": (TypeError, lambda: logprob([1.0], Y)),
-    r"logits is a DTensor: pass logits.full_tensor\(\)": (
+    r"tokens is a DTensor: pass tokens.full_tensor\(\)": (
         TypeError,
-        lambda: logprob(S.as_subclass(DTensor), Y),
+        lambda: logprob(S, Y.as_subclass(DTensor)),
     ),
     "logits must be float32": (TypeError, lambda: logprob(S.int(), Y)),
     r"logits must have shape \[..., V\]": (ValueError, lambda: logprob(S[..., :0], Y)),

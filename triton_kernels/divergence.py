@@ -240,6 +240,7 @@ def generalized_jsd(
     student: Tensor,
     teacher: Tensor,
     labels: Tensor | None,
+    normals: Tensor | None,
     scale: Tensor | None,
     beta: float,
     temperature: float,
@@ -247,12 +248,17 @@ def generalized_jsd(
     reduction: str,
     with_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if normals is not None and with_grad:
+        raise ValueError("generalized_jsd: the gradient of a slice waits for the sums of all slices")
     grad = student.new_empty(student.shape if with_grad else (0,))
     rows = _rows(student, teacher, grad if with_grad else None)
     shape = student.shape[:-1]
     loss, stats = rows.new_vector(*shape), rows.new_vector(5, *shape)
     factor = None if scale is None else scale.to(rows.dtype)
-    sweep(_formula(beta), rows, _args(rows.dtype, labels, ignore_index, factor, None, loss, stats, beta, temperature))
+    if normals is not None:  # where the row function looks for them
+        stats[:4], stats[4] = normals, 0
+    args = _args(rows.dtype, labels, ignore_index, factor, None, loss, stats, beta, temperature)
+    sweep(_formula(beta), rows, args, normalized=normals is not None)
     return loss if reduction == "none" else loss.sum(), stats, grad
 
 

@@ -39,6 +39,7 @@ class TokenArgs(NamedTuple):
     tokens: Tensor
     ignore: int
     size: int
+    elsewhere: int  # 1 if a token outside these columns is one of another slice of the vocabulary
     grad: Tensor | None  # of the rows
     logprob: Tensor | None
     stats: Tensor  # [2, rows]: largest logit, sum
@@ -54,9 +55,11 @@ def _token_args(
     logprob: Tensor | None,
     stats: Tensor,
     temperature: float,
+    elsewhere: bool = False,
 ) -> TokenArgs:
     numbers = [scalar.argument(x / temperature, rows.dtype) for x in (1.0, LOG2E.value)]
-    return TokenArgs(tokens.contiguous(), ignore_index, rows.size, grad, logprob, stats.contiguous(), *numbers)
+    where = tokens.contiguous(), ignore_index, rows.size, int(elsewhere)
+    return TokenArgs(*where, grad, logprob, stats.contiguous(), *numbers)
 
 
 @triton.jit
@@ -90,7 +93,7 @@ def _pick(args, row, constants, v, read):
 @triton.jit
 def _ignored_backward(args, row):
     token = tl.load(args.tokens + row)
-    return (token == args.ignore) | (token < 0) | (token >= args.size)
+    return (token == args.ignore) | (((token < 0) | (token >= args.size)) & (args.elsewhere == 0))
 
 
 @triton.jit
@@ -133,11 +136,17 @@ def token_logprob(logits: Tensor, tokens: Tensor, temperature: float, ignore_ind
 
 
 def token_logprob_backward(
-    grad: Tensor, logits: Tensor, tokens: Tensor, stats: Tensor, temperature: float, ignore_index: int
+    grad: Tensor,
+    logits: Tensor,
+    tokens: Tensor,
+    stats: Tensor,
+    temperature: float,
+    ignore_index: int,
+    elsewhere: bool,
 ) -> Tensor:
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     rows = LogitRows(logits, out=out)
-    args = _token_args(rows, tokens, ignore_index, rows.scalars(grad), None, stats, temperature)
+    args = _token_args(rows, tokens, ignore_index, rows.scalars(grad), None, stats, temperature, elsewhere)
     sweep_map(TOKEN_LOGPROB_BACKWARD, rows, args)
     return out
 

@@ -39,6 +39,7 @@ class Args(NamedTuple):
     columns: int
     tail: int
     weight: Tensor | None
+    normals: Tensor | None  # [2, rows]: largest logit and sum, where the student's columns are not all
     factor: Tensor | None  # of the call, one number
     grad: Tensor | None  # of the rows
     loss: Tensor | None
@@ -225,6 +226,8 @@ def _row_of(args, rows, row, normals, read, KIND: tl.constexpr, T: tl.constexpr)
         return tl.load(args.stats + row), scale, share, total, ()
     else:
         largest, total = normals[0]
+        if args.normals is not None:
+            largest, total = tl.load(args.normals + row), tl.where(read, tl.load(args.normals + rows + row), 1.0)
         loss, q, p, shift_q, shift_p, center, outside = _found(args, row, largest, total, KIND, T)
         share = tl.where(read, coefficient * divide(outside, total), 0.0)
         return largest, scale, share, total, (loss * factor, q, p, shift_q, shift_p, center, outside)
@@ -327,6 +330,7 @@ def _args(
     labels: Tensor | None,
     ignore_index: int,
     weight: Tensor | None,
+    normals: Tensor | None,
     factor: Tensor | None,
     grad: Tensor | None,
     loss: Tensor | None,
@@ -350,6 +354,7 @@ def _args(
         rows.size,
         TAILS[tail],
         None if weight is None else rows.scalars(weight),
+        None if normals is None else rows.scalars(normals),
         None if factor is None else factor.to(dtype),
         None if grad is None else rows.scalars(grad),
         loss,
@@ -372,6 +377,7 @@ def sparse_divergence(
     teacher_ids: Tensor,
     labels: Tensor | None,
     weight: Tensor | None,
+    normals: Tensor | None,
     scale: Tensor | None,
     beta: float,
     tail: str,
@@ -385,7 +391,7 @@ def sparse_divergence(
     shape = student.shape[:-1]
     loss, masses, stats = rows.new_vector(*shape), rows.new_vector(2, *shape), rows.new_vector(6, *shape)
     teacher = teacher_logprobs, teacher_ids, labels, ignore_index, weight
-    args = _args(rows, *teacher, scale, None, loss, masses, stats, beta, tail, temperature)
+    args = _args(rows, *teacher, normals, scale, None, loss, masses, stats, beta, tail, temperature)
     sweep(FORMULAS[_kind(beta)], rows, args)
     if with_grad:
         _write_entries(rows, args, grad, beta)
@@ -408,7 +414,7 @@ def sparse_divergence_backward(
     out = student.new_empty(student.shape)
     rows = _rows(student, teacher_logprobs, out)
     teacher = teacher_logprobs, teacher_ids, labels, ignore_index, weight
-    args = _args(rows, *teacher, None, grad, None, None, stats, beta, tail, temperature)
+    args = _args(rows, *teacher, None, None, grad, None, None, stats, beta, tail, temperature)
     sweep_map(FORMULAS[_kind(beta)], rows, args)
     _write_entries(rows, args, out, beta)
     return out

@@ -144,18 +144,20 @@ def _aligned(t: Tensor) -> tuple[Tensor, Place]:
     return t.as_strided((1,), (1,), t.storage_offset() - offset), (offset, *strides)
 
 
-def sweep(formula: Formula, rows: LogitRows, args: Any) -> None:
-    """Runs `formula` over `rows`: normalizers, sums, results, and the map where they have an output.
+def sweep(formula: Formula, rows: LogitRows, args: Any, normalized: bool = False) -> None:
+    """Runs `formula` over `rows`: normalizers unless `normalized`, sums, results, the map where they have an output.
 
     A program does all for its row; of few long rows each step is a launch, for which programs share a row.
     """
     plan, split = rows.plan(), None
     last = MAP if rows.out_size > 0 else RESULTS
+    steps = (() if normalized else (NORMALIZERS,)) + ((SUMS,) if formula.sums > 0 else ())
     if plan.segments > 1:
         split = tuple(rows.new_vector(rows.count, plan.segments, n) for n in (2 * rows.streams, formula.sums))
-        for step in (NORMALIZERS, SUMS) if formula.sums > 0 else (NORMALIZERS,):
-            _launch(formula, rows, plan, args, step, step, split)
-    _launch(formula, rows, plan, args, RESULTS if split else NORMALIZERS, RESULTS if split else last, split, shares=1)
+        for step in steps:
+            _launch(formula, rows, plan, args, step, step, split, normalized=normalized)
+    first, last_of = (RESULTS, RESULTS) if split else (steps[0], last)
+    _launch(formula, rows, plan, args, first, last_of, split, shares=1, normalized=normalized)
     if split and last == MAP:
         sweep_map(formula, rows, args)
 
@@ -175,6 +177,7 @@ def _launch(
     last: Any,
     split: Any = None,
     shares: int | None = None,
+    normalized: bool = False,
 ) -> None:
     """Steps `first` to `last`, by `shares` programs a row."""
     if rows.count == 0:
@@ -202,6 +205,7 @@ def _launch(
         FIRST=first,
         LAST=last,
         AT_ONCE=formula.maps_at_once,
+        NORMALIZED=normalized,
         SEGMENTS=triton.next_power_of_2(plan.segments) if split else 1,
         S=Shape(rows.streams, formula.sums, *tile, offsets_type(rows.size), T),
         num_warps=1 if alone else plan.num_warps,
@@ -375,6 +379,7 @@ def _sweep(
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
     AT_ONCE: tl.constexpr,
+    NORMALIZED: tl.constexpr,
     SEGMENTS: tl.constexpr,
     S: tl.constexpr,
 ):
@@ -390,7 +395,7 @@ def _sweep(
     normals = None
     if FIRST == NORMALIZERS:
         normals = _normalizers(data, starts, span, begin, end, read, edge, scale, S.SUMS > 0, S)
-    elif FIRST != MAP:
+    elif FIRST != MAP and not NORMALIZED:
         part = split[0] + row * segments * 2 * S.STREAMS
         normals = [
             combined_normalizer(part + 2 * s, segments, scale, read, SEGMENTS, S.STREAMS) for s in (0, 1)[: S.STREAMS]
@@ -431,7 +436,7 @@ def _sweep(
         if LAST == SUMS:
             for k in tl.static_range(len(sums)):
                 tl.store(split[1] + program.to(tl.int64) * S.SUMS + k, sums[k])
-        if FIRST <= RESULTS and RESULTS <= LAST and FIRST != SUMS:
+        if FIRST <= RESULTS and RESULTS <= LAST:
             constants = functions.epilogue(args, rows, row, constants, sums, read, S.T)
             if functions.pick is not None:
                 functions.pick(args, row, constants, picked[1], read)

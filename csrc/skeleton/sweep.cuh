@@ -78,7 +78,7 @@ void sweep(const F& formula, const TokenRows<N>& rows, const Output& out, int64_
   SweepArguments<T, F, N> job{formula, rows.size, width, ceil_div<int64_t>(rows.size, kWidth<T>), {}, out};
   std::copy(rows.stream.begin(), rows.stream.end(), job.in);
   int held_bytes = 0;
-  if (F::kSums > 0) {
+  if (F::kSums > 0 && F::kNormalizes) {  // else the first pass over a row is the last
     for (const TokenStream& s : job.in) held_bytes += std::max(bytes_of<false>(s.dtype) * kWidth<T>, 16);
     if (out.data && !kMapsAtOnce<F>) held_bytes = std::max(held_bytes, F::kParts * 32);
   }

@@ -106,7 +106,7 @@ def _is_dtensor(value: object) -> bool:
 
 
 def local(name: str, value: Tensor) -> None:
-    """No DTensor: the operators at hand have no sharding rules.
+    """No DTensor: the operators at hand have no sharding rules, or what it belongs to is plain.
 
     The advice must be right however it is sharded: a rank's local part may be some columns, or a summand.
     """
@@ -137,14 +137,15 @@ def per_frame(name: str, value: Tensor, like: Tensor) -> None:
     per_row(name, value[:, 0], like)
 
 
-def mask(name: str, value: Tensor, like: Tensor) -> None:
-    """A bool tensor that broadcasts to `like`."""
+def mask(name: str, value: Tensor, like: Tensor, shape: torch.Size | None = None) -> None:
+    """A bool tensor that broadcasts to `shape`, by default that of `like`."""
+    shape = like.shape if shape is None else shape
     tensor(name, value)
     if value.dtype != torch.bool:
         raise TypeError(f"{name} must be a bool tensor, got {value.dtype}")
-    sizes = zip(reversed(value.shape), reversed(like.shape), strict=False)
-    if value.dim() > like.dim() or any(m not in (1, n) for m, n in sizes):
-        raise ValueError(f"{name} of shape {list(value.shape)} does not broadcast to {list(like.shape)}")
+    sizes = zip(reversed(value.shape), reversed(shape), strict=False)
+    if value.dim() > len(shape) or any(m not in (1, n) for m, n in sizes):
+        raise ValueError(f"{name} of shape {list(value.shape)} does not broadcast to {list(shape)}")
     if value.device != like.device:
         raise ValueError(f"{name} is on {value.device}, but the batch is on {like.device}")
 
@@ -266,7 +267,8 @@ def logits(**tensors: Tensor) -> None:
     first_name, first = next(iter(tensors.items()))
     for name, value in tensors.items():
         floating(name, value)
-        local(name, value)
+        if _is_dtensor(value) != _is_dtensor(first):
+            raise TypeError(f"{name} and {first_name} must both be DTensors or both plain tensors")
         if value.dim() == 0 or value.shape[-1] == 0:
             raise ValueError(f"{name} must have shape [..., V] with V > 0, got {list(value.shape)}")
         _addressable(name, value)
@@ -290,10 +292,9 @@ def row_indices(name: str, value: Tensor, like: Tensor) -> None:
 def head(prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """An output layer and its input: hidden [..., H], weight [V, H], bias [V]; one dtype, except under autocast.
 
-    The layer's parameters may be DTensors (``core.distributed.whole_parameters`` gathers them).
+    The layer's parameters may be DTensors, of which ``sequence/layout.py`` makes a rank's part, as may all.
     """
     floating(f"{prefix}hidden", hidden)
-    local(f"{prefix}hidden", hidden)
     if hidden.dim() == 0 or hidden.shape[-1] == 0:
         raise ValueError(f"{prefix}hidden must have shape [..., H] with H > 0, got {list(hidden.shape)}")
     _addressable(f"{prefix}hidden", hidden)

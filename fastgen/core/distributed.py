@@ -52,7 +52,12 @@ def _whole(t: Tensor) -> Tensor:
 
     mesh = t.device_mesh  # type: ignore[attr-defined]
     full = t.full_tensor(grad_placements=[Partial()] * mesh.ndim)  # type: ignore[attr-defined]
-    return _MeanGradient.apply(full, mesh.size())  # a sum, then divided: gloo has no mean
+    return mean_gradient(full, mesh.size())  # a sum, then divided: gloo has no mean
+
+
+def mean_gradient(t: Tensor, ranks: int) -> Tensor:
+    """`t`, whose gradient is divided by a number of ranks."""
+    return _MeanGradient.apply(t, ranks)
 
 
 def group_counts(is_real: Tensor, group: Any = None) -> Tensor:

@@ -116,6 +116,10 @@ class Operator:
         results = (self.native if backend == "native" else self.triton)(*values)
         return results if self.outputs is None else self.outputs(*results)
 
+    def choose(self, backend: str, given: Mapping[str, Any], **changed: Any) -> Any:
+        """Its results on what of `given` it declares; what is `changed` goes before."""
+        return self.run(backend, {n: changed[n] if n in changed else given[n] for n in self.arguments})
+
     def bind(self, *values: Any, **named: Any) -> dict[str, Any]:
         """Names the arguments of a call of the schema, and turns integers back into the words that they stand for."""
         bound = dict(zip(self.arguments, values, strict=False)) | named

@@ -17,22 +17,16 @@ from torch import Tensor
 
 from ..core import checks
 from ..core.autograd import Forward, FusedLoss, Gradients, apply
+from ..core.distributed import is_dtensor
 from ..core.operator import Operator
-from . import operators
+from . import operators, parallel
+from .layout import Head, Layout, Slices, ready, summed_later
 from .reference import autocast_head
 
 # On an H200 chunks of 96 MiB took five times as long as what other libraries do in larger ones: a thousand rows of a
 # large vocabulary, and large parts of a gradient, keep a GPU's matrix units busy.
 CHUNK_BYTES = {"cpu": 96 << 20}
 CHUNK_BYTES_ELSEWHERE = 1 << 30
-
-
-class Head(NamedTuple):
-    """A linear layer and its input."""
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
 
 
 class LogitTransform(NamedTuple):
@@ -165,9 +159,11 @@ class HeadGradients:
     """Gradients of ``logits = hidden weightᵀ + bias``, accumulated chunk by chunk in float32 (float64 for float64), for
     whose range and precision no scale is wrong; None for what needs none."""
 
-    def __init__(self, head: Head, needed: tuple[bool, ...], max_bytes: int) -> None:
+    def __init__(self, head: Head, needed: tuple[bool, ...], max_bytes: int, slices: Slices | None) -> None:
         hidden, weight, bias = head
         self.inputs, self.dtype, self.max_bytes = (hidden, weight), wide(weight), max_bytes
+        self.slices = slices
+        self.sums: list[tuple[slice, Tensor]] = []  # on their way: other ranks' columns make gradients of hidden too
         self.hidden = hidden.new_zeros(hidden.shape, dtype=self.dtype) if needed[0] else None
         self.weight = weight.new_zeros(weight.shape, dtype=self.dtype) if needed[1] else None
         self.bias = bias.new_zeros(bias.shape, dtype=self.dtype) if needed[2] and bias is not None else None
@@ -186,11 +182,16 @@ class HeadGradients:
         if self.hidden is not None:
             for block in blocks(weight, count, self.dtype, self.max_bytes, whole=no_copy):
                 add_product(self.hidden[rows], grad[:, block], weight[block], factor)
+            if self.slices is not None:
+                self.sums.append((rows, summed_later(self.hidden[rows], self.slices)))
         if self.weight is not None:  # a mixed product cannot add to what is there: it makes a part of the gradient
             for block in blocks(weight, count, self.dtype, self.max_bytes, whole=one_dtype):
                 add_product(self.weight[block], grad[:, block].t(), hidden[rows], factor)
 
     def all(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        for rows, total in self.sums:
+            assert self.hidden is not None
+            self.hidden[rows] = ready(total)
         return self.hidden, self.weight, self.bias
 
 
@@ -214,19 +215,22 @@ class LinearLoss:
         self.weighs = "weight" in per_row and "weight" not in declared
         heads = [f"{prefix}{name}" for prefix in logits.values() for name in Head._fields]
         self.tensors = (*heads, *per_row, "scale", "stats")
-        self.options = (*self.settings, "reduction", "transform", "round_logits", "max_chunk_bytes")
+        self.options = (*self.settings, "reduction", "transform", "round_logits", "max_chunk_bytes", "slices")
 
     def forward(self, backend: str, keep: bool, needed: tuple[bool, ...], arguments: dict[str, Any]) -> Forward:
         summed, weight = arguments["reduction"] == "sum", arguments["weight"] if self.weighs else None
         gradients = self.gradients(needed, arguments) if summed and any(needed) else None
         found: list[tuple[Tensor, ...]] = []
         for rows, given in self.chunks(arguments, gradients is not None):
-            at_once = gradients is not None and weight is None
+            # Columns of several ranks have a gradient when all have told each other their sums.
+            at_once = gradients is not None and weight is None and arguments["slices"] is None
             entropy = (self.entropy(backend, given),) if arguments.get("entropy") else ()
             results = self.of_logits(backend, given, at_once)
             grad_logits = getattr(results, self.loss.buffer) if at_once and self.loss.buffer else None
-            if gradients is not None and weight is not None:
-                grad_logits = self.gradient(backend, given, weight[rows].to(results.stats.dtype), results.stats)
+            if gradients is not None and not at_once:
+                stats = results.stats
+                of_rows = stats.new_ones(stats.shape[1]) if weight is None else weight[rows].to(stats.dtype)
+                grad_logits = self.gradient(backend, given, of_rows, stats)
             if grad_logits is not None:
                 grad_logits = self.of_head(grad_logits, given, arguments)
             found.append((results.stats, *self.loss.returned(results), *entropy))
@@ -261,14 +265,18 @@ class LinearLoss:
 
     def gradients(self, needed: tuple[bool, ...], arguments: Mapping[str, Any]) -> HeadGradients:
         prefix = next(iter(self.logits.values()))
-        return HeadGradients(self.head(arguments, prefix), needed, arguments["max_chunk_bytes"] // 4)
+        return HeadGradients(
+            self.head(arguments, prefix), needed, arguments["max_chunk_bytes"] // 4, arguments["slices"]
+        )
 
     def chunks(self, arguments: Mapping[str, Any], with_grad: bool) -> Iterator[tuple[slice, dict[str, Any]]]:
         """Chunks of rows, and what the operator takes of each: who has it clears it when it is done with the logits."""
         heads = {name: self.head(arguments, prefix) for name, prefix in self.logits.items()}
         dtypes = {name: logits_dtype(head, arguments) for name, head in heads.items()}
-        first, max_bytes = next(iter(heads)), arguments["max_chunk_bytes"]
-        row_bytes = {name: head.weight.shape[0] * dtypes[name].itemsize for name, head in heads.items()}
+        first, max_bytes, slices = next(iter(heads)), arguments["max_chunk_bytes"], arguments["slices"]
+        # Ranks take the same chunks: they meet at each.
+        columns = {n: head.weight.shape[0] if slices is None else slices.most for n, head in heads.items()}
+        row_bytes = {name: columns[name] * dtypes[name].itemsize for name in heads}
         total = sum(row_bytes.values()) + (row_bytes[first] if with_grad else 0)
         for rows in chunks_of(heads[first], total, max_bytes):
             with no_autocast(heads[first].weight):
@@ -280,11 +288,16 @@ class LinearLoss:
                 }
                 for name in self.per_row:
                     given[name] = None if arguments[name] is None else arguments[name][rows]
-                given.update({name: arguments[name] for name in self.settings})
+                given.update({name: arguments[name] for name in (*self.settings, "slices")})
                 yield rows, given
 
     def of_logits(self, backend: str, given: Mapping[str, Any], with_grad: bool) -> Any:
-        operator, how = self.loss.operator, {"scale": None, "reduction": "none", "with_grad": with_grad}
+        if given["slices"] is not None:
+            return parallel.SLICED[self.loss.name].found(backend, given["slices"], given)
+        operator, how = (
+            self.loss.operator,
+            {"normals": None, "scale": None, "reduction": "none", "with_grad": with_grad},
+        )
         return operator.run(backend, {name: how[name] if name in how else given[name] for name in operator.arguments})
 
     def of_head(self, grad_logits: Tensor, given: Mapping[str, Any], arguments: Mapping[str, Any]) -> Tensor:
@@ -295,13 +308,16 @@ class LinearLoss:
 
     def entropy(self, backend: str, given: Mapping[str, Any]) -> Tensor:
         logits, labels = given[next(iter(self.logits))], given["tokens" if "tokens" in given else "labels"]
-        return operators.entropy(backend, logits, labels, given["temperature"], given["ignore_index"])
+        return parallel.entropy(backend, given["slices"], logits, labels, given["temperature"], given["ignore_index"])
 
     def gradient(self, backend: str, given: Mapping[str, Any], grad: Tensor, stats: Tensor) -> Tensor:
-        operator, of_rows = self.loss.gradient, {"grad": grad, "stats": stats}
+        operator, of_rows = self.loss.gradient, {"grad": grad, "stats": stats, **self.loss.constants}
         assert isinstance(operator, Operator)
-        names = operator.arguments
-        return operator.run(backend, {name: of_rows[name] if name in of_rows else given[name] for name in names})
+        if given["slices"] is not None:
+            return parallel.SLICED[self.loss.name].of_slice(backend, given["slices"], {**given, **of_rows})
+        found = operator.choose(backend, given, **of_rows)
+        assert isinstance(found, Tensor)
+        return found
 
 
 def logits_dtype(head: Head, options: Mapping[str, Any]) -> torch.dtype:
@@ -373,3 +389,48 @@ def run_counted(
     if options["reduction"] == "none":
         value = value.new_zeros(rows).index_copy(0, index, value)
     return value, *(t.new_zeros(*t.shape[:-1], rows).index_copy(-1, index, t) for t in others)
+
+
+def run_divided(
+    loss: LinearLoss,
+    backend: str,
+    layout: Layout | None,
+    parts: list[Head],
+    per_row: dict[str, Tensor | None],
+    labels: Tensor | None,
+    num_valid: int | None,
+    shape: torch.Size,
+    *,
+    scale: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    **options: Any,
+) -> list[Tensor]:
+    """``run_counted`` of a rank's parts, and its results as the rows of `shape` and their sum lie."""
+    if layout is not None:
+        per_row = {name: layout.local(name, t) for name, t in per_row.items()}
+        labels = layout.local("labels", labels)
+        scale = scale.full_tensor() if is_dtensor(scale) else scale  # type: ignore[union-attr]
+    found, *others = run_counted(
+        loss,
+        backend,
+        [flat_head(*part) for part in parts],
+        per_row,
+        None if labels is None else labels != ignore_index,
+        num_valid,
+        len(shape),
+        scale=scale,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        slices=None if layout is None else layout.slices,
+        **options,
+    )
+    rows = parts[0].hidden.shape[:-1]
+    results = [found.view(rows) if reduction == "none" else found, *(t.view(*t.shape[:-1], *rows) for t in others)]
+    if layout is None:
+        return results
+    sums = reduction == "sum"
+    return [
+        layout.total(t) if sums and i == 0 else layout.rows(t, shape, stacked=t.dim() > len(shape))
+        for i, t in enumerate(results)
+    ]

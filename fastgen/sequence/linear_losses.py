@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 from torch import Tensor
 
-from ..core import checks, dispatch, distributed
+from ..core import checks, dispatch
 from ..triton_kernels.layout import arithmetic_dtype
 from . import linear, reference
-from .operators import IGNORE_INDEX, Tail
-from .options import Reduction, check_divergence, check_rounding, check_rows, check_transform, labels_of, scale_of
-from .sparse import Kind, beta_of, check_kind, check_teacher
+from .layout import Head, layout_of_heads, whole_call
+from .operators import IGNORE_INDEX
+from .options import (
+    Reduction,
+    check_divergence,
+    check_plain,
+    check_rounding,
+    check_rows,
+    check_transform,
+    expanded,
+    labels_of,
+    scale_of,
+    spread_rows,
+)
 
-__all__ = ["linear_generalized_jsd_loss", "linear_sparse_divergence_loss", "linear_token_logprob"]
+__all__ = ["linear_generalized_jsd_loss", "linear_token_logprob"]
 
 
 @overload
@@ -32,6 +43,7 @@ def linear_token_logprob(
     return_entropy: Literal[False] = ...,
     round_logits: bool = ...,
     max_chunk_bytes: int | None = ...,
+    vocab_group: Any = ...,
 ) -> Tensor: ...
 @overload
 def linear_token_logprob(
@@ -49,6 +61,7 @@ def linear_token_logprob(
     return_entropy: Literal[True],
     round_logits: bool = ...,
     max_chunk_bytes: int | None = ...,
+    vocab_group: Any = ...,
 ) -> tuple[Tensor, Tensor]: ...
 def linear_token_logprob(
     hidden: Tensor,
@@ -65,6 +78,7 @@ def linear_token_logprob(
     return_entropy: bool = False,
     round_logits: bool = False,
     max_chunk_bytes: int | None = None,
+    vocab_group: Any = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`token_logprob` of ``logits = f(hidden weightᵀ + bias)``, without ever holding the logits.
 
@@ -96,6 +110,12 @@ def linear_token_logprob(
             of its logits would underflow.
         max_chunk_bytes: memory for the logits of a chunk and, in the backward pass, their gradient; and a quarter more
             for parts of the weight, or of its gradient, in float32. None: 96 MiB on a CPU, 1 GiB on a GPU.
+        vocab_group: a ``torch.distributed`` process group whose ranks have equal slices of the layer's rows, in their
+            order, as a column-parallel layer has them: `weight` and `bias` are a rank's slice, or are DTensors that are
+            sharded so over that dimension of their mesh; all else is the same on all ranks. The gradient of `hidden` is
+            complete on every rank: summed here, once a chunk, while the next chunk is computed. Or pass DTensors for
+            all: `hidden` whole, or sharded along rows, and `weight` and `bias` ``Shard(0)`` over a dimension of the
+            mesh along which `hidden` is whole.
 
     Returns:
         [...], float32 (float64 for float64), or ``(logprob, entropy)``. Gradients flow to `hidden`, `weight` and
@@ -124,14 +144,18 @@ def linear_token_logprob(
     ignore_index = checks.integer("ignore_index", ignore_index)
     check_rounding(round_logits, "hidden", hidden)
     max_chunk_bytes = linear.chunk_bytes(max_chunk_bytes, hidden)
-    weight, bias = distributed.whole_parameters(weight, bias)
+    check_plain(hidden, tokens=tokens, mask=mask)
+    layout, (parts,) = layout_of_heads(vocab_group, **{"": Head(hidden, weight, bias)})
     backend = dispatch.backend_for("token_logprob", hidden.device.type)
     if backend == "reference":
-        return reference.linear_token_logprob(
-            hidden,
-            weight,
-            tokens,
-            bias=bias,
+        whole = parts if layout is None or layout.mesh is None else Head(hidden, weight, bias)
+        return whole_call(
+            layout,
+            reference.linear_token_logprob,
+            {"weight": whole.weight, "bias": whole.bias},
+            0,
+            hidden=whole.hidden,
+            tokens=tokens,
             logit_scale=logit_scale,
             softcap=softcap,
             mask=mask,
@@ -140,11 +164,14 @@ def linear_token_logprob(
             return_entropy=return_entropy,
             round_logits=round_logits,
         )
+    shape = tokens.shape
+    if layout is not None:
+        mask, tokens = layout.local("mask", expanded(mask, shape)), layout.own("tokens", tokens)
     tokens = reference.masked(tokens, mask, ignore_index)
     logprob, *entropy = linear.run_counted(
         linear.token_logprob,
         backend,
-        [linear.flat_head(hidden, weight, bias)],
+        [linear.flat_head(*parts)],
         {"tokens": tokens},
         tokens != ignore_index,
         num_valid,
@@ -157,9 +184,12 @@ def linear_token_logprob(
         transform={"student_": transform},
         round_logits=round_logits,
         max_chunk_bytes=max_chunk_bytes,
+        slices=None if layout is None else layout.slices,
     )
-    logprob = logprob.view(tokens.shape)
-    return (logprob, entropy[0].view(tokens.shape)) if return_entropy else logprob
+    found = [t.view(tokens.shape) for t in (logprob, *entropy)]
+    if layout is not None:
+        found = [layout.rows(t, shape) for t in found]
+    return (found[0], found[1]) if return_entropy else found[0]
 
 
 @overload
@@ -184,6 +214,7 @@ def linear_generalized_jsd_loss(
     return_entropy: Literal[False] = ...,
     round_logits: bool = ...,
     max_chunk_bytes: int | None = ...,
+    vocab_group: Any = ...,
 ) -> Tensor: ...
 @overload
 def linear_generalized_jsd_loss(
@@ -207,6 +238,7 @@ def linear_generalized_jsd_loss(
     return_entropy: Literal[True],
     round_logits: bool = ...,
     max_chunk_bytes: int | None = ...,
+    vocab_group: Any = ...,
 ) -> tuple[Tensor, Tensor]: ...
 def linear_generalized_jsd_loss(
     student_hidden: Tensor,
@@ -233,6 +265,7 @@ def linear_generalized_jsd_loss(
     return_entropy: bool = False,
     round_logits: bool = False,
     max_chunk_bytes: int | None = None,
+    vocab_group: Any = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`generalized_jsd_loss` of ``logits = f(hidden weightᵀ + bias)``, without ever holding the logits.
 
@@ -272,6 +305,12 @@ def linear_generalized_jsd_loss(
         max_chunk_bytes: memory for a chunk's logits, the teacher's, and the gradient of the student's; and a quarter
             more for parts of a weight, or of its gradient, in float32. None: 96 MiB on a CPU, 1 GiB on a GPU, whose
             matrix products want to be large.
+        vocab_group: a ``torch.distributed`` process group whose ranks have equal slices of the layer's rows, in their
+            order, as a column-parallel layer has them: weights and biases are a rank's slice, or are DTensors that are
+            sharded so over that dimension of their mesh; all else is the same on all ranks. The gradient of hidden
+            states is complete on every rank: summed here, once a chunk, while the next chunk is computed. Or pass
+            DTensors for all: hidden states whole, or sharded along rows, and weights and biases ``Shard(0)`` over a
+            dimension of the mesh along which they are whole.
 
     Returns:
         The loss, float32 (float64 if an input is), or ``(loss, entropy)``. Gradients flow to the student's hidden
@@ -308,18 +347,27 @@ def linear_generalized_jsd_loss(
     check_rounding(round_logits, "student_hidden", student_hidden)
     max_chunk_bytes = linear.chunk_bytes(max_chunk_bytes, student_hidden)
     beta, temperature = float(beta), float(temperature)
-    student_weight, student_bias = distributed.whole_parameters(student_weight, student_bias)
-    teacher_weight, teacher_bias = distributed.whole_parameters(teacher_weight, teacher_bias)
+    heads = {
+        "student_": Head(student_hidden, student_weight, student_bias),
+        "teacher_": Head(teacher_hidden, teacher_weight, teacher_bias),
+    }
+    layout, parts = layout_of_heads(vocab_group, **heads)
     backend = dispatch.backend_for("generalized_jsd", student_hidden.device.type)
     if backend == "reference":
-        return reference.linear_generalized_jsd_loss(
-            student_hidden,
-            student_weight,
-            teacher_hidden,
-            teacher_weight,
-            labels,
-            student_bias=student_bias,
-            teacher_bias=teacher_bias,
+        student, teacher = parts if layout is None or layout.mesh is None else heads.values()
+        return whole_call(
+            layout,
+            reference.linear_generalized_jsd_loss,
+            {
+                "student_weight": student.weight,
+                "teacher_weight": teacher.weight,
+                "student_bias": student.bias,
+                "teacher_bias": teacher.bias,
+            },
+            0,
+            student_hidden=student.hidden,
+            teacher_hidden=teacher.hidden,
+            labels=labels,
             logit_scale=logit_scale,
             softcap=softcap,
             teacher_logit_scale=teacher_logit_scale,
@@ -335,21 +383,23 @@ def linear_generalized_jsd_loss(
             return_entropy=return_entropy,
             round_logits=round_logits,
         )
+    vocabulary = min(part.weight.shape[0] for part in parts)
+    if layout is not None:
+        labels, mask, token_weight = spread_rows(layout, student_hidden, labels, mask, token_weight)
+        vocabulary = vocabulary if layout.slices is None else layout.slices.total
     labels = labels_of(student_hidden, labels, mask, ignore_index)
-    vocabulary = min(student_weight.shape[0], teacher_weight.shape[0])
     dtype = arithmetic_dtype(student_hidden, teacher_hidden)
-    loss, *entropy = linear.run_counted(
+    scale = scale_of(student_hidden, dtype, labels, reduction, num_items, ignore_index, vocabulary, beta, scaled)
+    loss, *entropy = linear.run_divided(
         linear.generalized_jsd,
         backend,
-        [
-            linear.flat_head(student_hidden, student_weight, student_bias),
-            linear.flat_head(teacher_hidden, teacher_weight, teacher_bias),
-        ],
+        layout,
+        parts,
         {"labels": labels, "weight": linear.row_weights(token_weight, labels, ignore_index)},
-        None if labels is None else labels != ignore_index,
+        labels,
         num_valid,
-        student_hidden.dim() - 1,
-        scale=scale_of(student_hidden, dtype, labels, reduction, num_items, ignore_index, vocabulary, beta, scaled),
+        student_hidden.shape[:-1],
+        scale=scale,
         beta=beta,
         temperature=temperature,
         ignore_index=ignore_index,
@@ -359,136 +409,4 @@ def linear_generalized_jsd_loss(
         round_logits=round_logits,
         max_chunk_bytes=max_chunk_bytes,
     )
-    shape = student_hidden.shape[:-1]
-    loss = loss.view(shape) if reduction == "none" else loss
-    return (loss, entropy[0].view(shape)) if return_entropy else loss
-
-
-def linear_sparse_divergence_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    teacher_logprobs: Tensor,
-    teacher_ids: Tensor,
-    *,
-    bias: Tensor | None = None,
-    kind: Kind = "forward",
-    beta: float = 0.5,
-    scaled: bool = False,
-    tail: Tail = "bucket",
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    temperature: float = 1.0,
-    labels: Tensor | None = None,
-    mask: Tensor | None = None,
-    num_valid: int | None = None,
-    token_weight: Tensor | None = None,
-    num_items: float | Tensor | None = None,
-    reduction: Reduction = "batchmean",
-    ignore_index: int = IGNORE_INDEX,
-    round_logits: bool = False,
-    max_chunk_bytes: int | None = None,
-) -> Tensor:
-    """:func:`sparse_divergence_loss` of ``logits = f(hidden weightᵀ + bias)``, without ever holding the logits.
-
-    f is what the model does with its head's output: nothing, or a scale, or a soft cap.
-
-    Tokens are taken in chunks. Where a gradient is needed the forward pass computes it, while a chunk's logits are
-    there: the backward pass only scales (but for ``reduction="none"``, with which it computes the logits once more).
-    Logits of bfloat16 and float16 operands are computed and kept in float32, and so are the sums of all gradients.
-
-    Args:
-        hidden: [..., H], the output layer's input, in float32, bfloat16, float16 or float64.
-        weight: [V, H], the output layer's weight, of the same dtype. It may be a DTensor, such as a parameter under
-            FSDP2, beside plain hidden states of each rank: it is gathered here, and its gradient is the mean over the
-            ranks, as that of FSDP2's other parameters is.
-        teacher_logprobs: [..., K], the teacher's log-probabilities of the K ids, as in :func:`sparse_divergence_loss`.
-        teacher_ids: int64 [..., K]; a negative id is padding.
-        bias: [V], of the same dtype, or None; a DTensor as `weight` may be.
-        logit_scale, softcap: logits are ``c tanh(s z / c)`` of the head's output z, or s z where c is None, as in
-            :func:`linear_token_logprob`.
-        kind, beta, scaled, tail, temperature, labels, mask, num_items, reduction, ignore_index: as in
-            :func:`sparse_divergence_loss`.
-        num_valid: how many tokens count, for the others not even to be projected: as in :func:`linear_token_logprob`.
-        token_weight: [...], a factor of each token's loss, without gradient.
-        round_logits: keep the logits in the dtype of `hidden`, as a layer returns them, instead of float32. In bfloat16
-            that halves their memory and costs accuracy. float16 is refused: the gradient of its logits would underflow.
-        max_chunk_bytes: memory for the logits of a chunk and their gradient; and a quarter more for parts of the
-            weight, or of its gradient, in float32. None: 96 MiB on a CPU, 1 GiB on a GPU.
-
-    Returns:
-        The loss, float32 (float64 if an input is). Gradients flow to `hidden`, `weight` and `bias`, once
-        differentiable. Under autocast the three are cast to its dtype; the logits are float32 there too.
-
-    Raises:
-        TypeError, ValueError: naming the argument that does not fit.
-        RuntimeError: on a CPU, for an id ≥ V. On a GPU it makes its token NaN.
-
-    Example::
-
-        >>> import torch, fastgen
-        >>> head, hidden = torch.nn.Linear(16, 1000), torch.randn(2, 5, 16)
-        >>> logprobs, ids = torch.randn(2, 5, 1000).log_softmax(-1).topk(8)
-        >>> loss = fastgen.linear_sparse_divergence_loss(hidden, head.weight, logprobs, ids, bias=head.bias)
-        >>> loss.backward()
-        >>> torch.allclose(loss, fastgen.sparse_divergence_loss(head(hidden), logprobs, ids))
-        True
-    """
-    checks.head("", hidden, weight, bias)
-    transform = check_transform("", logit_scale, softcap)
-    check_teacher(hidden, teacher_logprobs, teacher_ids, weight.shape[0])
-    mask, num_valid = linear.valid_rows(hidden, mask, num_valid)
-    check_rows(hidden, labels, mask, token_weight, reduction, num_items, ignore_index, "token_weight")
-    check_kind(kind, beta, scaled, tail, temperature)
-    check_rounding(round_logits, "hidden", hidden)
-    max_chunk_bytes = linear.chunk_bytes(max_chunk_bytes, hidden)
-    beta, temperature = float(beta), float(temperature)
-    weight, bias = distributed.whole_parameters(weight, bias)
-    backend = dispatch.backend_for("sparse_divergence", hidden.device.type)
-    if backend == "reference":
-        return reference.linear_sparse_divergence_loss(
-            hidden,
-            weight,
-            teacher_logprobs,
-            teacher_ids,
-            bias=bias,
-            logit_scale=logit_scale,
-            softcap=softcap,
-            kind=kind,
-            beta=beta,
-            scaled=scaled,
-            tail=tail,
-            temperature=temperature,
-            labels=labels,
-            mask=mask,
-            token_weight=token_weight,
-            num_items=num_items,
-            reduction=reduction,
-            ignore_index=ignore_index,
-            round_logits=round_logits,
-        )
-    beta, labels = beta_of(kind, beta), labels_of(hidden, labels, mask, ignore_index)
-    dtype = arithmetic_dtype(hidden, teacher_logprobs)
-    loss, *_ = linear.run_counted(
-        linear.sparse_divergence,
-        backend,
-        [linear.flat_head(hidden, weight, bias)],
-        {
-            "teacher_logprobs": teacher_logprobs.detach(),
-            "teacher_ids": teacher_ids,
-            "labels": labels,
-            "weight": linear.row_weights(token_weight, labels, ignore_index),
-        },
-        None if labels is None else labels != ignore_index,
-        num_valid,
-        hidden.dim() - 1,
-        scale=scale_of(hidden, dtype, labels, reduction, num_items, ignore_index, weight.shape[0], beta, scaled),
-        beta=beta,
-        tail=tail,
-        temperature=temperature,
-        ignore_index=ignore_index,
-        reduction="none" if reduction == "none" else "sum",
-        transform={"student_": transform},
-        round_logits=round_logits,
-        max_chunk_bytes=max_chunk_bytes,
-    )
-    return loss.view(hidden.shape[:-1]) if reduction == "none" else loss
+    return (loss, entropy[0]) if return_entropy else loss

@@ -25,6 +25,8 @@ TokenStats = Annotated[Tensor, Role.STACKED, 2]
 DivergenceStats = Annotated[Tensor, Role.STACKED, 5]
 SparseStats = Annotated[Tensor, Role.STACKED, 6]
 Masses = Annotated[Tensor, Role.STACKED, 2]
+Normals = Annotated[Tensor, Role.STACKED, 2]  # m and sum of rows of which the logits at hand are a slice
+BothNormals = Annotated[Tensor, Role.STACKED, 4]  # the student's, the teacher's
 
 # The order is the kernels': csrc/sparse_divergence.h.
 Tail = Literal["bucket", "renormalize", "none"]
@@ -64,12 +66,21 @@ class SparseOutputs(NamedTuple):
 
 @operator
 def token_logprob_backward(
-    grad: PerRow, logits: Logits, tokens: PerRow, stats: TokenStats, temperature: float, ignore_index: int
+    grad: PerRow,
+    logits: Logits,
+    tokens: PerRow,
+    stats: TokenStats,
+    temperature: float,
+    ignore_index: int,
+    elsewhere: bool,
 ) -> Gradient:
-    """``grad (onehot - softmax) / temperature`` per row; 0 for a token outside the vocabulary."""
+    """``grad (onehot - softmax) / temperature`` per row.
+
+    A token outside the vocabulary makes it 0, or if `elsewhere` its onehot: it is in another slice of the vocabulary.
+    """
 
 
-@differentiable(token_logprob_backward, "logits", returns=("logprob",))
+@differentiable(token_logprob_backward, "logits", returns=("logprob",), elsewhere=False)
 @operator
 def token_logprob(logits: Logits, tokens: PerRow, temperature: float, ignore_index: int) -> TokenOutputs:
     """``logprob = (logit_token - m) / temperature - log sum``; NaN outside the vocabulary."""
@@ -115,6 +126,7 @@ def generalized_jsd(
     student: Logits,
     teacher: Logits,
     labels: PerRow | None,
+    normals: BothNormals | None,
     scale: Whole | None,
     beta: float,
     temperature: float,
@@ -123,6 +135,9 @@ def generalized_jsd(
     with_grad: bool,
 ) -> DivergenceOutputs:
     """The divergence of each row, or their sum, and the gradients, all times the 0-dimensional `scale`.
+
+    Where `normals` are given the logits are a slice of the vocabulary, and loss and center those sums over it of which
+    those of all slices are the sums; there is no gradient without them.
 
     The vocabularies may differ: columns that one of the two lacks are left out, and have gradient 0. stats [5, ...]:
     the student's m and sum, the teacher's, and the row's center: 0, KL(Q‖P) or KL(Q‖M) for
@@ -155,6 +170,7 @@ def sparse_divergence(
     teacher_ids: Logits,
     labels: PerRow | None,
     weight: PerRow | None,
+    normals: Normals | None,
     scale: Whole | None,
     beta: float,
     tail: Tail,
@@ -165,7 +181,8 @@ def sparse_divergence(
 ) -> SparseOutputs:
     """The divergence of each row from a teacher [..., K], or their sum, times `weight` and the 0-dimensional `scale`.
 
-    A teacher's entry of a negative id is none. masses [2, ...]: Q and P of the entries. stats [6, ...]: the student's m
+    A teacher's entry of a negative id is none. Where `normals` are given the student's columns are some of its
+    vocabulary, and the ids are of those. masses [2, ...]: Q and P of the entries. stats [6, ...]: the student's m
     and sum; what renormalising takes from log Q and log P; and of the gradient the center and what is times Q outside
     the entries.
     """
@@ -180,6 +197,7 @@ def entropy(backend: str, logits: Tensor, labels: Tensor | None, temperature: fl
         student=logits,
         teacher=uniform,
         labels=labels,
+        normals=None,
         scale=None,
         beta=1.0,
         temperature=temperature,

@@ -7,8 +7,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..core import checks
+from ..core import checks, distributed
 from . import reference
+from .layout import Layout
 from .linear import LogitTransform
 
 TOKEN_REDUCTIONS = ("batchmean", "sum", "mean", "none")
@@ -27,15 +28,15 @@ def check_rows(
     name: str = "weight",
 ) -> None:
     """Which rows of `rows` [..., N] count, how much, and what their sum is divided by."""
+    check_plain(rows, labels=labels, mask=mask, **{name: weight})
     if labels is not None:
         checks.row_indices("labels", labels, rows)
     if mask is not None:
         if labels is not None:
             raise ValueError("mask and labels both say which tokens count: pass one of them")
-        checks.mask("mask", mask, rows[..., 0])
+        checks.mask("mask", mask, rows, rows.shape[:-1])
     if weight is not None:
         checks.floating(name, weight)
-        checks.local(name, weight)
         if weight.shape != rows.shape[:-1]:
             raise ValueError(f"{name} must have shape {list(rows.shape[:-1])}, got {list(weight.shape)}")
         if weight.device != rows.device:
@@ -48,6 +49,13 @@ def check_rows(
             raise ValueError(f"num_items must be a number or a 0-dimensional tensor, got shape {list(num_items.shape)}")
     elif num_items is not None:
         checks.number("num_items", num_items, low=0, open_low=True)
+
+
+def check_plain(rows: Tensor, **others: Tensor | None) -> None:
+    """Beside plain rows there is no DTensor; beside a DTensor a layout says what fits."""
+    for name, t in others.items():
+        if t is not None and not distributed.is_dtensor(rows):
+            checks.local(name, t)
 
 
 def check_divergence(beta: float, scaled: bool, temperature: float) -> None:
@@ -71,6 +79,18 @@ def check_rounding(round_logits: bool, name: str, hidden: Tensor) -> None:
         raise TypeError(f"round_logits must be a bool, got {type(round_logits).__name__}")
     if round_logits and reference.autocast_dtype(hidden) == torch.float16:
         raise ValueError(f"round_logits must be False where {name} is float16: the gradient of its logits underflows")
+
+
+def spread_rows(
+    layout: Layout, rows: Tensor, labels: Tensor | None, mask: Tensor | None, weight: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """What there is one of per row, as the divided rows [..., N] are."""
+    given = {"labels": labels, "mask": expanded(mask, rows.shape[:-1]), "weight": weight}
+    return tuple(layout.spread(name, t) for name, t in given.items())
+
+
+def expanded(mask: Tensor | None, shape: torch.Size) -> Tensor | None:
+    return None if mask is None else mask.expand(shape)
 
 
 def labels_of(rows: Tensor, labels: Tensor | None, mask: Tensor | None, ignore_index: int) -> Tensor | None:
@@ -98,14 +118,23 @@ def scale_of(
     if num_items is None and reduction in ("sum", "none"):
         return None if factor == 1 else rows.new_full((), factor, dtype=dtype)
     counted = None if labels is None else labels != ignore_index
-    items = reference.item_count(rows[..., 0], counted, num_items)
+    items = reference.item_count(rows.shape[:-1].numel(), counted, num_items)
     if isinstance(items, Tensor):
         return factor / items.to(device=rows.device, dtype=dtype)
     return rows.new_full((), factor / items, dtype=dtype)
 
 
-def weighted(rows: Tensor, labels: Tensor | None, weight: Tensor, reduction: str, ignore_index: int) -> Tensor:
-    """The losses of rows, or their sum, times weights, of which those of ignored rows may be anything."""
-    weight = weight.detach() if labels is None else torch.where(labels != ignore_index, weight.detach(), 0)
-    rows = rows * weight.to(rows.dtype)
-    return rows if reduction == "none" else rows.sum()
+def reduced(
+    rows: Tensor,
+    labels: Tensor | None,
+    weight: Tensor | None,
+    scale: Tensor | None,
+    reduction: str,
+    ignore_index: int,
+) -> Tensor:
+    """The losses of rows, or their sum, times weights, of which those of ignored rows may be anything, and a scale."""
+    if weight is not None:
+        weight = weight.detach() if labels is None else torch.where(labels != ignore_index, weight.detach(), 0)
+        rows = rows * weight.to(rows.dtype)
+    loss = rows if reduction == "none" else rows.sum()
+    return loss if scale is None else loss * scale

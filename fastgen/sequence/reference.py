@@ -138,7 +138,7 @@ def _reduced(
         rows = torch.where(counted, rows, 0.0)
     loss = rows if reduction == "none" else rows.sum()
     if num_items is not None or reduction in ("batchmean", "mean"):
-        loss = loss / item_count(rows, counted, num_items)
+        loss = loss / item_count(rows.numel(), counted, num_items)
     return loss / vocabulary if reduction == "mean" else loss
 
 
@@ -308,10 +308,10 @@ def kl_divergence(log_a: Tensor, log_b: Tensor) -> Tensor:
     return (a * torch.where(a > 0, log_a - log_b, 0.0)).sum(-1)
 
 
-def item_count(rows: Tensor, counted: Tensor | None, num_items: float | Tensor | None) -> float | Tensor:
-    """`num_items`, or how many rows count; 1 instead of 0, where there is nothing to divide."""
+def item_count(rows: int, counted: Tensor | None, num_items: float | Tensor | None) -> float | Tensor:
+    """`num_items`, or how many of `rows` count; 1 instead of 0, where there is nothing to divide."""
     if isinstance(num_items, Tensor):
         return torch.where(num_items == 0, 1, num_items.detach())
     if num_items is not None:
         return num_items
-    return max(rows.numel(), 1) if counted is None else counted.sum().clamp(min=1)
+    return max(rows, 1) if counted is None else counted.sum().clamp(min=1)

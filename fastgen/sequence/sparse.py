@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from ..core import checks, dispatch
 from ..triton_kernels.layout import arithmetic_dtype
-from . import operators, reference
+from . import operators, parallel, reference
+from .layout import layout_of, whole_call
 from .operators import IGNORE_INDEX, Tail
-from .options import Reduction, check_divergence, check_rows, labels_of, scale_of
+from .options import (
+    Reduction,
+    check_divergence,
+    check_plain,
+    check_rows,
+    labels_of,
+    reduced,
+    scale_of,
+    spread_rows,
+)
 
 KINDS = ("forward", "reverse", "jsd")
 TAILS = ("bucket", "renormalize", "none")
@@ -37,6 +47,7 @@ def sparse_divergence_loss(
     reduction: Reduction = ...,
     ignore_index: int = ...,
     return_masses: Literal[False] = ...,
+    vocab_group: Any = ...,
 ) -> Tensor: ...
 @overload
 def sparse_divergence_loss(
@@ -56,6 +67,7 @@ def sparse_divergence_loss(
     reduction: Reduction = ...,
     ignore_index: int = ...,
     return_masses: Literal[True],
+    vocab_group: Any = ...,
 ) -> tuple[Tensor, Tensor]: ...
 def sparse_divergence_loss(
     student_logits: Tensor,
@@ -74,6 +86,7 @@ def sparse_divergence_loss(
     reduction: Reduction = "batchmean",
     ignore_index: int = IGNORE_INDEX,
     return_masses: bool = False,
+    vocab_group: Any = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The divergence of a student from a teacher of whom K log-probabilities a token are known.
 
@@ -91,6 +104,12 @@ def sparse_divergence_loss(
     puts more on the ids than the teacher, and its reverse KL falls by driving Q_S to 0.
 
     The student's row is read once for the loss and the gradient together; nothing else of its size exists.
+
+    The student's logits may be divided among ranks: DTensors whose rows and vocabulary are sharded as you like, evenly
+    or not (what ``parallelize_module`` leaves with ``output_layouts=Shard(-1)``), beside which all else are DTensors
+    that are sharded as the rows are, or plain tensors where these are whole; or plain slices of a `vocab_group`. Ranks
+    exchange a few numbers a row, never logits. Every rank has the whole loss, the same to the bit, and the gradient of
+    its slice: under a `vocab_group` do not multiply or divide by its size.
 
     Args:
         student_logits: [..., V] in float32, bfloat16, float16 or float64, before any softmax; the leading dimensions
@@ -115,6 +134,8 @@ def sparse_divergence_loss(
             ``"mean"``: ``"batchmean"`` divided by V; or ``"none"``: [...].
         ignore_index: see `labels`.
         return_masses: also return Q_S and P_S as one tensor [2, ...], without gradient.
+        vocab_group: a ``torch.distributed`` process group whose ranks have equal slices of the vocabulary, in their
+            order: `student_logits` is a rank's slice; ids are of the whole vocabulary, and the same on all ranks.
 
     Returns:
         The loss, float32 (float64 if an input is), or ``(loss, masses)``. Once differentiable. Rows without any entry
@@ -122,7 +143,8 @@ def sparse_divergence_loss(
 
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
-        RuntimeError: on a CPU, for an id ≥ V. On a GPU, where nobody looks, it makes its row NaN.
+        RuntimeError: on a CPU, for an id ≥ V. On a GPU, where nobody looks, and over a divided vocabulary it makes its
+            row NaN.
 
     Example::
 
@@ -135,16 +157,23 @@ def sparse_divergence_loss(
         True
     """
     checks.logits(student_logits=student_logits)
-    check_teacher(student_logits, teacher_logprobs, teacher_ids, student_logits.shape[-1])
+    layout = layout_of(vocab_group, student_logits=student_logits)
+    divided = None if layout is None else layout.slices
+    vocabulary = student_logits.shape[-1] if divided is None else divided.total
+    check_plain(student_logits, teacher_logprobs=teacher_logprobs, teacher_ids=teacher_ids)
+    check_teacher(student_logits, teacher_logprobs, teacher_ids, vocabulary)
     check_rows(student_logits, labels, mask, weight, reduction, num_items, ignore_index)
     check_kind(kind, beta, scaled, tail, temperature)
     beta, temperature = float(beta), float(temperature)
     backend = dispatch.backend_for("sparse_divergence", student_logits.device.type)
     if backend == "reference":
-        return reference.sparse_divergence_loss(
-            student_logits,
-            teacher_logprobs,
-            teacher_ids,
+        return whole_call(
+            layout,
+            reference.sparse_divergence_loss,
+            {"student_logits": student_logits},
+            -1,
+            teacher_logprobs=teacher_logprobs,
+            teacher_ids=teacher_ids,
             kind=kind,
             beta=beta,
             scaled=scaled,
@@ -159,29 +188,38 @@ def sparse_divergence_loss(
             return_masses=return_masses,
         )
     beta = beta_of(kind, beta)
+    if layout is not None:
+        labels, mask, weight = spread_rows(layout, student_logits, labels, mask, weight)
     labels = labels_of(student_logits, labels, mask, ignore_index)
-    dtype, vocabulary = arithmetic_dtype(student_logits, teacher_logprobs), student_logits.shape[-1]
-    loss, masses = operators.sparse_divergence(
-        backend,
-        student=student_logits,
-        teacher_logprobs=teacher_logprobs.detach(),
-        teacher_ids=teacher_ids,
-        labels=labels,
-        weight=None if weight is None else weight.detach(),
-        scale=scale_of(student_logits, dtype, labels, reduction, num_items, ignore_index, vocabulary, beta, scaled),
-        beta=beta,
-        tail=tail,
-        temperature=temperature,
-        ignore_index=ignore_index,
-        reduction="none" if reduction == "none" else "sum",
-    )
+    dtype = arithmetic_dtype(student_logits, teacher_logprobs)
+    scale = scale_of(student_logits, dtype, labels, reduction, num_items, ignore_index, vocabulary, beta, scaled)
+    rows: dict[str, Any] = {
+        "teacher_logprobs": teacher_logprobs.detach(),
+        "teacher_ids": teacher_ids,
+        "labels": labels,
+        "weight": None if weight is None else weight.detach(),
+    }
+    options: dict[str, Any] = {"beta": beta, "tail": tail, "temperature": temperature, "ignore_index": ignore_index}
+    if layout is None:
+        loss, masses = operators.sparse_divergence(
+            backend,
+            student=student_logits,
+            normals=None,
+            scale=scale,
+            reduction="none" if reduction == "none" else "sum",
+            **rows,
+            **options,
+        )
+    else:
+        student = {"student": student_logits}
+        loss, masses = parallel.of_rows(operators.sparse_divergence, backend, layout, student, rows, **options)
+        loss = reduced(loss, labels, None, scale, reduction, ignore_index)
     return (loss, masses) if return_masses else loss
 
 
 def check_teacher(rows: Tensor, logprobs: Tensor, ids: Tensor, vocabulary: int) -> None:
     """A teacher's entries, [..., K], for `rows` [..., N]."""
     checks.floating("teacher_logprobs", logprobs)
-    checks.local("teacher_logprobs", logprobs)
     checks.tensor("teacher_ids", ids)
     if ids.dtype != torch.int64:
         raise TypeError(f"teacher_ids must be int64, got {ids.dtype}")
