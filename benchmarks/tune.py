@@ -24,8 +24,7 @@ from torch import Tensor
 
 import fastgen
 from fastgen.core import dispatch
-
-from .harness import input_pool, measure
+from fastgen.core.timing import input_pool, measure
 
 Inputs = Sequence[Tensor]
 Found = dict[str, dict[str, float]]  # workload -> candidate -> microseconds

@@ -1,4 +1,4 @@
-"""``python -m fastgen info`` and ``python -m fastgen verify``."""
+"""``python -m fastgen info``, ``python -m fastgen verify`` and ``python -m fastgen bench``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from . import __version__
-from .core import dispatch, verify
+from .core import bench, dispatch, verify
 from .core.operator import PACKAGE, operators
 
 VARIABLES = ("FASTGEN_BACKEND", "FASTGEN_CPU_CAPABILITY", "FASTGEN_CPU_CACHE_MB", "TRITON_INTERPRET")
@@ -123,8 +123,15 @@ def main(argv: list[str] | None = None) -> int:
     default = "cuda" if torch.cuda.is_available() else "cpu"
     checking.add_argument("--device", default=default, help=f"a torch device (default here: {default})")
     checking.add_argument("--backend", choices=dispatch.BACKENDS[1:], help="only this one")
+    measuring = commands.add_parser("bench", help="what a few losses cost here, beside eager PyTorch and torch.compile")
+    measuring.add_argument("--device", default=default, type=bench.usable_device, help="a CPU or a CUDA device")
+    measuring.add_argument("--seconds", default=120.0, type=bench.seconds, help="for all of it (default: 120)")
+    measuring.add_argument("--no-compile", action="store_true", help="leave torch.compile out, which takes most of it")
+    measuring.add_argument("--json", action="store_true", help="for a program")
     arguments = parser.parse_args(argv)
-    return info(arguments.json) if arguments.command == "info" else verify.main(arguments)
+    if arguments.command == "info":
+        return info(arguments.json)
+    return verify.main(arguments) if arguments.command == "verify" else bench.main(arguments)
 
 
 if __name__ == "__main__":

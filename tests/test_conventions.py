@@ -1,4 +1,4 @@
-"""Distillation losses of other libraries, by their own formulas, as calls of fastgen: see docs/conventions.md."""
+"""Losses of other libraries, by their own formulas, as calls of fastgen: see docs/conventions.md."""
 
 import pytest
 import torch
@@ -165,3 +165,42 @@ def test_a_jsd_that_tends_to_the_kl_divergences(batch):
     torch.testing.assert_close(near, ends, rtol=5e-3, atol=0)
     half = fastgen.generalized_jsd_loss(student, teacher, labels, scaled=True)
     agree(half, 4 * fastgen.generalized_jsd_loss(student, teacher, labels), student)
+
+
+@pytest.fixture
+def images():
+    """Four tensors of two pairs, winners first: a model's predictions, a reference's, targets, a generator's images."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(4, 3, 5, 5, generator=generator).to(DEVICE) for _ in range(4)]
+
+
+@pytest.mark.parametrize("kind", ["sigmoid", "hinge", "ipo"])
+def test_diffusers_beta_dpo(images, kind):
+    """diffusers' script for Diffusion-DPO has no ½ beside its beta_dpo; the published code and ours have."""
+    pred, ref_pred, target, _ = images
+    pred.requires_grad_()
+    beta_dpo = 1.5
+    winner, loser = (F.mse_loss(pred, target, reduction="none") - (ref_pred - target) ** 2).mean((1, 2, 3)).chunk(2)
+    margin = loser - winner  # of how much better than its reference the model is
+    theirs = {
+        "sigmoid": -F.logsigmoid(beta_dpo * margin),
+        "hinge": F.relu(1 - beta_dpo * margin),
+        "ipo": (margin - 1 / (2 * beta_dpo)) ** 2,
+    }[kind].mean()
+    beta = 2 * beta_dpo if kind == "sigmoid" else beta_dpo
+    agree(fastgen.diffusion_dpo_loss(pred, ref_pred, target, beta=beta, kind=kind), theirs, pred)
+
+
+def test_fastvideos_normaliser_of_the_batch(images):
+    """FastVideo: the difference of x0-predictions over one mean for the batch; guided as in Self-Forcing."""
+    x, real, uncond, fake = images
+    x.requires_grad_()
+    guided = real + 3.5 * (real - uncond)
+    normalizer = (x - guided).abs().mean().detach()
+    theirs = 0.5 * F.mse_loss(x, (x - (fake - guided) / normalizer).detach())
+    given = {"prediction_type": "x0", "real_uncond": uncond, "guidance_scale": 4.5}
+    weight = (1 / normalizer).expand(len(x))
+    agree(fastgen.dmd_loss(x, None, real, fake, normalizer=None, weight=weight, **given), theirs, x)
+    # Each sample's own normaliser gives other gradients, unless the batch is one sample.
+    (own,) = torch.autograd.grad(fastgen.dmd_loss(x, None, real, fake, **given), x)
+    assert not torch.allclose(own, (fake - guided) / normalizer / x.numel(), rtol=1e-2)

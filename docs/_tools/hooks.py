@@ -30,8 +30,8 @@ PAGES = {
     "CHANGELOG.md": "changelog.md",
     "examples/README.md": "gallery.md",
     "README.md": "index.md",
-    "benchmarks/results/cpu-2026-11-21.md": "results/cpu-2026-11-21.md",
 }
+PAGES |= {f"benchmarks/results/{p.name}": f"results/{p.name}" for p in (ROOT / "benchmarks/results").glob("*.md")}
 
 
 def section(text: str, heading: str | None) -> str:
