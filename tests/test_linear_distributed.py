@@ -160,3 +160,87 @@ def test_the_advice_for_logits_that_are_dtensors_is_right(tmp_path):
     for rank in range(2):
         for result in torch.load(tmp_path / f"{rank}.pt"):
             torch.testing.assert_close(result, (value.detach(), logits.grad))
+
+
+class Tied(nn.Module):
+    """A body whose first layer's weight is the output layer's."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.body = nn.Embedding(VOCABULARY, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, tokens):
+        return self.body(self.embedding(tokens)).tanh()
+
+
+def tied_step(net, tensors, tokens, share):
+    *_, t, v, c = tensors
+    loss = fastgen.linear_generalized_jsd_loss(
+        net(tokens), net.embedding.weight, t, v, teacher_bias=c, num_items=torch.tensor(share * sum(ROWS))
+    )
+    loss.backward()
+    return loss.detach()
+
+
+def run_policies(rank, out):
+    """What FSDP2 does besides sharding: tied layers, gradients that accumulate, lower precision; and a refusal."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    tensors, tokens = data()
+    h, w, b, t, v, c = tensors
+    mine, mesh = own(rank), init_device_mesh("cpu", (2,))
+    results = {}
+
+    net = fully_shard(Tied(), mesh=mesh)
+    tied_step(net, [h[mine], w, b, t[mine], v, c], tokens[mine], 0.5)
+    results["tied"] = {n: p.grad.full_tensor() for n, p in net.named_parameters()}
+
+    net = model()
+    for module in (net["body"], net["head"]):
+        fully_shard(module, mesh=mesh)
+    rows = list(range(sum(ROWS)))[mine]
+    for half in (rows[:2], rows[2:]):
+        net["body"].set_requires_gradient_sync(half is not rows[:2] and half[-1] == rows[-1])
+        step(net, jsd, [h[half], w, b, t[half], v, c], tokens[half], 0.5)
+    results["accumulated"] = {n: p.grad.full_tensor() for n, p in net.named_parameters()}
+
+    net = model()
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    fully_shard(net["body"], mesh=mesh, mp_policy=policy)
+    fully_shard(net["head"], mesh=mesh, mp_policy=policy)
+    hidden = net["body"](h[mine].bfloat16())
+    weight, bias = (p.to(torch.bfloat16) for p in (net["head"].weight, net["head"].bias))
+    items = torch.tensor(0.5 * sum(ROWS))
+    fastgen.linear_generalized_jsd_loss(
+        hidden, weight, t[mine], v, student_bias=bias, teacher_bias=c, num_items=items
+    ).backward()
+    results["bfloat16"] = {n: p.grad.full_tensor() for n, p in net.named_parameters()}
+
+    try:
+        fastgen.linear_generalized_jsd_loss(h, w[: -(-VOCABULARY // 2)], h, net["head"].weight)
+        results["refused"] = "no"
+    except ValueError as error:
+        results["refused"] = str(error)
+    torch.save(results, f"{out}/{rank}.pt")
+
+
+def test_fsdp2_with_tied_layers_accumulation_and_mixed_precision(tmp_path):
+    spawn(run_policies, str(tmp_path))
+    ranks = [torch.load(tmp_path / f"{r}.pt") for r in range(2)]
+    tensors, tokens = data()
+    tied, plain = Tied(), model()
+    tied_step(tied, tensors, tokens, 1.0)
+    step(plain, jsd, tensors, tokens)
+    for results in ranks:
+        for name, net, tolerance in (("tied", tied, 1e-5), ("accumulated", plain, 1e-5), ("bfloat16", plain, 2e-2)):
+            for key, parameter in net.named_parameters():
+                torch.testing.assert_close(
+                    results[name][key],
+                    parameter.grad,
+                    rtol=tolerance,
+                    atol=tolerance * float(parameter.grad.abs().max()),
+                    msg=lambda m, n=name, k=key: f"{n}, {k}: {m}",
+                )
+        assert "student_weight has 6 rows, as a rank's shard of 11" in results["refused"]

@@ -253,6 +253,10 @@ def layout_of_heads(vocab_group: Any, **heads: Head) -> tuple[Layout | None, lis
     for prefix, head in others:
         if is_dtensor(head.hidden) != is_dtensor(one.hidden):
             raise TypeError(f"{first}hidden and {prefix}hidden must both be DTensors or both plain tensors")
+    for prefix, head in others:
+        for name, t, whole in ((prefix, head.weight, one.weight), (first, one.weight, head.weight)):
+            if is_dtensor(whole) and not is_dtensor(t) and not is_dtensor(one.hidden):
+                _refuse_shard(f"{name}weight", t, whole)
     found = [_divided_head(prefix, head, vocab_group) for prefix, head in heads.items()]
     layout = found[0][0]
     for prefix, (other, parts) in zip(heads, found, strict=True):
@@ -263,6 +267,16 @@ def layout_of_heads(vocab_group: Any, **heads: Head) -> tuple[Layout | None, lis
             f" {first}weight as {layout}: redistribute one of the two, whose vocabularies must be the same"
         )
     return layout, [parts for _, parts in found]
+
+
+def _refuse_shard(name: str, t: Tensor, whole: Tensor) -> None:
+    """What ``to_local`` makes of a sharded layer: beside a whole one it would pass for one of a small vocabulary."""
+    ranks = whole.device_mesh.size()  # type: ignore[attr-defined]
+    if t.shape[0] != whole.shape[0] and t.shape[0] == -(-whole.shape[0] // ranks):
+        raise ValueError(
+            f"{name} has {t.shape[0]} rows, as a rank's shard of {whole.shape[0]} has: pass the DTensor itself, which is"
+            " gathered, instead of its to_local()"
+        )
 
 
 def same_size(a: Head, b: Head) -> bool:
@@ -296,10 +310,12 @@ def _columns_of(name: str, t: Tensor | None, group: Any) -> Any:
     mesh, placements = t.device_mesh, t.placements  # type: ignore[attr-defined]
     members = torch.distributed.get_process_group_ranks(group)
     dims = [i for i in range(mesh.ndim) if torch.distributed.get_process_group_ranks(mesh.get_group(i)) == members]
+    if not dims and set(members).isdisjoint(set(mesh.mesh.flatten().tolist()) - {torch.distributed.get_rank()}):
+        return whole_parameters(t, None)[0]  # FSDP2's shards of the slice, over ranks that have the same one
     if len(dims) != 1 or not (placements[dims[0]].is_shard() and placements[dims[0]].dim == 0):
         raise ValueError(
             f"{name} is a DTensor with placements {list(placements)}: its first dimension must be sharded over the"
-            " dimension of its mesh that vocab_group is"
+            " dimension of its mesh that vocab_group is, or it must be a DTensor over other ranks, of this rank's slice"
         )
     (dim,) = dims
     wanted = [Shard(0) if i == dim else Replicate() for i in range(mesh.ndim)]
