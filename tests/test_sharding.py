@@ -69,6 +69,13 @@ def disagree(case: Case, rows: int, mesh: DeviceMesh) -> None:
     assert not refused or value.placements == (Replicate(),)
     for mine, theirs in zip(value_and_gradients(case, parts), value_and_gradients(case, tensors), strict=True):
         torch.testing.assert_close(mine, theirs)
+    if case.differentiable and value.dim():  # of a sum the gradient is an expanded one
+        gradients = []
+        for given in (parts, tensors):
+            leaves = case.leaves(given)
+            whole(case(fastgen, **leaves)).sum().backward()
+            gradients.append([whole(leaves[name].grad) for name in case.differentiable])
+        torch.testing.assert_close(*gradients)
     moved = [op for op, n in communication.get_comm_counts().items() if n and "reduce" not in str(op)]
     # DTensor itself shards no operator over more ranks than there are rows.
     assert case.function not in operators or not moved or rows < mesh.size(), f"rows leave their rank: {moved}"

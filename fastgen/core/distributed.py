@@ -18,8 +18,6 @@ from torch import Tensor
 from . import dispatch
 from .operator import Operator, Role, operators
 
-HALVES = "winners from their losers, half a batch away"
-
 
 def is_dtensor(t: object) -> bool:
     return type(t) is not Tensor and type(t).__name__ == "DTensor"
@@ -119,6 +117,10 @@ def whole_groups(rows: int, together: int, mesh: tuple[int, ...]) -> bool:
     return rows % (together * math.prod(mesh)) == 0
 
 
+# What shards of a batch part whose first half are winners and whose second half the losers.
+HALVES = "winners from their losers, half a batch away"
+
+
 def check_groups(streams: Mapping[str, Tensor], together: int, parted: str, instead: str | None = None) -> None:
     """Refuses DTensors in shards that part groups of `together` rows: operators would have to gather them.
 
@@ -195,3 +197,36 @@ def backend_of(name: str, x: Tensor) -> str:
     if is_dtensor(x):
         register_sharding_rules()
     return dispatch.backend_for(name, x.device.type)
+
+
+def place_in(group: Any) -> tuple[int, int]:
+    """This process's place in a process group, and the number of its ranks; of None, 0 and 1."""
+    if group is None:
+        return 0, 1
+    if not isinstance(group, torch.distributed.ProcessGroup):
+        raise TypeError(f"group must be a torch.distributed process group that this rank is in, got {group!r}")
+    return torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
+
+
+def check_alike(group: Any, device: torch.device, **numbers: int | Tensor) -> None:
+    """Raises ValueError on every rank of a group where a number, an integer, is not the same on all; one collective."""
+    place_in(group)
+    own = torch.stack([torch.as_tensor(n, dtype=torch.int64, device=device) for n in numbers.values()])
+    ends = torch.stack([own, -own])
+    torch.distributed.all_reduce(ends, op=torch.distributed.ReduceOp.MIN, group=group)
+    for name, least, most in zip(numbers, *ends.tolist(), strict=True):
+        if least != -most:
+            raise ValueError(f"{name} must be the same on all ranks of the group, but differs between them")
+
+
+def fingerprint(t: Tensor) -> Tensor:
+    """An integer that tells tensors apart: of their bits and places, so the same wherever it is computed."""
+    if t.is_complex():
+        t = torch.view_as_real(t)
+    bits = t.detach().flatten()
+    if bits.is_floating_point():
+        bits = bits.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[bits.element_size()])
+    # Large odd factors, of one element's bits and its place; a sum that wraps is the same in any order.
+    mixed = bits.to(torch.int64) * 0x1E3779B97F4A7C15 + torch.arange(len(bits), device=bits.device) * 0x3F58476D1CE4E5B9
+    mixed = (mixed ^ (mixed >> 31)) * 0x14D049BB133111EB
+    return (mixed ^ (mixed >> 29)).sum() >> 1  # one bit less, so that it has a negative
