@@ -115,10 +115,10 @@ class DiffusionClassifier:
         progress: show a progress bar.
         group: a ``torch.distributed`` process group whose ranks divide the classes of the same images: of a stage's
             rows, each a pair, an image and a class, every rank evaluates `batch_size` at a time. All get all errors, so
-            they drop the same classes and return the same, what one process would. A call costs one collective of a few
-            integers, and one of a number a row after each call of the model, of which every rank makes as many, so the
-            model may be sharded over them. Ranks with images of their own need no group: they have nothing to exchange,
-            and share their (t, noise) pairs.
+            they drop the same classes and return the same, what one process would. It costs a collective of a few
+            integers at the beginning, which is waited for, and one of a number a row for each call of the model, of
+            which every rank makes as many, so the model may be sharded over them. Ranks with images of their own need
+            no group: they have nothing to exchange, and share their (t, noise) pairs.
 
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
@@ -186,7 +186,7 @@ class DiffusionClassifier:
                 Where a condition is more than one tensor, pass ``torch.arange(C)`` and let the model look it up.
             statistics: of these images and conditions, by :meth:`statistics`. It is filled in place, and what it holds
                 already is not evaluated again: an interrupted call goes on where it was. With a `group`, all ranks
-                pass the same images, conditions and statistics, or all of them raise.
+                pass the same images, conditions and statistics; where these differ, all raise.
 
         Returns:
             int64 [B], indices into `conditions`. Of equal errors the lowest index wins; an error that is not finite is

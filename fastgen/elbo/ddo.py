@@ -131,8 +131,9 @@ def ddo_loss(
     mc_samples = checks.positive_int("mc_samples", mc_samples)
     if pred.shape[0] % mc_samples:
         raise ValueError(f"mc_samples = {mc_samples} does not divide the {pred.shape[0]} rows of pred")
-    parted = f"groups of mc_samples = {mc_samples} rows"
-    distributed.check_groups({"pred": pred, "ref_pred": ref_pred, "target": target}, mc_samples, parted)
+    if mc_samples > 1:
+        streams = {"pred": pred, "ref_pred": ref_pred, "target": target}
+        distributed.check_groups(streams, mc_samples, f"groups of mc_samples = {mc_samples} rows")
     checks.flags("is_real", is_real, pred.shape[0] // mc_samples, pred)
     alphas = None
     if isinstance(alpha, Tensor):

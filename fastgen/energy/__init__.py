@@ -250,9 +250,9 @@ def langevin_sample(
         labels, guidance_scale: of :func:`classifier_guidance`; without labels it samples p(x).
         steps: how many.
         step_size, noise_scale: see the formula.
-        generator: of the noise; torch's own if None, of which ranks that were seeded alike draw the same noise. To have
-            samples of its own, each rank passes the `generator` of a :class:`ReplayBuffer` with a `group`, or another
-            that its rank took part in seeding.
+        generator: of the noise; torch's own if None, of which ranks that were seeded alike draw the same noise. For
+            samples of its own, each rank passes the `generator` of a :class:`ReplayBuffer` with a `group`, or one that
+            it has seeded by its rank.
 
     Returns:
         The chains' ends, like `x`, without a graph; not clamped. No host sync.
