@@ -1,5 +1,6 @@
 """Two gloo ranks against one process: a process group, and batch-sharded DTensors."""
 
+import itertools
 import multiprocessing
 import time
 
@@ -37,11 +38,14 @@ def flags(fakes):
     return is_real
 
 
+SPLITS = (4, 5, 8)  # rows of the first rank; the second has the rest
+
+
 def run_group(rank, out):
     results = []
-    for fakes, backend in RUNS:
+    for (fakes, backend), first in itertools.product(RUNS, SPLITS):
         p, q, y, w = data()
-        mine = slice(rank * ROWS // 2, (rank + 1) * ROWS // 2)
+        mine = slice(first, ROWS) if rank else slice(first)
         p, real = p[mine].clone().requires_grad_(), flags(fakes)[mine]
         with fastgen.use_backend(backend):
             loss = fastgen.ddo_loss(p, q[mine], y[mine], real, weight=w[mine], alpha=2.0, group=dist.group.WORLD)
@@ -74,7 +78,7 @@ def run_dtensor(rank, is_real, reduction, out):
     assert not any(gathers.values()), gathers
     (loss.sum() if per_term else loss).redistribute(mesh, [Replicate()]).backward()
     assert p.grad.placements == (Shard(0),)
-    # The other row-wise operators, and the pair loss, which needs its batch whole.
+    # The other row-wise operators, and the pair loss, whose shards hold whole pairs.
     torch.testing.assert_close(
         fastgen.elbo_error(p, y, weight=w).full_tensor(),
         fastgen.elbo_error(p.full_tensor(), y.full_tensor(), weight=w.full_tensor()),
@@ -88,9 +92,10 @@ def run_dtensor(rank, is_real, reduction, out):
     for actual, wanted in zip(losses[True], losses[False], strict=True):
         torch.testing.assert_close(actual.full_tensor(), wanted)
     assert losses[True][1].placements == (Shard(0),)
-    pair = fastgen.diffusion_dpo_loss(p, q, y, beta=3.0)
+    pairs = {"beta": 3.0, "interleaved": True}
     torch.testing.assert_close(
-        pair.full_tensor(), fastgen.diffusion_dpo_loss(p.full_tensor(), q.full_tensor(), y.full_tensor(), beta=3.0)
+        fastgen.diffusion_dpo_loss(p, q, y, **pairs).full_tensor(),
+        fastgen.diffusion_dpo_loss(p.full_tensor(), q.full_tensor(), y.full_tensor(), **pairs),
     )
     torch.save((loss.full_tensor().detach(), delta.full_tensor(), p.grad.full_tensor()), f"{out}/{rank}.pt")
 
@@ -98,7 +103,7 @@ def run_dtensor(rank, is_real, reduction, out):
 def test_a_group_makes_the_means_global(tmp_path):
     spawn(run_group, str(tmp_path))
     ranks = [torch.load(tmp_path / f"{r}.pt") for r in range(2)]
-    for i, (fakes, _) in enumerate(RUNS):
+    for i, ((fakes, _), _) in enumerate(itertools.product(RUNS, SPLITS)):
         loss, _, grad = single(flags(fakes))
         torch.testing.assert_close(ranks[0][i][0], loss)
         torch.testing.assert_close(torch.cat([r[i][1] for r in ranks]), grad)

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 import traceback
 
+import pytest
 import torch
 import torch.distributed as dist
 from ranks import spawn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
 
 import fastgen
 from fastgen import elbo
@@ -17,6 +22,7 @@ from fastgen.core import distributed
 from fastgen.core.operator import operators
 
 ROWS = 8  # a rank holds four: whole pairs of rows that share a number
+UNEVEN = (5, 1)  # three rows and two; one and none
 
 
 def value_and_gradients(case: Case, tensors: dict[str, torch.Tensor]) -> list[torch.Tensor]:
@@ -37,34 +43,95 @@ def whole(t: torch.Tensor) -> torch.Tensor:
     return t.full_tensor() if hasattr(t, "full_tensor") else t
 
 
+def sharded(t: torch.Tensor, rows: int, mesh: DeviceMesh) -> DTensor:
+    return distribute_tensor(t, mesh, [Shard(0) if t.shape[:1] in ((rows,), (rows // 2,)) else Replicate()])
+
+
+def parts_pairs(case: Case) -> bool:
+    """Whether a pair's rows lie half a batch apart, so on two ranks."""
+    op = operators.get(case.function)
+    return op is not None and op.paired and not case.options.get("interleaved", False)
+
+
+def disagree(case: Case, rows: int, mesh: DeviceMesh) -> None:
+    """Raises where a sharded batch gives other numbers than one process, or leaves its ranks."""
+    tensors = case.inputs((rows, 3, 4))
+    parts = {n: sharded(t, rows, mesh) for n, t in tensors.items()}
+    refused = parts_pairs(case)
+    if refused:
+        instead = "pass interleaved=True" if "dpo" in case.function else "pass plain tensors"
+        advice = rf"^pred is .*{instead}.* pred\.redistribute\(placements=\[Replicate\(\)\]\)"
+        with pytest.raises(ValueError, match=advice):
+            case(fastgen, **parts)
+        parts = {n: t.redistribute(placements=[Replicate()]) for n, t in parts.items()}
+    with CommDebugMode() as communication:
+        value = case(fastgen, **parts)
+    assert not refused or value.placements == (Replicate(),)
+    for mine, theirs in zip(value_and_gradients(case, parts), value_and_gradients(case, tensors), strict=True):
+        torch.testing.assert_close(mine, theirs)
+    if case.differentiable and value.dim():  # of a sum the gradient is an expanded one
+        gradients = []
+        for given in (parts, tensors):
+            leaves = case.leaves(given)
+            whole(case(fastgen, **leaves)).sum().backward()
+            gradients.append([whole(leaves[name].grad) for name in case.differentiable])
+        torch.testing.assert_close(*gradients)
+    moved = [op for op, n in communication.get_comm_counts().items() if n and "reduce" not in str(op)]
+    # DTensor itself shards no operator over more ranks than there are rows.
+    assert case.function not in operators or not moved or rows < mesh.size(), f"rows leave their rank: {moved}"
+
+
+def uneven() -> list[str]:
+    """A case of each function, all of DDO's; those of pairs have rows in twos."""
+    first = {case.function: name for name, case in reversed(CASES.items()) if case.function != "ddo_loss"}
+    ddo = [name for name, case in CASES.items() if case.function == "ddo_loss" and "mc_samples" not in case.options]
+    return [*first.values(), *ddo]
+
+
 def disagreements(rank: int, out: str) -> None:
     """Writes which functions ask for our sharding rules, and which of their cases differ from one process."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-    from torch.distributed.tensor.debug import CommDebugMode
-
     mesh = init_device_mesh("cpu", (2,))
     register, asked, wrong = distributed.register_sharding_rules, set(), {}
-    for name, case in CASES.items():
-        distributed.register_sharding_rules = lambda case=case: (asked.add(case.function), register())
-        tensors = case.inputs((ROWS, 3, 4))
-        parts = {
-            n: distribute_tensor(t, mesh, [Shard(0) if t.shape[:1] in ((ROWS,), (ROWS // 2,)) else Replicate()])
-            for n, t in tensors.items()
-        }
+
+    def tried(name: str, rows: int) -> None:
+        case = CASES[name]
+        distributed.register_sharding_rules = lambda: (asked.add(case.function), register())
         try:
-            with CommDebugMode() as communication:
-                case(fastgen, **parts)
-            for mine, theirs in zip(value_and_gradients(case, parts), value_and_gradients(case, tensors), strict=True):
-                torch.testing.assert_close(mine, theirs)
-            moved = [op for op, n in communication.get_comm_counts().items() if n and "reduce" not in str(op)]
-            op = operators.get(case.function)
-            assert op is None or op.paired or not moved, f"rows leave their rank: {moved}"
-        except Exception as error:
+            disagree(case, rows, mesh)
+        except (Exception, pytest.fail.Exception) as error:
             # Of a function that asks for no rules, and where PyTorch lacks one of its own: it says so.
-            if case.function in asked and "Operator aten." not in str(error):
-                wrong[name] = traceback.format_exc()
+            asks = case.function in asked or parts_pairs(case)
+            if asks and "Operator aten." not in str(error):
+                wrong[f"{name} of {rows} rows"] = traceback.format_exc()
+
+    for name in CASES:
+        tried(name, ROWS)
+    for rows in UNEVEN:
+        for name in uneven():
+            if CASES[name].function in asked and not getattr(operators.get(CASES[name].function), "paired", False):
+                tried(name, rows)
+    if why := parted(mesh):
+        wrong["pairs and groups"] = why
     torch.save((asked, wrong), f"{out}/{rank}.pt")
+
+
+def parted(mesh: DeviceMesh) -> str:
+    """What is wrong with the errors of shards that part neighbours that belong together."""
+    for rows, name, expected in (
+        (6, "diffusion_dpo_loss-interleaved", "pairs of neighbouring rows: let the rows be a multiple of 4, or gather"),
+        (2, "diffusion_dpo_loss-interleaved", "pairs of neighbouring rows: let the rows be a multiple of 4, or gather"),
+        (10, "ddo_loss-mc", "groups of mc_samples = 2 rows: let the rows be a multiple of 4, or gather"),
+    ):
+        tensors = CASES[name].inputs((rows, 3))
+        streams = {n: sharded(t, rows, mesh) for n, t in tensors.items() if n != "pred"}
+        try:  # the prediction is whole, and it is the first of the others that is named
+            CASES[name](fastgen, pred=distribute_tensor(tensors["pred"], mesh, [Replicate()]), **streams)
+            return f"{name} of {rows} rows is not refused"
+        except ValueError as error:
+            wanted = f"{next(iter(streams))} is a DTensor of {rows} rows that are sharded over a mesh [2], which parts "
+            if not str(error).startswith(wanted + expected):
+                return f"{name} of {rows} rows: {error}"
+    return ""
 
 
 def test_sharded_batches_give_the_numbers_of_one_process(tmp_path):
@@ -73,6 +140,19 @@ def test_sharded_batches_give_the_numbers_of_one_process(tmp_path):
         asked, wrong = torch.load(tmp_path / f"{rank}.pt")
         assert not wrong, "\n\n".join(f"{name}:\n{text}" for name, text in wrong.items())
         assert {name for name in elbo.__all__ if name.islower()} <= asked
+
+
+def test_groups_are_whole_where_no_chunk_parts_one():
+    for rows, ranks, together in itertools.product(range(13), range(1, 6), range(1, 5)):
+        if rows % together:
+            continue
+        parts = torch.arange(rows).chunk(ranks)
+        expected = all(len(part) % together == 0 for part in parts)
+        assert distributed.whole_groups(rows, together, (ranks,)) == expected, (rows, ranks, together)
+    # Over two dimensions: whichever of them the rows come to be sharded over.
+    assert distributed.whole_groups(12, 2, (2, 3))
+    assert not distributed.whole_groups(12, 2, (2, 4))
+    assert distributed.whole_groups(5, 1, (2, 4))
 
 
 # Of those that take a group, the means: what DDP and FSDP make of losses and gradients is their mean over ranks.

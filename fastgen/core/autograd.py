@@ -260,9 +260,9 @@ class FusedLoss:
         if grad.dim() == 1:  # one number a group
             if self.operator.paired:
                 neighbours = saved.get("interleaved", False)
-                grad = grad.unsqueeze(1).expand(-1, 2).reshape(-1) if neighbours else grad.expand(2, -1).reshape(-1)
+                grad = _repeated(grad, 2) if neighbours else grad.expand(2, -1).reshape(-1)
             elif self.group_rows is not None and saved[self.group_rows] > 1:
-                grad = grad.unsqueeze(1).expand(-1, saved[self.group_rows]).reshape(-1)
+                grad = _repeated(grad, saved[self.group_rows])
         slope = saved[self.slope] if isinstance(self.slope, str) else self.slope
         if slope is not None and not (isinstance(slope, float) and slope == 1.0):
             grad = grad * slope
@@ -270,6 +270,13 @@ class FusedLoss:
             of_logits = self.operator.arguments[self.wrt] is Role.LOGITS
             grad = grad.expand(saved[self.wrt].shape[: -1 if of_logits else 1])
         return grad
+
+
+def _repeated(grad: Tensor, times: int) -> Tensor:
+    """Each element so many times in a row."""
+    # A copy, then a view: the strides of a DTensor and of its local part differ where the gradient is an expanded one,
+    # and reshape, which goes by the former, may take for a view what is none.
+    return grad.unsqueeze(1).expand(-1, times).contiguous().view(-1)
 
 
 def differentiable(

@@ -1,13 +1,15 @@
 """Batch-sharded DTensors and process groups.
 
-A DTensor's operators need a rule that says which placements go in and come out. Ours work row by row, so a batch that
-is sharded over its rows stays where it is; only the scalar loss is summed over the mesh. The rules follow from the
-roles of an operator's arguments and results.
+A DTensor's operators need a rule that says which placements go in and come out. Ours work by rows or by groups of
+neighbouring rows, so a batch in shards that hold whole groups stays where it is; only the scalar loss is summed over
+the mesh. The rules follow from the roles of an operator's arguments and results.
 """
 
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -108,12 +110,58 @@ def row_dim(role: Role | None, dims: int, batch: int | None = None, size: int | 
     return 0
 
 
+def whole_groups(rows: int, together: int, mesh: tuple[int, ...]) -> bool:
+    """Whether no group of `together` neighbouring rows is parted by shards, as torch.chunk cuts them, over a mesh.
+
+    Over several dimensions the operators may come to shard over any of them, so the rows must divide by all.
+    """
+    if together == 1:
+        return True
+    if len(mesh) == 1:
+        return -(-rows // mesh[0]) % together == 0
+    return rows % (together * math.prod(mesh)) == 0
+
+
+# What shards of a batch part whose first half are winners and whose second half the losers.
+HALVES = "winners from their losers, half a batch away"
+
+
+def check_groups(streams: Mapping[str, Tensor], together: int, parted: str, instead: str | None = None) -> None:
+    """Refuses DTensors in shards that part groups of `together` rows: operators would have to gather them.
+
+    The error says what is `parted`, and what to do `instead` of gathering; by default, to have rows that divide.
+    """
+    for name, t in streams.items():
+        if not is_dtensor(t):
+            return
+        mesh, rows = t.device_mesh, t.shape[0]  # type: ignore[attr-defined]
+        by_rows = any(placement.is_shard(0) for placement in t.placements)  # type: ignore[attr-defined]
+        if by_rows and not whole_groups(rows, together, mesh.shape):
+            instead = instead or f"let the rows be a multiple of {together * mesh.size()}"
+            whole = "[Replicate()]" if mesh.ndim == 1 else f"[Replicate()] * {mesh.ndim}"
+            raise ValueError(
+                f"{name} is a DTensor of {rows} rows that are sharded over a mesh {list(mesh.shape)}, which parts"
+                f" {parted}: {instead}, or gather them by {name}.redistribute(placements={whole})"
+            )
+
+
+def _group_rows(op: Operator, bound: Mapping[str, Any], rows: int) -> int:
+    """How many neighbouring rows make one group; all, where a group's are half a batch apart."""
+    if op.paired:
+        return 2 if bound.get("interleaved", False) else max(rows, 1)
+    for name, value in bound.items():
+        if op.arguments[name] is Role.GROUP and value is not None:
+            return rows // max(value.shape[0], 1) or 1
+    return bound.get("group_rows", 1)
+
+
 def sharding_rule(op: Operator, *values: Any) -> list[Any]:
-    """The placements that may go into `op` and come out: the rows sharded, where no group spans them, or nothing."""
+    """The placements that may go into `op` and come out: the rows sharded, where that parts no group, or nothing."""
     from torch.distributed.tensor import Partial, Replicate, Shard
 
     bound = op.bind(*values)
-    rows = next(v.shape[0] for n, v in bound.items() if op.arguments[n] in (Role.STREAM, Role.WRITTEN, Role.LOGITS))
+    first = next(v for n, v in bound.items() if op.arguments[n] in (Role.STREAM, Role.WRITTEN, Role.LOGITS))
+    rows = first.shape[0]
 
     def argument(name: str, sharded: bool) -> object:
         value, role = bound[name], op.arguments[name]
@@ -130,9 +178,9 @@ def sharding_rule(op: Operator, *values: Any) -> list[Any]:
             return Partial("sum")
         return Shard(row_dim(role, 1 if count is None else 2) or 0)
 
-    # Winners and losers lie half a batch apart: a shard of the batch does not hold its pairs.
     row_wise = Role.STREAM in op.arguments.values() or Role.LOGITS in op.arguments.values()
-    choices = (True, False) if row_wise and not op.paired else (False,)
+    stays = row_wise and whole_groups(rows, _group_rows(op, bound, rows), first.device_mesh.shape)
+    choices = (True, False) if stays else (False,)
     return [
         ([result(n, sharded) for n in op.results], [argument(n, sharded) for n in op.arguments]) for sharded in choices
     ]
@@ -154,3 +202,36 @@ def backend_of(name: str, x: Tensor) -> str:
     if is_dtensor(x):
         register_sharding_rules()
     return dispatch.backend_for(name, x.device.type)
+
+
+def place_in(group: Any) -> tuple[int, int]:
+    """This process's place in a process group, and the number of its ranks; of None, 0 and 1."""
+    if group is None:
+        return 0, 1
+    if not isinstance(group, torch.distributed.ProcessGroup):
+        raise TypeError(f"group must be a torch.distributed process group that this rank is in, got {group!r}")
+    return torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
+
+
+def check_alike(group: Any, device: torch.device, **numbers: int | Tensor) -> None:
+    """Raises ValueError on every rank of a group where a number, an integer, is not the same on all; one collective."""
+    place_in(group)
+    own = torch.stack([torch.as_tensor(n, dtype=torch.int64, device=device) for n in numbers.values()])
+    ends = torch.stack([own, -own])
+    torch.distributed.all_reduce(ends, op=torch.distributed.ReduceOp.MIN, group=group)
+    for name, least, most in zip(numbers, *ends.tolist(), strict=True):
+        if least != -most:
+            raise ValueError(f"{name} must be the same on all ranks of the group, but differs between them")
+
+
+def fingerprint(t: Tensor) -> Tensor:
+    """An integer that tells tensors apart: of their bits and places, so the same wherever it is computed."""
+    if t.is_complex():
+        t = torch.view_as_real(t)
+    bits = t.detach().flatten()
+    if bits.is_floating_point():
+        bits = bits.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[bits.element_size()])
+    # Large odd factors, of one element's bits and its place; a sum that wraps is the same in any order.
+    mixed = bits.to(torch.int64) * 0x1E3779B97F4A7C15 + torch.arange(len(bits), device=bits.device) * 0x3F58476D1CE4E5B9
+    mixed = (mixed ^ (mixed >> 31)) * 0x14D049BB133111EB
+    return (mixed ^ (mixed >> 29)).sum() >> 1  # one bit less, so that it has a negative

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..core import checks
+from ..core import checks, distributed
 from ..elbo import elbo_error
 from ..schedule import PREDICTION_TYPES, NoiseSchedule, check_schedule, prediction_target
 
@@ -24,7 +25,9 @@ __all__ = ["ClassifierStatistics", "DiffusionClassifier"]
 class ClassifierStatistics:
     """What a :class:`DiffusionClassifier` knows about a batch of B images and C classes; resumable.
 
-    ``torch.save(vars(statistics), path)`` keeps it, ``ClassifierStatistics(**torch.load(path))`` brings it back.
+    ``torch.save(vars(statistics), path)`` keeps it, ``ClassifierStatistics(**torch.load(path))`` brings it back. All
+    ranks of a classifier's `group` have the same, and it is one process's: what one rank has saved, any number of ranks
+    go on from, if all of them load it.
 
     Attributes:
         errors: [M, B, C], one number for each (t, noise) pair, image and class, in the order of evaluation; float32
@@ -110,6 +113,12 @@ class DiffusionClassifier:
             device that is seeded by `seed` and the pair's place in the grid: a full evaluation and an adaptive one
             share their pairs, and batch sizes do not matter.
         progress: show a progress bar.
+        group: a ``torch.distributed`` process group whose ranks divide the classes of the same images: of a stage's
+            rows, each a pair, an image and a class, every rank evaluates `batch_size` at a time. All get all errors, so
+            they drop the same classes and return the same, what one process would. It costs a collective of a few
+            integers at the beginning, which is waited for, and one of a number a row for each call of the model, of
+            which every rank makes as many, so the model may be sharded over them. Ranks with images of their own need
+            no group: they have nothing to exchange, and share their (t, noise) pairs.
 
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
@@ -140,6 +149,7 @@ class DiffusionClassifier:
         error_probability: float | None = None,
         seed: int = 0,
         progress: bool = False,
+        group: Any = None,
     ) -> None:
         checks.function("model", model)
         check_schedule(schedule)
@@ -163,6 +173,7 @@ class DiffusionClassifier:
         self.prediction_type, self.loss = prediction_type, loss
         self.batch_size, self.error_probability = batch_size, error_probability
         self.seed, self.progress = seed, progress
+        self.group, (self._rank, self._ranks) = group, distributed.place_in(group)
         self._pairs, self._ends = _evaluation_order(self.stages)
         self.times = times[torch.tensor(self._pairs, device=times.device)]
 
@@ -174,7 +185,8 @@ class DiffusionClassifier:
             conditions: [C, …], the classes' conditions, such as labels or text embeddings, on the images' device.
                 Where a condition is more than one tensor, pass ``torch.arange(C)`` and let the model look it up.
             statistics: of these images and conditions, by :meth:`statistics`. It is filled in place, and what it holds
-                already is not evaluated again: an interrupted call goes on where it was.
+                already is not evaluated again: an interrupted call goes on where it was. With a `group`, all ranks
+                pass the same images, conditions and statistics; where these differ, all raise.
 
         Returns:
             int64 [B], indices into `conditions`. Of equal errors the lowest index wins; an error that is not finite is
@@ -217,6 +229,8 @@ class DiffusionClassifier:
                 f" this call has {list(expected)} on {x0.device}"
             )
         x0, conditions, times = x0.detach(), conditions.detach(), self.times.to(x0.device)
+        if self.group is not None:
+            self._check_alike(x0, conditions, times, s)
         with torch.no_grad(), tqdm(disable=not self.progress, desc="diffusion classifier", unit="row") as bar:
             while s.stage < len(self.stages):
                 begin, end = self._ends[s.stage], self._ends[s.stage + 1]
@@ -225,20 +239,50 @@ class DiffusionClassifier:
                 bar.update(s.rows)
                 bar.set_postfix(stage=f"{s.stage + 1}/{len(self.stages)}", classes=s.candidates.shape[1])
                 while s.rows < rows:
-                    last = min(s.rows + self.batch_size, rows)
-                    self._evaluate(x0, conditions, times[begin:end], s, begin, last)
+                    last = min(s.rows + self.batch_size * self._ranks, rows)
+                    error = self._errors(x0, conditions, times[begin:end], s, begin, last)
+                    # No index occurs twice, so this is deterministic.
+                    s.errors.index_put_(_places(s, begin, last), error)
                     bar.update(last - s.rows)
                     s.evaluations += last - s.rows
                     s.rows = last
                 self._eliminate(s, end)
         return s
 
-    def _evaluate(
+    def _check_alike(self, x0: Tensor, conditions: Tensor, times: Tensor, s: ClassifierStatistics) -> None:
+        settings = self.stages, self.prediction_type, self.loss, self.batch_size, self.error_probability, self.seed
+        distributed.check_alike(
+            self.group,
+            x0.device,
+            x0=distributed.fingerprint(x0),
+            conditions=distributed.fingerprint(conditions),
+            times=distributed.fingerprint(times),
+            **{"statistics: their stage": s.stage, "statistics: their rows": s.rows},
+            **{"the classifier's settings": zlib.crc32(repr(settings).encode())},
+        )
+
+    def _errors(
         self, x0: Tensor, conditions: Tensor, times: Tensor, s: ClassifierStatistics, begin: int, last: int
-    ) -> None:
-        """Rows `s.rows` to `last` of a stage, counted by pair, then image, then class."""
+    ) -> Tensor:
+        """Of rows `s.rows` to `last` of a stage, each by one rank."""
+        count = last - s.rows
+        own = slice(count * self._rank // self._ranks, count * (self._rank + 1) // self._ranks)
+        first, size = s.rows + own.start, own.stop - own.start
+        # A rank for which no row is left evaluates one again: a model that is sharded waits for all ranks' calls.
+        error = self._evaluate(x0, conditions, times, s, begin, first, first + max(size, 1))
+        if self.group is None:
+            return error
+        errors = error.new_zeros(count)
+        errors[own] = error[:size]
+        torch.distributed.all_reduce(errors, group=self.group)  # a sum with zeros: the same bits on all ranks
+        return errors
+
+    def _evaluate(
+        self, x0: Tensor, conditions: Tensor, times: Tensor, s: ClassifierStatistics, begin: int, first: int, last: int
+    ) -> Tensor:
+        """The errors of rows `first` to `last` of a stage, counted by pair, then image, then class."""
         images, classes = s.candidates.shape
-        first_cell, last_cell = s.rows // classes, (last - 1) // classes  # a cell: one pair and image, one noisy image
+        first_cell, last_cell = first // classes, (last - 1) // classes  # a cell: one pair and image, one noisy image
         first_pair, last_pair = first_cell // images, last_cell // images
         cell = torch.arange(first_cell, last_cell + 1, device=x0.device)
         pair, slot = cell // images - first_pair, cell % images
@@ -248,7 +292,7 @@ class DiffusionClassifier:
         alpha, sigma = self.schedule.alpha_t(t), self.schedule.sigma_t(t)
         target = prediction_target(clean, noise, alpha, sigma, self.prediction_type)
 
-        row = torch.arange(s.rows, last, device=x0.device)
+        row = torch.arange(first, last, device=x0.device)
         of = row // classes - first_cell  # each row's place in the cells
         label = s.candidates.flatten()[row % (images * classes)]
         x_t, t, target = x_t[of], t[of], target[of]
@@ -257,9 +301,7 @@ class DiffusionClassifier:
             got = list(pred.shape) if isinstance(pred, Tensor) else type(pred).__name__
             raise ValueError(f"model must return a tensor like its x_t, {list(x_t.shape)}; got {got}")
         weight = None if self.weighting is None else self.weighting(t)
-        error = elbo_error(pred, target, weight=weight, loss=self.loss)
-        # No index occurs twice, so this is deterministic.
-        s.errors[begin + first_pair + pair[of], s.active[slot[of]], label] = error.to(s.errors.dtype)
+        return elbo_error(pred, target, weight=weight, loss=self.loss).to(s.errors.dtype)
 
     def _noise(self, place: int, like: Tensor) -> Tensor:
         """The noise of the pair that is evaluated as number `place`."""
@@ -296,6 +338,14 @@ class DiffusionClassifier:
         share = self.error_probability / max(1, (classes - 1) * (len(self.stages) - 1))
         spread = gap.std(0) / math.sqrt(pairs)
         return ((gap.mean(0) > student_quantile(share, pairs - 1) * spread) | is_best).all(1)
+
+
+def _places(s: ClassifierStatistics, begin: int, last: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the errors of rows `s.rows` to `last` belong: the pairs, counted from `begin`, the images, the classes."""
+    images, classes = s.candidates.shape
+    row = torch.arange(s.rows, last, device=s.errors.device)
+    cell = row // classes
+    return begin + cell // images, s.active[cell % images], s.candidates.flatten()[row % (images * classes)]
 
 
 def _check_batch(x0: Tensor, conditions: Tensor) -> None:

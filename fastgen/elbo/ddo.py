@@ -103,7 +103,8 @@ def ddo_loss(
         return_delta: also return Δ [B] (after the mean over M), detached, for logging.
         group: a ``torch.distributed`` process group over which the two means are taken. Averaging over its ranks, as
             DDP and FSDP do to gradients, then gives the loss and the gradients of the whole batch in one process, also
-            where a rank has no fakes. Batch-sharded DTensors need no group: their loss is global as it is.
+            where a rank has no fakes. Batch-sharded DTensors need no group: their loss is global as it is, however
+            uneven the shards; each must hold whole groups of `mc_samples` rows.
 
     Returns:
         The loss, float32 (float64 if an input is), or ``(loss, delta)``. Gradients flow to `pred` alone, once
@@ -130,6 +131,9 @@ def ddo_loss(
     mc_samples = checks.positive_int("mc_samples", mc_samples)
     if pred.shape[0] % mc_samples:
         raise ValueError(f"mc_samples = {mc_samples} does not divide the {pred.shape[0]} rows of pred")
+    if mc_samples > 1:
+        streams = {"pred": pred, "ref_pred": ref_pred, "target": target}
+        distributed.check_groups(streams, mc_samples, f"groups of mc_samples = {mc_samples} rows")
     checks.flags("is_real", is_real, pred.shape[0] // mc_samples, pred)
     alphas = None
     if isinstance(alpha, Tensor):

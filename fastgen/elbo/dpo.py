@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from ..core import checks
+from ..core import checks, distributed
 from . import operators
 from .arguments import loss_of, shared_of
 from .errors import elbo_error
@@ -127,7 +127,8 @@ def diffusion_dpo_loss(
         kind: one of the three.
         element_reduction: ``"mean"`` over an image's elements (published code) or ``"sum"``.
         reduction: over the B/2 pairs; ``"none"`` returns [B/2].
-        interleaved: rows 2i are winners and rows 2i + 1 their losers instead.
+        interleaved: rows 2i are winners and rows 2i + 1 their losers instead. A batch-sharded DTensor needs it, with an
+            even number of rows in each shard, as B = 2 · ranks · n gives; it then stays where it is.
         return_delta: also return the margins m [B/2], detached.
         return_errors: also return :class:`PreferenceErrors`, which reads the streams twice more.
 
@@ -137,7 +138,7 @@ def diffusion_dpo_loss(
         non-finite.
 
     Raises:
-        TypeError, ValueError: naming the argument that does not fit.
+        TypeError, ValueError: naming the argument that does not fit; also a DTensor in shards that part a pair.
 
     Example::
 
@@ -150,6 +151,12 @@ def diffusion_dpo_loss(
     shared = shared_of(pred, ref_pred, target, weight, element_reduction, reduction)
     if pred.shape[0] % 2:
         raise ValueError(f"pred must hold winners and then as many losers, got {pred.shape[0]} rows")
+    streams = {"pred": pred, "ref_pred": ref_pred, "target": target}
+    if interleaved:
+        distributed.check_groups(streams, 2, "pairs of neighbouring rows")
+    else:
+        instead = "put each pair into neighbouring rows and pass interleaved=True"
+        distributed.check_groups(streams, max(pred.shape[0], 1), distributed.HALVES, instead)
     beta = checks.number("beta", beta, low=0, open_low=True)
     checks.choice("kind", kind, ("sigmoid", "ipo", "hinge"))
     if return_delta and return_errors:

@@ -35,7 +35,7 @@ def mapo_loss(
     Args:
         pred: predictions [B, …] with B even: the first half are winners, the second half the losers, in the same
             order; float32, bfloat16, float16 or float64. A pair shares t and noise. Gradients flow to it, and to it
-            alone.
+            alone. A DTensor must not be sharded over its rows: no shard would hold a pair.
         target: what is predicted, like `pred`; its dtype may differ.
         weight: of the errors, float32 or float64 [B]; 1 if None.
         beta: β ≥ 0, the weight of the preference. 0.1 is the published code's.
@@ -65,6 +65,8 @@ def mapo_loss(
     checks.choice("reduction", reduction, REDUCTIONS)
     if pred.shape[0] % 2:
         raise ValueError(f"pred must hold winners and then as many losers, got {pred.shape[0]} rows")
+    instead = "pass plain tensors of the rank's own pairs"
+    distributed.check_groups({"pred": pred, "target": target}, max(pred.shape[0], 1), distributed.HALVES, instead)
     beta = checks.number("beta", beta, low=0)
     scale = checks.number("scale", scale, low=0, open_low=True)
     timesteps = checks.positive_int("timesteps", timesteps)

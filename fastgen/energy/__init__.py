@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..core import autograd, checks, dispatch
+from ..core import autograd, checks, dispatch, distributed
 from ..sampling import langevin_step
 from ..sequence import operators
 from . import reference
@@ -248,7 +250,9 @@ def langevin_sample(
         labels, guidance_scale: of :func:`classifier_guidance`; without labels it samples p(x).
         steps: how many.
         step_size, noise_scale: see the formula.
-        generator: of the noise.
+        generator: of the noise; torch's own if None, of which ranks that were seeded alike draw the same noise. For
+            samples of its own, each rank passes the `generator` of a :class:`ReplayBuffer` with a `group`, or one that
+            it has seeded by its rank.
 
     Returns:
         The chains' ends, like `x`, without a graph; not clamped. No host sync.
@@ -274,15 +278,23 @@ def langevin_sample(
 class ReplayBuffer:
     """Ends of earlier Langevin chains, where new ones start: persistent chains, of which some begin afresh.
 
-    It lives on one device, draws from its own generator there, and never synchronises with the host.
+    It lives on one device, draws from its own `generator` there, and never synchronises with the host. Each rank has a
+    buffer of its own, with chains of its own. ``ReplayBuffer(…, group=group)``, and its `generator` for
+    :func:`langevin_sample`, make ranks that are all called with one seed draw differently.
 
     Args:
-        capacity: how many samples; JEM (arXiv 1912.03263) keeps 10 000.
+        capacity: how many samples; JEM (arXiv 1912.03263) keeps 10 000. That is this rank's share, if there are ranks.
         shape: a sample's.
         reinit_rate: the probability that a chain starts from fresh noise instead; JEM's 5 %.
         low, high: fresh noise is uniform between them, and so is all that the buffer holds at first.
-        seed: of the generator. Give each rank its own.
+        seed: of the generator; with a `group`, together with the rank, where rank 0 draws what one process would.
+            Without a group, ranks with one seed draw the same.
         dtype, device: of the samples.
+        group: a ``torch.distributed`` process group, for the rank's place in it; nothing is exchanged.
+
+    Attributes:
+        samples: [capacity, …].
+        generator: of all draws.
 
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
@@ -310,7 +322,9 @@ class ReplayBuffer:
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
+        group: Any = None,
     ) -> None:
+        self._rank, self._ranks = distributed.place_in(group)
         capacity = checks.positive_int("capacity", capacity)
         self.low, self.high = checks.number("low", low), checks.number("high", high)
         if self.low >= self.high:
@@ -323,6 +337,7 @@ class ReplayBuffer:
             raise TypeError(f"shape must be a tuple of ints, one sample's, got {shape!r}")
         sizes = [checks.integer(f"shape[{i}]", size, low=0) for i, size in enumerate(shape)]
         self.samples = torch.empty((capacity, *sizes), dtype=dtype, device=device)
+        seed = seed if self._rank == 0 else _seed_of(seed % 2**64, self._rank)
         self.generator = torch.Generator(self.samples.device).manual_seed(seed)
         self.samples.uniform_(self.low, self.high, generator=self.generator)
 
@@ -352,25 +367,67 @@ class ReplayBuffer:
         self.samples[index] = samples.detach().to(self.samples.dtype)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The samples and the generator's state."""
-        return {"samples": self.samples.clone(), "generator": self.generator.get_state()}
+        """The samples and the generator's state; of several ranks, also which one's it is."""
+        state = {"samples": self.samples.clone(), "generator": self.generator.get_state()}
+        return state if self._ranks == 1 else state | {"rank": torch.tensor((self._rank, self._ranks))}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]]) -> None:
         """Takes the state of a buffer of the same capacity and shape; draws then go on as that one's would.
+
+        With a `group` it must be the state of this rank, of as many: with another's, both would draw the same. A list
+        holds the states of all ranks, in order. If they were not as many as now, rank r of R takes every R-th of all
+        their samples from the r-th on, as many as it has room for, and leaves the rest of its own; its generator gets a
+        seed that depends on the states of theirs and on the rank.
 
         The generator's state fits the type of device that it came from alone. Where an error is raised, the buffer is
         what it was.
         """
-        if set(state) != {"samples", "generator"}:
-            raise ValueError(f"state must have the keys 'samples' and 'generator', got {sorted(state)}")
+        if isinstance(state, (list, tuple)):
+            if len(state) != self._ranks:
+                return self._share(state)
+            state = state[self._rank]
+        state = _checked_state("state", state)
         samples, generator = state["samples"], state["generator"]
-        checks.floating("state['samples']", samples)
-        checks.tensor("state['generator']", generator)
         if samples.shape != self.samples.shape:
             raise ValueError(f"state's samples have shape {list(samples.shape)}, not {list(self.samples.shape)}")
+        rank, ranks = state["rank"].tolist() if "rank" in state else (0, 1)
+        if (rank, ranks) != (self._rank, self._ranks):
+            raise ValueError(
+                f"state is that of rank {rank} of {ranks}, but this is rank {self._rank} of {self._ranks}: load the"
+                " rank's own, or the list of all ranks' states"
+            )
         try:
             self.generator.set_state(generator.cpu())  # before the samples: it is this that can fail
         except (RuntimeError, TypeError) as error:
             device = self.samples.device.type
             raise ValueError(f"state['generator'] is no state of a generator on {device}: {error}") from error
         self.samples.copy_(samples)
+
+    def _share(self, states: Sequence[Mapping[str, Tensor]]) -> None:
+        """Takes this rank's part of what other ranks' buffers held."""
+        if not states:
+            raise ValueError("state must be one state or those of all ranks, got none")
+        for i, state in enumerate(states):
+            shape = list(_checked_state(f"state[{i}]", state)["samples"].shape)
+            if shape[1:] != list(self.samples.shape[1:]):
+                raise ValueError(f"state[{i}]'s samples have shape {shape}, not of {list(self.samples.shape[1:])} each")
+        samples = torch.cat([state["samples"].to(self.samples) for state in states])[self._rank :: self._ranks]
+        drawn = b"".join(state["generator"].cpu().numpy().tobytes() for state in states)
+        self.generator.manual_seed(_seed_of(zlib.crc32(drawn), self._rank))
+        samples = samples[: len(self)]
+        self.samples[: len(samples)] = samples
+
+
+def _checked_state(name: str, state: object) -> Mapping[str, Tensor]:
+    if not isinstance(state, Mapping):
+        raise TypeError(f"{name} must be what state_dict() returned, got {type(state).__name__}")
+    if set(state) - {"rank"} != {"samples", "generator"}:
+        raise ValueError(f"{name} must have the keys 'samples' and 'generator', got {sorted(state)}")
+    checks.floating(f"{name}['samples']", state["samples"])
+    checks.tensor(f"{name}['generator']", state["generator"])
+    return state
+
+
+def _seed_of(*numbers: int) -> int:
+    """A seed for each tuple of numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))

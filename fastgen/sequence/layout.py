@@ -274,8 +274,8 @@ def _refuse_shard(name: str, t: Tensor, whole: Tensor) -> None:
     ranks = whole.device_mesh.size()  # type: ignore[attr-defined]
     if t.shape[0] != whole.shape[0] and t.shape[0] == -(-whole.shape[0] // ranks):
         raise ValueError(
-            f"{name} has {t.shape[0]} rows, as a rank's shard of {whole.shape[0]} has: pass the DTensor itself, which is"
-            " gathered, instead of its to_local()"
+            f"{name} has {t.shape[0]} rows, as a rank's shard of {whole.shape[0]} has: pass the DTensor itself, which"
+            " is gathered, instead of its to_local()"
         )
 
 

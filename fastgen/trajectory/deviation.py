@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ..core import checks
+from ..core import checks, distributed
 from ..schedule.reference import widened
 
 __all__ = ["deviation_cost"]
@@ -17,7 +17,12 @@ CHUNK = 2**24  # elements of a temporary
 
 
 def deviation_cost(
-    trajectory: Tensor, slopes: Tensor, times: Tensor, *, metric: Literal["l2", "l1", "deviation"] = "l2"
+    trajectory: Tensor,
+    slopes: Tensor,
+    times: Tensor,
+    *,
+    metric: Literal["l2", "l1", "deviation"] = "l2",
+    group: Any = None,
 ) -> Tensor:
     """What one Euler step from a node of a teacher's trajectory to a later one costs: GITS (arXiv 2405.11326).
 
@@ -32,10 +37,13 @@ def deviation_cost(
         times: t [n], float32 or float64, strictly decreasing.
         metric: ``"l2"`` or ``"l1"``: the norm over a sample's elements; ``"deviation"``: how much farther than x_j the
             step's end lies from the chord from x_0 to x_{n-1}, which may be negative.
+        group: a ``torch.distributed`` process group over whose trajectories the mean is taken, of which each rank has
+            its own, any number of them, at the same times. All ranks get the same costs, so all find the same
+            schedule. Two collectives: one compares the times and the metric, one adds.
 
     Returns:
-        C [n, n], float32 (float64 if an input is), ``inf`` where i ≥ j. Means over several batches or ranks are costs
-        as well. NaN where the trajectory is, which :func:`optimal_trajectory` refuses.
+        C [n, n], float32 (float64 if an input is), ``inf`` where i ≥ j. Means over several batches are costs as well.
+        NaN where the trajectory is, which :func:`optimal_trajectory` refuses.
 
     Raises:
         TypeError, ValueError: naming the argument that does not fit. Looking at `times` synchronises with the device.
@@ -50,7 +58,10 @@ def deviation_cost(
                 [   inf,    inf, 1.4142],
                 [   inf,    inf,    inf]])
     """
-    checks.streams(trajectory=trajectory, slopes=slopes)
+    points = {"trajectory": trajectory, "slopes": slopes}
+    if group is not None and all(isinstance(t, Tensor) and t.shape[1:2] == (0,) for t in points.values()):
+        points = {name: t.transpose(0, 1) for name, t in points.items()}  # a rank without any: no rows, not empty ones
+    checks.streams(**points)
     checks.local("trajectory", trajectory)
     n = trajectory.shape[0]
     if trajectory.dim() < 2 or n < 2:
@@ -60,6 +71,9 @@ def deviation_cost(
     checks.choice("metric", metric, METRICS)
     if not bool((times.diff() < 0).all()):
         raise ValueError(f"times must decrease from node to node, got {times.tolist()}")
+    if group is not None:
+        given = distributed.fingerprint(times)
+        distributed.check_alike(group, times.device, times=given, metric=METRICS.index(metric))
 
     # [n, B, D], also where a sample is one number.
     x, d = (widened(v.detach()).unsqueeze(-1).flatten(2) for v in (trajectory, slopes))
@@ -83,5 +97,9 @@ def deviation_cost(
                 error = distance(end) - distance(x[nodes])
             else:
                 error = (end - x[nodes]).norm(p=1 if metric == "l1" else 2, dim=-1)
-            cost[i, nodes] = error.mean(-1)
-    return cost
+            cost[i, nodes] = error.mean(-1) if group is None else error.sum(-1)
+    if group is None:
+        return cost
+    sums = torch.cat([cost.flatten().double(), x.new_tensor([x.shape[1]], dtype=torch.float64)])
+    torch.distributed.all_reduce(sums, group=group)
+    return (sums[:-1] / sums[-1]).to(dtype).view(n, n)
