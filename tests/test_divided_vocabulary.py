@@ -16,6 +16,7 @@ import torch.distributed as dist
 from ranks import Traffic, spawn
 
 import fastgen
+from benchmarks import scaling
 
 ROWS, WIDTH, VOCABULARY, ENTRIES = (4, 3), 6, 24, 5
 IGNORED = -100
@@ -395,6 +396,9 @@ def test_ranks_exchange_a_few_numbers_a_row(tmp_path):
     rows = math.prod(ROWS)
     jsd = [*normals(rows, 4), (gather, 2 * rows)]
     assert first["jsd 0.5"] == first["jsd 0.0"] == jsd
+    predicted = {loss.name.partition(",")[0]: loss.messages for loss in scaling.LOSSES}  # numbers a row
+    assert [count // rows for _, count in jsd] == list(predicted["generalized_jsd_loss"])
+    assert [count // rows for _, count in first["token_logprob"][:1]] == list(predicted["token_logprob"])
     assert first["token_logprob"] == [*normals(rows, 3), *entropy(rows)]  # with the token's logit
     assert first["sequence_ddo_loss"] == 2 * normals(rows, 3)
     assert first["sparse forward bucket"] == [("all_reduce", rows * ENTRIES), *normals(rows, 2)]
@@ -441,3 +445,18 @@ def of_compiled(rank: int, out: str) -> None:
 def test_divided_vocabularies_compile_to_whole_graphs(tmp_path):
     spawn(of_compiled, str(tmp_path))
     check(tmp_path, 2)
+
+
+def test_the_model_of_large_meshes_adds_up():
+    """No message on one rank; slices share the work; and unfused it moves and holds a multiple, as counted."""
+    machine, (jsd, *_) = scaling.Machine(), scaling.LOSSES
+    alone, divided = (scaling.fused(jsd, 8192, 128_256, tp, machine) for tp in (1, 8))
+    assert (alone.messages, alone.sent) == (0, 0)
+    assert divided.messages == 2
+    assert divided.sent == 4 * 8192 * sum(jsd.messages)
+    assert divided.moved == alone.moved / 8
+    unfused = scaling.unfused(jsd, 8192, 128_256, 8, machine)
+    assert unfused.moved > 10 * divided.moved
+    assert unfused.held > 5 * divided.held
+    text = scaling.page(machine)
+    assert text.count("\n| 4096 |") == len(scaling.VOCABULARIES) * len(scaling.WIDTHS)
