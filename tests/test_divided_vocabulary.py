@@ -71,6 +71,14 @@ def calls() -> dict[str, Call]:
             {"beta": 0.5, "reduction": "none", "max_chunk_bytes": 600},
             hidden=("student_hidden", "teacher_hidden"),
         ),
+        "linear_jsd, labelled": Call(
+            "linear_generalized_jsd_loss",
+            head,
+            ("labels",),
+            of_head,
+            {"cross_entropy_weight": 0.7, "return_cross_entropy": True, "max_chunk_bytes": 800},
+            hidden=("student_hidden", "teacher_hidden"),
+        ),
         "linear_sparse_divergence_loss": Call(
             "linear_sparse_divergence_loss",
             {"weight": 0, "bias": 0},

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastgen
 from benchmarks.logits_rounding import NOISES, study
 from fastgen import reference
-from fastgen.sequence import linear
+from fastgen.sequence import head, layout
 
 backend, kernel_backend = sequences.backend, sequences.kernel_backend
 
@@ -103,7 +103,7 @@ def test_a_row_that_is_not_finite_leaves_the_others_alone(dtype, kernel_backend,
 @pytest.mark.parametrize("largest", [1e-38, 1e-30, 1e-9, 1.0, 3e4, 1e30, 0.0], ids=str)
 def test_a_float16_operand_is_scaled_to_the_range_that_float16_has(largest):
     grad = largest * torch.tensor([[1.0, -0.5], [0.25, 1e-3]])
-    half, factor = linear.narrowed(grad.clone(), torch.float16)
+    half, factor = head.narrowed(grad.clone(), torch.float16)
     assert half.dtype == torch.float16
     assert half.isfinite().all()
     assert factor.isfinite()
@@ -169,7 +169,7 @@ class Products(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("mixed", [True, False], ids=["as-on-a-gpu", "by-copies"])
 def test_products_sum_in_float32_and_copy_a_part_of_the_weight_at_a_time(mixed, dtype, monkeypatch):
-    monkeypatch.setattr(linear, "has_mixed_products", lambda device: mixed)
+    monkeypatch.setattr(head, "has_mixed_products", lambda device: mixed)
     rows, width, vocabulary, budget = 48, 64, 3000, 1 << 18
     tensors = [torch.randn(n, width) / 8 for n in (rows, vocabulary, rows, vocabulary)]
     bias, tokens = torch.randn(vocabulary), torch.randint(vocabulary, (rows,))
@@ -201,17 +201,17 @@ def test_torch_has_a_mixed_product_for_gpus(dtype):
     """Of shapes alone, where there is no GPU."""
     with FakeTensorMode():
         a, b = (torch.empty(shape, device="cuda", dtype=dtype) for shape in ((3, 4), (4, 5)))
-        assert linear.has_mixed_products(a.device)
-        assert not linear.has_mixed_products(torch.device("cpu"))
-        out = linear.product(a, b, torch.float32)
+        assert head.has_mixed_products(a.device)
+        assert not head.has_mixed_products(torch.device("cpu"))
+        out = head.product(a, b, torch.float32)
     assert (out.shape, out.dtype) == ((3, 5), torch.float32)
 
 
 @pytest.mark.parametrize("mixed", [True, False], ids=["as-on-a-gpu", "by-copies"])
 def test_the_weight_gradient_is_made_in_parts(mixed, monkeypatch):
-    monkeypatch.setattr(linear, "has_mixed_products", lambda device: mixed)
+    monkeypatch.setattr(head, "has_mixed_products", lambda device: mixed)
     h, w, grad = torch.randn(16, 64).bfloat16(), torch.randn(3000, 64).bfloat16(), torch.randn(16, 3000)
-    gradients = linear.HeadGradients(linear.Head(h, w, None), (True, True, False), 1 << 16)
+    gradients = head.HeadGradients(layout.Head(h, w, None), (True, True, False), 1 << 16, None)
     expected = grad.bfloat16().float().t() @ h.float()
     with Products() as seen:
         gradients.add(slice(0, 16), grad)

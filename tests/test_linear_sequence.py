@@ -13,7 +13,7 @@ from sequences import native
 import fastgen
 from fastgen import reference
 from fastgen.sequence import linear as machinery
-from fastgen.sequence.linear import chunks
+from fastgen.sequence.head import chunks
 
 backend, kernel_backend = sequences.backend, sequences.kernel_backend
 
@@ -312,6 +312,9 @@ BAD_CALLS = {
     "^teacher_softcap must be a number": (TypeError, lambda: linear(H, W, H, W, teacher_softcap="30")),
     "num_valid must be at least 0": (ValueError, lambda: tokens(H, W, Y, num_valid=-1)),
     r"token_weight must have shape \[2, 3\]": (ValueError, lambda: linear(H, W, H, W, token_weight=B)),
+    "cross_entropy_weight must be >= 0": (ValueError, lambda: linear(H, W, H, W, Y, cross_entropy_weight=-1.0)),
+    "labels must be the tokens": (ValueError, lambda: linear(H, W, H, W, cross_entropy_weight=1.0)),
+    "return_cross_entropy needs": (ValueError, lambda: linear(H, W, H, W, Y, return_cross_entropy=True)),
 }
 
 
@@ -371,3 +374,33 @@ def test_scaled_and_capped_logits_are_those_of_a_model_that_does_it(reduction, m
         factors = torch.linspace(-1, 2, mine.numel(), device=device).view(mine.shape)
         grads = [torch.autograd.grad((v * factors).sum(), hidden, retain_graph=True)[0] for v in (mine, theirs)]
         torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("reduction", ["batchmean", "none"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_cross_entropy_of_the_same_logits_is_one_of_its_own(reduction, weighted, kernel_backend, device, monkeypatch):
+    """The sum of two losses, with the gradient of both, from logits that are projected once."""
+    tensors, labels = heads((3, 5), device=device)
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    s, sw, sb, t, tw, tb = leaves
+    weight = torch.rand(3, 5, device=device) if weighted else None
+    factors = torch.linspace(-1, 1, 15, device=device).view(3, 5) if reduction == "none" else 1.0
+    options = {"beta": 0.3, "scaled": True, "temperature": 2.0, "reduction": reduction, "token_weight": weight}
+    soft = jsd(fastgen, leaves, labels, **options)
+    rows = -fastgen.linear_token_logprob(s, sw, labels, bias=sb)
+    hard = rows if weight is None else rows * weight
+    hard = hard if reduction == "none" else hard.sum() / (labels != -100).sum()
+    expected = soft + 0.7 * hard
+    gradients = torch.autograd.grad((expected * factors).sum(), leaves[:3])
+
+    calls, projected = [], machinery.linear_logits
+    monkeypatch.setattr(machinery, "linear_logits", lambda *a: calls.append(a) or projected(*a))
+    both, found = jsd(
+        fastgen, leaves, labels, cross_entropy_weight=0.7, return_cross_entropy=True, max_chunk_bytes=1 << 20, **options
+    )
+    (both * factors).sum().backward()
+    assert len(calls) == (2 if reduction == "batchmean" else 4)  # a student and a teacher, once more for the backward
+    torch.testing.assert_close(both, expected)
+    torch.testing.assert_close(found, rows.detach())
+    for leaf, gradient in zip(leaves[:3], gradients, strict=True):
+        torch.testing.assert_close(leaf.grad, gradient)

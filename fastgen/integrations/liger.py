@@ -17,8 +17,8 @@ class LigerFusedLinearJSDLoss(nn.Module):
 
     ``weight_hard_loss · CE + weight_soft_loss · JSD``, each a sum over the tokens that count, divided by their number:
     the cross-entropy of the student at temperature 1, and :func:`fastgen.linear_generalized_jsd_loss` at the
-    temperature given, without its square. Logits of half-precision heads are float32, where Liger rounds them. Each of
-    the two losses projects the student's hidden states for itself; a weight of 0 spares its own.
+    temperature given, without its square. Logits of half-precision heads are float32, where Liger rounds them. Both
+    losses are of the same logits, which are projected once, but where a wider teacher pads the student's.
 
     Args:
         weight_hard_loss, weight_soft_loss: of the two losses. The first is not computed where it is 0 and is not
@@ -75,12 +75,14 @@ class LigerFusedLinearJSDLoss(nn.Module):
         A teacher of more columns is one whose embedding was padded: as in Liger, the student has logit 0 in them, for
         which its weight is copied. (:func:`fastgen.linear_generalized_jsd_loss` itself leaves such columns out.)
         """
-        hard = self._hard(student_input, student_weight, true_labels, student_bias)
         missing = teacher_weight.shape[0] - student_weight.shape[0]
+        together = missing <= 0 and self.weight_hard_loss > 0 and self.weight_soft_loss > 0
+        hard = None if together else self._hard(student_input, student_weight, true_labels, student_bias)
         if missing > 0:
             student_weight = F.pad(student_weight, (0, 0, 0, missing))
             student_bias = None if student_bias is None else F.pad(student_bias, (0, missing))
-        soft = linear_generalized_jsd_loss(
+        ratio = self.weight_hard_loss / self.weight_soft_loss if together else 0.0
+        found = linear_generalized_jsd_loss(
             student_input,
             student_weight,
             teacher_input,
@@ -91,16 +93,24 @@ class LigerFusedLinearJSDLoss(nn.Module):
             beta=self.beta,
             temperature=self.temperature,
             ignore_index=self.ignore_index,
+            cross_entropy_weight=ratio,
+            return_cross_entropy=together,
         )
-        loss = self.weight_soft_loss * soft
-        if hard is None:
-            return loss
-        loss = loss + self.weight_hard_loss * hard
-        return (loss, soft.detach(), hard.detach()) if self.return_soft_hard_loss else loss
+        both, rows = found if together else (found, None)
+        loss, soft = self.weight_soft_loss * both, both.detach()
+        if rows is not None:
+            hard = self._mean(rows, true_labels)
+            soft = soft - ratio * hard
+        elif hard is not None:
+            loss = loss + self.weight_hard_loss * hard
+        return (loss, soft, hard.detach()) if self.return_soft_hard_loss and hard is not None else loss
+
+    def _mean(self, rows: Tensor, labels: Tensor) -> Tensor:
+        return rows.sum() / (labels != self.ignore_index).sum().clamp(min=1)
 
     def _hard(self, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> Tensor | None:
         if self.weight_hard_loss == 0 and not self.return_soft_hard_loss:
             return None
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.weight_hard_loss != 0):
             logprob = linear_token_logprob(hidden, weight, labels, bias=bias, ignore_index=self.ignore_index)
-        return -logprob.sum() / (labels != self.ignore_index).sum().clamp(min=1)
+        return self._mean(-logprob, labels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.case import Draw, Role, case, flags, near, stream
+from .layout import Slices
 
 WIDTH = 8  # of hidden states
 
@@ -89,8 +91,23 @@ STUDENT = {"student_hidden": hidden(0), "student_weight": head(0, WIDTH), "stude
 HEAD = {"hidden": hidden(0), "weight": head(0, WIDTH), "bias": head(0)}
 TEACHER = {"teacher_hidden": hidden(1), "teacher_weight": head(1, WIDTH), "teacher_bias": head(1)}
 
+
+def divided(function: str) -> Callable[..., Tensor]:
+    """A call with all the steps that a vocabulary divided among ranks takes, on one rank."""
+
+    def run(module: ModuleType, **arguments: Any) -> Tensor:
+        logits = arguments["logits" if "logits" in arguments else "student_logits"]
+        if not module.__name__.endswith(".reference"):
+            arguments["vocab_group"] = Slices.alone(logits.shape[-1])
+        found: Tensor = getattr(module, function)(**arguments)
+        return found
+
+    return run
+
+
 CASES = (
     case("token_logprob", TOKENS, "logits"),
+    case("token_logprob-divided", TOKENS, "logits", divided("token_logprob"), temperature=2.0),
     case("token_logprob-masked", TOKENS | {"mask": counted}, "logits"),
     case("token_logprob-hot", TOKENS, "logits", temperature=4.0),
     case("token_logprob-cold", TOKENS, "logits", temperature=0.5),
@@ -121,6 +138,17 @@ CASES = (
         temperature=0.7,
         reduction="mean",
     ),
+    *(
+        case(
+            f"generalized_jsd_loss-divided-{beta}",
+            LABELLED,
+            "student_logits",
+            divided("generalized_jsd_loss"),
+            beta=beta,
+            temperature=2.0,
+        )
+        for beta in (0.0, 0.3, 1.0)
+    ),
     case("generalized_jsd_loss-weighted", MODELS | WEIGHTED, "student_logits", scaled=True, reduction="sum"),
     *(
         case(
@@ -135,6 +163,13 @@ CASES = (
         "student_logits",
         temperature=2.0,
         reduction="sum",
+    ),
+    case(
+        "sparse_divergence_loss-divided",
+        SPARSE | {"labels": tokens},
+        "student_logits",
+        divided("sparse_divergence_loss"),
+        kind="jsd",
     ),
     case(
         "sparse_divergence_loss-each",
@@ -172,6 +207,15 @@ CASES = (
         STUDENT | TEACHER | {"token_weight": row_weights},
         "student_hidden student_weight student_bias",
         beta=1.0,
+    ),
+    case(
+        "linear_generalized_jsd_loss-labelled",
+        STUDENT | TEACHER | {"labels": tokens, "token_weight": row_weights},
+        "student_hidden student_weight student_bias",
+        beta=0.3,
+        scaled=True,
+        temperature=2.0,
+        cross_entropy_weight=0.5,
     ),
     case(
         "linear_generalized_jsd_loss-capped",

@@ -27,6 +27,11 @@ class Slices(NamedTuple):
     total: int
     equal: bool  # whether every rank is taken to have as many
 
+    @classmethod
+    def alone(cls, size: int) -> Slices:
+        """All columns, on the one rank there is: the steps of a divided vocabulary, and no messages."""
+        return cls("", 1, 0, 0, size, equal=False)
+
     @property
     def most(self) -> int:
         """The most columns that a rank has."""
@@ -95,6 +100,8 @@ class Layout(NamedTuple):
 
 def slices_of(group: Any, size: int) -> Slices:
     """Of a process group, whose ranks have `size` columns each, in their order."""
+    if isinstance(group, Slices):
+        return group
     if not isinstance(group, torch.distributed.ProcessGroup):
         raise TypeError(f"vocab_group must be a torch.distributed process group, got {type(group).__name__}")
     ranks, rank = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
@@ -180,6 +187,8 @@ def local_logits(t: Tensor) -> Tensor:
 
 def gathered(part: Tensor, slices: Slices) -> Tensor:
     """[ranks, ...]: what every rank has as `part`, the same to the bit on all of them."""
+    if slices.ranks == 1:
+        return part.unsqueeze(0)
     flat = part.reshape(-1)
     found = torch.ops._c10d_functional.all_gather_into_tensor(flat, slices.ranks, slices.group)
     whole: Tensor = torch.ops._c10d_functional.wait_tensor(found)
@@ -188,11 +197,15 @@ def gathered(part: Tensor, slices: Slices) -> Tensor:
 
 def summed_later(t: Tensor, slices: Slices) -> Tensor:
     """The sum over ranks, once `ready` has waited for it: other work may go on meanwhile."""
+    if slices.ranks == 1:
+        return t.clone()
     total: Tensor = torch.ops._c10d_functional.all_reduce(t, "sum", slices.group)
     return total
 
 
-def ready(t: Tensor) -> Tensor:
+def ready(t: Tensor, slices: Slices) -> Tensor:
+    if slices.ranks == 1:
+        return t
     total: Tensor = torch.ops._c10d_functional.wait_tensor(t)
     return total
 
@@ -224,7 +237,7 @@ def whole_call(
     def whole(t: Any) -> Any:
         return t.full_tensor() if is_dtensor(t) else t
 
-    if mesh is None and slices is not None:
+    if mesh is None and slices is not None and slices.ranks > 1:
         sliced = {n: t if t is None else _Gathered.apply(t, slices, dim) for n, t in sliced.items()}
     found = function(**{n: whole(t) for n, t in (sliced | others).items()})
     if mesh is None:

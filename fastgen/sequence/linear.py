@@ -1,9 +1,6 @@
 """The losses of ``sequence`` from hidden states and output weights: no [tokens, vocabulary] tensor is ever whole.
 
-Rows are taken in chunks whose logits, and their gradient, stay within a budget of bytes; the products are torch's, the
-row operators ours. Logits of half-precision operands are float32: what bfloat16 rounds off a logit is more than the
-difference between a student and a teacher who are close. Gradients accumulate over the chunks in float32 (float64 for
-float64), are scaled there by what comes in, and are then rounded once.
+Rows are taken in chunks; the products are torch's (``head.py``), the row operators ours.
 """
 
 from __future__ import annotations
@@ -12,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..core import checks
@@ -20,179 +16,8 @@ from ..core.autograd import Forward, FusedLoss, Gradients, apply
 from ..core.distributed import is_dtensor
 from ..core.operator import Operator
 from . import operators, parallel
-from .layout import Head, Layout, Slices, ready, summed_later
-from .reference import autocast_head
-
-# On an H200 chunks of 96 MiB took five times as long as what other libraries do in larger ones: a thousand rows of a
-# large vocabulary, and large parts of a gradient, keep a GPU's matrix units busy.
-CHUNK_BYTES = {"cpu": 96 << 20}
-CHUNK_BYTES_ELSEWHERE = 1 << 30
-
-
-class LogitTransform(NamedTuple):
-    """What a model does with its head's output: ``softcap tanh(scale z / softcap)``, or ``scale z`` without a cap."""
-
-    scale: float
-    softcap: float | None
-
-    def apply_(self, z: Tensor) -> Tensor:
-        z = z if self.scale == 1 else z.mul_(self.scale)
-        # Not times scale / softcap, whose rounding would scale all logits alike: a temperature that nobody asked for.
-        return z if self.softcap is None else z.div_(self.softcap).tanh_().mul_(self.softcap)
-
-    def chain_(self, grad: Tensor, logits: Tensor) -> Tensor:
-        """The gradient of z from that of the logits, which it overwrites as well: who needs it has used them."""
-        if self.softcap is not None:
-            grad.mul_(logits.div_(self.softcap).square_().neg_().add_(1))
-        return grad if self.scale == 1 else grad.mul_(self.scale)
-
-
-def flat_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Head:
-    """A linear layer and its input as rows, in the dtype that autocast gives them."""
-    return Head(*autocast_head(hidden.reshape(-1, hidden.shape[-1]), weight, bias))
-
-
-def chunk_bytes(max_chunk_bytes: int | None, hidden: Tensor) -> int:
-    """The budget that was asked for, or that of the device."""
-    if max_chunk_bytes is None:
-        return CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES_ELSEWHERE)
-    return checks.positive_int("max_chunk_bytes", max_chunk_bytes)
-
-
-def no_autocast(t: Tensor) -> torch.autocast:
-    """Around all products: autocast, on around a ``backward()`` too, would round float32 operands to half precision."""
-    return torch.autocast(t.device.type, enabled=False)
-
-
-def wide(t: Tensor) -> torch.dtype:
-    return torch.promote_types(t.dtype, torch.float32)
-
-
-def chunks(rows: int, row_bytes: int, max_bytes: int) -> Iterator[slice]:
-    """As many rows at a time as fit, and as evenly as can be: the last chunk is no splinter."""
-    count = -(-rows // max(1, max_bytes // row_bytes))
-    size = -(-rows // max(1, count)) or 1
-    return (slice(start, start + size) for start in range(0, max(rows, 1), size))  # one empty chunk of no rows
-
-
-def chunks_of(head: Head, logits_bytes: int, max_bytes: int) -> Iterator[slice]:
-    """Chunks of a head's rows, of which each has `logits_bytes` and a copy of its hidden state."""
-    hidden = head.hidden
-    return chunks(hidden.shape[0], logits_bytes + hidden.shape[1] * wide(hidden).itemsize, max_bytes)
-
-
-def has_mixed_products(device: torch.device) -> bool:
-    """Whether torch multiplies half-precision matrices into a float32 one there: tensor cores sum in float32 anyway."""
-    return device.type == "cuda"
-
-
-def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """``a b`` of two matrices of one dtype, summed and returned in `dtype`, which is theirs or a wider one.
-
-    Devices without mixed products get copies, which are exact; who calls keeps them small (:func:`blocks`).
-    """
-    if a.dtype == dtype:
-        return torch.mm(a, b)
-    if has_mixed_products(a.device):
-        return torch.mm(a, b, out_dtype=dtype)
-    return torch.mm(a.to(dtype), b.to(dtype))
-
-
-def add_product(out: Tensor, a: Tensor, b: Tensor, factor: Tensor | None) -> None:
-    """``out += factor a b``."""
-    if factor is not None:
-        out.addcmul_(product(a, b, out.dtype), factor)
-    elif a.dtype == out.dtype:
-        out.addmm_(a, b)
-    else:
-        out.add_(product(a, b, out.dtype))
-
-
-def blocks(weight: Tensor, rows: int, dtype: torch.dtype, max_bytes: int, whole: bool) -> Iterator[slice]:
-    """The vocabulary: all of it if `whole`, else as much at a time as fits into `max_bytes` in `dtype`, of the weight
-    [V, H] and of logits [rows, V] together."""
-    size, width = weight.shape
-    return iter((slice(None),)) if whole else chunks(size, (width + rows) * dtype.itemsize, max_bytes)
-
-
-def linear_logits(head: Head, rows: slice, dtype: torch.dtype, max_bytes: int) -> Tensor:
-    """``hidden weightᵀ + bias`` in `dtype`, with copies of at most `max_bytes`."""
-    hidden, weight, bias = head.hidden[rows], head.weight, head.bias
-    if dtype == hidden.dtype:
-        return F.linear(hidden, weight, bias)
-    if has_mixed_products(weight.device):
-        logits = product(hidden, weight.t(), dtype)
-    else:
-        logits = hidden.new_empty((hidden.shape[0], weight.shape[0]), dtype=dtype)
-        for block in blocks(weight, hidden.shape[0], dtype, max_bytes, whole=False):
-            logits[:, block] = product(hidden, weight[block].t(), dtype)
-    return logits if bias is None else logits.add_(bias)
-
-
-def narrowed(grad_logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """A gradient of logits as the operand of products with a head of `dtype`, and what to multiply these by.
-
-    The products need one dtype, and in half precision they are several times as fast and a chunk's gradient is half as
-    large. Rounding it is as harmless as rounding logits is not: it changes each element by at most one part in 2⁸
-    (2¹¹ in float16), independently, where rounding a logit changes the difference from the teacher's by an amount that
-    does not shrink with that difference. The errors average out over a product's sum, so that they add to a gradient
-    about what rounding the gradient itself to `dtype` does.
-
-    float16 has no exponents for most elements of a softmax: there the largest element of the chunk becomes almost
-    2¹⁵. Its power of two is exact, and is taken out again in float32. One factor does for all rows: what underflows
-    beside the largest element would do so in the float16 gradients of the head as well.
-    """
-    if grad_logits.dtype == dtype:
-        return grad_logits, None
-    if dtype != torch.float16:
-        return grad_logits.to(dtype), None
-    largest = torch.linalg.vector_norm(grad_logits, torch.inf, 1)
-    # A row that is not finite has no say in the others' factor.
-    largest = torch.where(largest < torch.inf, largest, 0).amax()
-    exponent = torch.frexp(largest).exponent.clamp(min=-100) - 15  # its negative is an exponent of float32 too
-    return grad_logits.mul_(torch.ldexp(torch.ones_like(largest), -exponent)).to(dtype), torch.ldexp(
-        torch.ones_like(largest), exponent
-    )
-
-
-class HeadGradients:
-    """Gradients of ``logits = hidden weightᵀ + bias``, accumulated chunk by chunk in float32 (float64 for float64), for
-    whose range and precision no scale is wrong; None for what needs none."""
-
-    def __init__(self, head: Head, needed: tuple[bool, ...], max_bytes: int, slices: Slices | None) -> None:
-        hidden, weight, bias = head
-        self.inputs, self.dtype, self.max_bytes = (hidden, weight), wide(weight), max_bytes
-        self.slices = slices
-        self.sums: list[tuple[slice, Tensor]] = []  # on their way: other ranks' columns make gradients of hidden too
-        self.hidden = hidden.new_zeros(hidden.shape, dtype=self.dtype) if needed[0] else None
-        self.weight = weight.new_zeros(weight.shape, dtype=self.dtype) if needed[1] else None
-        self.bias = bias.new_zeros(bias.shape, dtype=self.dtype) if needed[2] and bias is not None else None
-
-    def add(self, rows: slice, grad_logits: Tensor) -> None:
-        """Overwrites `grad_logits`."""
-        hidden, weight = self.inputs
-        count = grad_logits.shape[0]
-        if count == 0:
-            return
-        if self.bias is not None:
-            self.bias.add_(grad_logits.sum(0, dtype=self.dtype))
-        grad, factor = narrowed(grad_logits, weight.dtype)
-        one_dtype = weight.dtype == self.dtype
-        no_copy = one_dtype or has_mixed_products(weight.device)
-        if self.hidden is not None:
-            for block in blocks(weight, count, self.dtype, self.max_bytes, whole=no_copy):
-                add_product(self.hidden[rows], grad[:, block], weight[block], factor)
-            if self.slices is not None:
-                self.sums.append((rows, summed_later(self.hidden[rows], self.slices)))
-        if self.weight is not None:  # a mixed product cannot add to what is there: it makes a part of the gradient
-            for block in blocks(weight, count, self.dtype, self.max_bytes, whole=one_dtype):
-                add_product(self.weight[block], grad[:, block].t(), hidden[rows], factor)
-
-    def all(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        for rows, total in self.sums:
-            assert self.hidden is not None
-            self.hidden[rows] = ready(total)
-        return self.hidden, self.weight, self.bias
+from .head import HeadGradients, LogitTransform, chunks_of, flat_head, linear_logits, no_autocast, wide
+from .layout import Head, Layout
 
 
 class LinearLoss:
@@ -233,7 +58,7 @@ class LinearLoss:
                 grad_logits = self.gradient(backend, given, of_rows, stats)
             if grad_logits is not None:
                 grad_logits = self.of_head(grad_logits, given, arguments)
-            found.append((results.stats, *self.loss.returned(results), *entropy))
+            found.append((results.stats, *self.returned(results), *entropy))
             given.clear()  # the logits, before anything else is made
             del results
             if gradients is not None and grad_logits is not None:
@@ -260,6 +85,9 @@ class LinearLoss:
             del grad_logits
         return gradients.all()
 
+    def returned(self, results: Any) -> tuple[Tensor, ...]:
+        return self.loss.returned(results)
+
     def head(self, arguments: Mapping[str, Any], prefix: str) -> Head:
         return Head(*(arguments[f"{prefix}{name}"] for name in Head._fields))
 
@@ -277,7 +105,8 @@ class LinearLoss:
         # Ranks take the same chunks: they meet at each.
         columns = {n: head.weight.shape[0] if slices is None else slices.most for n, head in heads.items()}
         row_bytes = {name: columns[name] * dtypes[name].itemsize for name in heads}
-        total = sum(row_bytes.values()) + (row_bytes[first] if with_grad else 0)
+        gradients = (2 if arguments.get("cross_entropy_weight") else 1) if with_grad else 0
+        total = sum(row_bytes.values()) + gradients * row_bytes[first]
         for rows in chunks_of(heads[first], total, max_bytes):
             with no_autocast(heads[first].weight):
                 given: dict[str, Any] = {
@@ -320,6 +149,70 @@ class LinearLoss:
         return found
 
 
+class WithCrossEntropy(NamedTuple):
+    """Of :class:`Distillation`, where there is a cross-entropy; its stats end with the token's."""
+
+    loss: Tensor
+    stats: Tensor
+    grad_student: Tensor
+    cross_entropy: Tensor
+
+
+class Distillation(LinearLoss):
+    """A divergence, and `cross_entropy_weight` times the cross-entropy of the labels from the same logits."""
+
+    def __init__(self, loss: FusedLoss, logits: Mapping[str, str], per_row: tuple[str, ...]) -> None:
+        super().__init__(loss, logits, per_row)
+        self.settings = (*self.settings, "cross_entropy_weight")
+        self.options = (*self.options, "cross_entropy_weight")
+
+    def of_logits(self, backend: str, given: Mapping[str, Any], with_grad: bool) -> Any:
+        results, weight = super().of_logits(backend, given, with_grad), given["cross_entropy_weight"]
+        if weight == 0:
+            return results
+        tokens = self._of_tokens(given)
+        if given["slices"] is not None:
+            found = parallel.token_logprob.found(backend, given["slices"], tokens)
+        else:
+            found = operators.token_logprob.operator.choose(backend, tokens)
+        entropy = -found.logprob
+        if with_grad:
+            of_rows = results.stats.new_full(entropy.shape, -weight)
+            results.grad_student.add_(self._token_gradient(backend, given, of_rows, found.stats))
+        stats = torch.cat([results.stats, found.stats.to(results.stats.dtype)])
+        return WithCrossEntropy(results.loss + weight * entropy, stats, results.grad_student, entropy)
+
+    def returned(self, results: Any) -> tuple[Tensor, ...]:
+        if isinstance(results, WithCrossEntropy):
+            return results.loss, results.cross_entropy
+        return super().returned(results)
+
+    def gradient(self, backend: str, given: Mapping[str, Any], grad: Tensor, stats: Tensor) -> Tensor:
+        weight = given["cross_entropy_weight"]
+        if weight == 0:
+            return super().gradient(backend, given, grad, stats)
+        found = super().gradient(backend, given, grad, stats[:-2])
+        return found.add_(self._token_gradient(backend, given, -weight * grad, stats[-2:]))
+
+    def _of_tokens(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of `token_logprob`: a cross-entropy has no temperature."""
+        name = next(iter(self.logits))
+        return {
+            "logits": given[name],
+            "tokens": given["labels"],
+            "temperature": 1.0,
+            "ignore_index": given["ignore_index"],
+        }
+
+    def _token_gradient(self, backend: str, given: Mapping[str, Any], grad: Tensor, stats: Tensor) -> Tensor:
+        arguments = {**self._of_tokens(given), "grad": grad, "stats": stats, "elsewhere": False}
+        if given["slices"] is not None:
+            return parallel.token_logprob.of_slice(backend, given["slices"], arguments)
+        found = operators.token_logprob_backward.choose(backend, arguments)
+        assert isinstance(found, Tensor)
+        return found
+
+
 def logits_dtype(head: Head, options: Mapping[str, Any]) -> torch.dtype:
     return head.hidden.dtype if options["round_logits"] else wide(head.hidden)
 
@@ -332,7 +225,7 @@ def run(loss: LinearLoss, backend: str, *heads: Head, **arguments: Any) -> Any:
 
 
 token_logprob = LinearLoss(operators.token_logprob, {"logits": "student_"}, ("tokens",))
-generalized_jsd = LinearLoss(
+generalized_jsd = Distillation(
     operators.generalized_jsd, {"student": "student_", "teacher": "teacher_"}, ("labels", "weight")
 )
 sparse_divergence = LinearLoss(

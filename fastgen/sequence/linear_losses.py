@@ -9,6 +9,7 @@ from torch import Tensor
 from ..core import checks, dispatch
 from ..triton_kernels.layout import arithmetic_dtype
 from . import linear, reference
+from .head import chunk_bytes, flat_head
 from .layout import Head, layout_of_heads, whole_call
 from .operators import IGNORE_INDEX
 from .options import (
@@ -143,7 +144,7 @@ def linear_token_logprob(
     temperature = checks.number("temperature", temperature, low=0, open_low=True)
     ignore_index = checks.integer("ignore_index", ignore_index)
     check_rounding(round_logits, "hidden", hidden)
-    max_chunk_bytes = linear.chunk_bytes(max_chunk_bytes, hidden)
+    max_chunk_bytes = chunk_bytes(max_chunk_bytes, hidden)
     check_plain(hidden, tokens=tokens, mask=mask)
     layout, (parts,) = layout_of_heads(vocab_group, **{"": Head(hidden, weight, bias)})
     backend = dispatch.backend_for("token_logprob", hidden.device.type)
@@ -171,7 +172,7 @@ def linear_token_logprob(
     logprob, *entropy = linear.run_counted(
         linear.token_logprob,
         backend,
-        [linear.flat_head(*parts)],
+        [flat_head(*parts)],
         {"tokens": tokens},
         tokens != ignore_index,
         num_valid,
@@ -212,6 +213,8 @@ def linear_generalized_jsd_loss(
     num_items: float | Tensor | None = ...,
     ignore_index: int = ...,
     return_entropy: Literal[False] = ...,
+    cross_entropy_weight: float = ...,
+    return_cross_entropy: Literal[False] = ...,
     round_logits: bool = ...,
     max_chunk_bytes: int | None = ...,
     vocab_group: Any = ...,
@@ -235,11 +238,13 @@ def linear_generalized_jsd_loss(
     reduction: Reduction = ...,
     num_items: float | Tensor | None = ...,
     ignore_index: int = ...,
-    return_entropy: Literal[True],
+    return_entropy: bool = ...,
+    cross_entropy_weight: float = ...,
+    return_cross_entropy: bool = ...,
     round_logits: bool = ...,
     max_chunk_bytes: int | None = ...,
     vocab_group: Any = ...,
-) -> tuple[Tensor, Tensor]: ...
+) -> Any: ...
 def linear_generalized_jsd_loss(
     student_hidden: Tensor,
     student_weight: Tensor,
@@ -263,10 +268,12 @@ def linear_generalized_jsd_loss(
     num_items: float | Tensor | None = None,
     ignore_index: int = IGNORE_INDEX,
     return_entropy: bool = False,
+    cross_entropy_weight: float = 0.0,
+    return_cross_entropy: bool = False,
     round_logits: bool = False,
     max_chunk_bytes: int | None = None,
     vocab_group: Any = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """:func:`generalized_jsd_loss` of ``logits = f(hidden weightᵀ + bias)``, without ever holding the logits.
 
     f is what a model does with its head's output: nothing, or a scale, or a soft cap.
@@ -299,6 +306,9 @@ def linear_generalized_jsd_loss(
         num_valid: how many tokens count, for the others not even to be projected: as in :func:`linear_token_logprob`.
         return_entropy: also return the entropy [...] in nats of the student's softmax(logits / τ), for logging: without
             gradient, 0 for tokens that do not count. It reads the logits of a chunk once more.
+        cross_entropy_weight: ≥ 0: adds this times the cross-entropy of the student and the labels, which must then be
+            tokens, at temperature 1, to each token's loss: of the same logits, which are not projected again.
+        return_cross_entropy: also return that cross-entropy [...], not times its weight, for logging.
         round_logits: keep the logits in the dtype of the hidden states, as a layer returns them, instead of float32. In
             bfloat16 that halves their memory and costs accuracy, as :func:`generalized_jsd_loss` says. A float16
             student is refused: the gradient of its logits would underflow.
@@ -313,9 +323,9 @@ def linear_generalized_jsd_loss(
             dimension of the mesh along which they are whole.
 
     Returns:
-        The loss, float32 (float64 if an input is), or ``(loss, entropy)``. Gradients flow to the student's hidden
-        states, weight and bias, once differentiable. Under autocast all are cast to its dtype; the logits are float32
-        there too.
+        The loss, float32 (float64 if an input is), or a tuple of it and what else is asked for: ``(loss, entropy,
+        cross_entropy)``. Gradients flow to the student's hidden states, weight and bias, once differentiable. Under
+        autocast all are cast to its dtype; the logits are float32 there too.
 
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
@@ -345,7 +355,12 @@ def linear_generalized_jsd_loss(
     check_rows(student_hidden, labels, mask, token_weight, reduction, num_items, ignore_index, "token_weight")
     check_divergence(beta, scaled, temperature)
     check_rounding(round_logits, "student_hidden", student_hidden)
-    max_chunk_bytes = linear.chunk_bytes(max_chunk_bytes, student_hidden)
+    cross_entropy_weight = checks.number("cross_entropy_weight", cross_entropy_weight, low=0)
+    if labels is None and (cross_entropy_weight > 0 or return_cross_entropy):
+        raise ValueError("labels must be the tokens where cross_entropy_weight or return_cross_entropy asks for them")
+    if return_cross_entropy and cross_entropy_weight == 0:
+        raise ValueError("return_cross_entropy needs a cross_entropy_weight > 0: without one there is none")
+    max_chunk_bytes = chunk_bytes(max_chunk_bytes, student_hidden)
     beta, temperature = float(beta), float(temperature)
     heads = {
         "student_": Head(student_hidden, student_weight, student_bias),
@@ -381,6 +396,8 @@ def linear_generalized_jsd_loss(
             num_items=num_items,
             ignore_index=ignore_index,
             return_entropy=return_entropy,
+            cross_entropy_weight=cross_entropy_weight,
+            return_cross_entropy=return_cross_entropy,
             round_logits=round_logits,
         )
     vocabulary = min(part.weight.shape[0] for part in parts)
@@ -390,7 +407,9 @@ def linear_generalized_jsd_loss(
     labels = labels_of(student_hidden, labels, mask, ignore_index)
     dtype = arithmetic_dtype(student_hidden, teacher_hidden)
     scale = scale_of(student_hidden, dtype, labels, reduction, num_items, ignore_index, vocabulary, beta, scaled)
-    loss, *entropy = linear.run_divided(
+    # What the sum is divided by because of `scaled` is the divergence's alone.
+    apart = beta * (1 - beta) if scaled and 0 < beta < 1 else 1.0
+    loss, *others = linear.run_divided(
         linear.generalized_jsd,
         backend,
         layout,
@@ -405,8 +424,11 @@ def linear_generalized_jsd_loss(
         ignore_index=ignore_index,
         reduction="none" if reduction == "none" else "sum",
         entropy=return_entropy,
+        cross_entropy_weight=cross_entropy_weight * apart,
         transform=transform,
         round_logits=round_logits,
         max_chunk_bytes=max_chunk_bytes,
     )
-    return (loss, entropy[0]) if return_entropy else loss
+    cross_entropy = others.pop(0) if cross_entropy_weight > 0 else None
+    results = (loss, *others, *((cross_entropy,) if return_cross_entropy and cross_entropy is not None else ()))
+    return results if len(results) > 1 else loss

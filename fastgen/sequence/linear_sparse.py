@@ -9,6 +9,7 @@ from torch import Tensor
 from ..core import checks, dispatch
 from ..triton_kernels.layout import arithmetic_dtype
 from . import linear, reference
+from .head import chunk_bytes
 from .layout import Head, layout_of_heads, whole_call
 from .operators import IGNORE_INDEX, Tail
 from .options import (
@@ -107,7 +108,7 @@ def linear_sparse_divergence_loss(
     check_rows(hidden, labels, mask, token_weight, reduction, num_items, ignore_index, "token_weight")
     check_kind(kind, beta, scaled, tail, temperature)
     check_rounding(round_logits, "hidden", hidden)
-    max_chunk_bytes = linear.chunk_bytes(max_chunk_bytes, hidden)
+    max_chunk_bytes = chunk_bytes(max_chunk_bytes, hidden)
     beta, temperature = float(beta), float(temperature)
     backend = dispatch.backend_for("sparse_divergence", hidden.device.type)
     if backend == "reference":

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..core import checks, distributed
 from . import reference
+from .head import LogitTransform
 from .layout import Layout
-from .linear import LogitTransform
 
 TOKEN_REDUCTIONS = ("batchmean", "sum", "mean", "none")
 

@@ -130,7 +130,7 @@ def _sparse_divergence(backend: str, slices: Slices, given: Arguments) -> Sparse
     entries = torch.where(own, entries.to(torch.promote_types(entries.dtype, torch.float32)), 0.0)
     entries = summed_later(entries, slices)  # of one rank's logit and zeros
     normals, _ = normalizers(backend, slices, given, given["labels"], student)
-    entries = torch.where(ids < slices.total, ready(entries), math.nan)
+    entries = torch.where(ids < slices.total, ready(entries, slices), math.nan)
     places = torch.where(ids >= 0, torch.arange(ids.shape[-1], device=ids.device), -1)
     found: SparseOutputs = operators.sparse_divergence.operator.choose(
         backend, given, student=entries, teacher_ids=places, normals=normals, **ROWS

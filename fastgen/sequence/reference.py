@@ -223,17 +223,31 @@ def linear_generalized_jsd_loss(
     teacher_softcap: float | None = None,
     token_weight: Tensor | None = None,
     num_valid: int | None = None,
+    cross_entropy_weight: float = 0.0,
+    return_cross_entropy: bool = False,
     round_logits: bool = False,
     max_chunk_bytes: int = 0,
     **options: Any,
 ) -> Any:
-    """`generalized_jsd_loss` of the logits ``hidden weightᵀ + bias``."""
+    """`generalized_jsd_loss` of the logits ``hidden weightᵀ + bias``, and their cross-entropy with the labels."""
     with torch.no_grad():
         teacher_logits = linear_logits(teacher_hidden, teacher_weight, teacher_bias, round_logits)
         teacher_logits = transformed(teacher_logits, teacher_logit_scale, teacher_softcap)
     student_logits = linear_logits(student_hidden, student_weight, student_bias, round_logits)
     student_logits = transformed(student_logits, logit_scale, softcap)
-    return generalized_jsd_loss(student_logits, teacher_logits, labels, weight=token_weight, **options)
+    found = generalized_jsd_loss(student_logits, teacher_logits, labels, weight=token_weight, **options)
+    if cross_entropy_weight == 0:
+        return found
+    assert labels is not None
+    ignore_index = options.get("ignore_index", IGNORE_INDEX)
+    tokens = masked(labels, options.get("mask"), ignore_index)
+    rows = -token_logprob(student_logits, tokens, ignore_index=ignore_index)
+    reduction, vocabulary = options.get("reduction", "batchmean"), min(student_weight.shape[0], teacher_weight.shape[0])
+    counted = tokens != ignore_index
+    entropy = _reduced(rows, counted, token_weight, options.get("num_items"), reduction, vocabulary)
+    loss, *others = found if isinstance(found, tuple) else (found,)
+    results = (loss + cross_entropy_weight * entropy, *others, *((rows.detach(),) if return_cross_entropy else ()))
+    return results if len(results) > 1 else results[0]
 
 
 def linear_sparse_divergence_loss(
