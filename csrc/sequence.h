@@ -267,7 +267,7 @@ struct GeneralizedJsd {
 template <class T, Divergence D>
 struct GeneralizedJsdSums : GeneralizedJsd<T, D> {
   using Whole = GeneralizedJsd<T, D>;
-  static constexpr bool kNormalizes = false;
+  static constexpr bool kNormalizes = false, kSumsOnly = true;
   Softmax<const T*> student, teacher;
 
   FASTGEN_HD typename Whole::Row row(int64_t row, const Softmax<T>*) const {

@@ -74,6 +74,7 @@ def test_kernels_spill_nothing_and_stay_within_their_registers(report):
 
 # Instructions an element, or a pair, over all passes of a row that stays on chip.
 INSTRUCTIONS = {"TokenLogprob": 9, "forward": 48, "mixed": 60, "reverse": 53}
+SUMS = {"forward": 27, "mixed": 33, "reverse": 28}  # of the one pass over a slice of a vocabulary
 
 
 @needs_nvcc
@@ -88,6 +89,11 @@ def test_sweeps_issue_no_more_than_their_budget(report):
         budget = next(n for name, n in INSTRUCTIONS.items() if name in row["kernel"])
         assert sum(cost) <= budget, f"{row['kernel']}: {cost}"
         assert sass.resident_threads(row["registers"], 256, 0) >= 1024, row
+    slices = [r for r in kernels if "Sums" in r["kernel"]]
+    assert len(slices) == len(SUMS)
+    for row in slices:
+        (turn,) = [t for t in row["loops"] if t["loads"].get(16) and t["special"]]
+        assert turn["issued"] / 8 <= next(n for name, n in SUMS.items() if name in row["kernel"]), row
 
 
 @needs_nvcc

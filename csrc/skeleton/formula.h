@@ -32,6 +32,7 @@
 //     static constexpr int kSums;           // that the elements of a row add up to
 //     static constexpr int kParts;          // that map() wants of an element; 0: nothing is written
 //     static constexpr bool kMapsAtOnce;    // optional: true where there are sums and the map waits for none
+//     static constexpr bool kSumsOnly;      // optional: true where there are sums and no output
 //     struct Row { ... };                   // constants of a row
 //     T inverse_temperature;
 //     bool ignored(int64_t row) const;      // the row is not read; its output is 0

@@ -29,6 +29,8 @@ constexpr int kMapSlots = 4;        // vectors of a thread where a row is only m
 
 template <class F>
 constexpr bool kMapsAtOnce = requires { requires F::kMapsAtOnce; };
+template <class F>
+constexpr bool kSumsOnly = requires { requires F::kSumsOnly; };
 template <class T>
 constexpr ScalarType kDtype = sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double;
 
@@ -418,6 +420,10 @@ struct Sweep {
     typename F::Row constants = job.formula.row(row, normal);
     if constexpr (F::kSums > 0) {
       T sums[F::kSums] = {};
+      if constexpr (kSumsOnly<F>) {
+        elements<true, false>(constants, sums, false, -1);
+        return finish(sums, constants);
+      }
       if (kMapsAtOnce<F> && job.out.data) elements<true, true>(constants, sums, false, -1);
       else elements<true, false>(constants, sums, job.out.data && plan.slots > 0, -1);
       finish(sums, constants);
