@@ -89,6 +89,10 @@ def check_functions() -> None:
                 student, teacher, distillation_topk=20, distillation_alpha=beta, distillation_add_tail=tail
             )
             _close(f"SDPOTrainer's top k α = {beta}, bucket {tail}", both(call), student)
+        whole = lambda beta=beta: sdpo_trainer.compute_full_logit_self_distillation_loss(  # noqa: E731
+            student, teacher, distillation_alpha=beta
+        )
+        _close(f"SDPOTrainer's full logits α = {beta}", both(whole), student)
         flat = [t.flatten(0, 1) for t in (hidden, teacher_hidden)]
         for teacher_columns in (weight.shape[0], weight.shape[0] + 7):
             wide = torch.randn(teacher_columns, 24)
@@ -99,6 +103,13 @@ def check_functions() -> None:
                 for kind in (liger.LigerFusedLinearJSDLoss, LigerFusedLinearJSDLoss)
             ]
             _close(f"LigerFusedLinearJSDLoss β = {beta}, {teacher_columns} columns", pair, hidden, weight)
+    taken = student, teacher, labels.abs()
+
+    def sampled() -> Tensor:
+        return sdpo_trainer.compute_sampled_token_self_distillation_loss(*taken, distillation_alpha=1.0)
+
+    _close("SDPOTrainer's sampled tokens", both(sampled), student)
+    _close("its log-probabilities", both(lambda: sdpo_trainer.selective_log_softmax(student, labels.abs())), student)
 
 
 def train(trainer: str, steps: int) -> dict[str, Any]:

@@ -133,19 +133,6 @@ def test_cross_entropy_with_the_teacher(batch):
     agree(fastgen.generalized_jsd_loss(student, teacher, labels, beta=0.0) + entropy, theirs, student)
 
 
-def test_sampled_tokens(batch):
-    """MiniLLM, iw-OPD: the reverse KL's policy gradient over sampled tokens, with clipped importance ratios."""
-    student, teacher, labels = batch
-    counted, index = labels != -100, labels.clamp(min=0).unsqueeze(-1)
-    log_q, log_p = (t.log_softmax(-1).gather(-1, index).squeeze(-1) for t in (student, teacher))
-    sampler = log_q.detach() + 0.5 * torch.randn_like(log_q)
-    ratio = (log_q.detach() - sampler).exp().clamp(max=1.2)
-    theirs = (ratio * (log_q - log_p).detach() * log_q)[counted].mean()
-    logprob, ref = fastgen.token_logprob(student, labels), fastgen.token_logprob(teacher, labels)
-    weight = (logprob.detach() - sampler).exp().clamp(max=1.2)
-    agree((weight * (logprob - ref).detach() * logprob).sum() / counted.sum(), theirs, student)
-
-
 def test_self_distillation_over_the_students_top_k(batch):
     """SDPO: the support is the student's, with a bucket for the rest."""
     student, teacher, _ = batch

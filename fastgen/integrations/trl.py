@@ -1,5 +1,14 @@
-"""fastgen's losses in the distillation trainers of TRL: ``GKDTrainer``, ``DistillationTrainer``, ``GOLDTrainer`` and
-``SDPOTrainer``. Needs that package: ``pip install trl``.
+"""fastgen's losses in the distillation trainers of TRL: ``GKDTrainer``, ``DistillationTrainer``, ``GOLDTrainer``,
+``SDPOTrainer`` and ``SDFTTrainer``. Needs that package: ``pip install trl``. By TRL 1.16 these losses over logits stay
+TRL's:
+
+- ``GOLDTrainer`` between two tokenizers (``use_uld_loss``): all of universal logit distillation. It compares sorted
+  probabilities, and, of tokens that both vocabularies have, probabilities multiplied along merged tokens, which are no
+  softmax of any logits. Between models of one tokenizer its loss is fastgen's.
+- ``SDPOTrainer`` and ``SDFTTrainer`` whose teacher is a server (``teacher_model_kind="live"``), by its top k: the loss
+  stands in the middle of a method. It is :func:`fastgen.sparse_divergence_loss`, for who writes that method anew. With
+  a local teacher all is fastgen's: every ``distillation_mode``, the policy's loss, the importance ratio.
+- ``IWOPDTrainer``: all. Its own loss is a few lines over :func:`fastgen.token_logprob`, which the recipes have.
 
 >>> from fastgen.integrations import trl  # doctest: +SKIP
 >>> trl.use_fastgen()  # doctest: +SKIP
@@ -14,7 +23,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..sequence import generalized_jsd_loss, linear_generalized_jsd_loss, sparse_divergence_loss
+from ..sequence import generalized_jsd_loss, linear_generalized_jsd_loss, sparse_divergence_loss, token_logprob
 from ..sequence.options import Reduction
 
 __all__ = ["restore", "use_fastgen"]
@@ -31,8 +40,12 @@ def use_fastgen() -> list[str]:
       probabilities in the place of logits.
     - ``DistillationTrainer``'s ``_chunked_divergence_loss``: :func:`fastgen.linear_generalized_jsd_loss`, which
       projects the tokens that count alone.
-    - ``SDPOTrainer``'s losses over logits: :func:`fastgen.generalized_jsd_loss`, and for the student's top k
-      :func:`fastgen.sparse_divergence_loss`.
+    - ``SDPOTrainer``'s and ``SDFTTrainer``'s losses over logits: :func:`fastgen.generalized_jsd_loss`, for the
+      student's top k :func:`fastgen.sparse_divergence_loss`, and for sampled tokens, those of the policy's loss too,
+      :func:`fastgen.token_logprob`. Their values are float32, where TRL's have the logits' dtype.
+
+    What stays TRL's: universal logit distillation (GOLD between two tokenizers), the divergence from a server's top k
+    (SDPO and SDFT), and ``IWOPDTrainer``, whose loss the recipes have.
 
     Returns:
         The names of what was replaced. Called again it replaces nothing that is replaced already.
@@ -172,11 +185,42 @@ def _full_divergence(_: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return loss
 
 
-_SDPO = "trl.experimental.sdpo.sdpo_trainer"
+def _sampled_divergence(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def loss(
+        student_logits: Tensor, teacher_logits: Tensor, completion_ids: Tensor, *, distillation_alpha: float
+    ) -> Tensor:
+        if distillation_alpha != 1:  # which it refuses
+            return original(student_logits, teacher_logits, completion_ids, distillation_alpha=distillation_alpha)
+        log_q = token_logprob(student_logits, completion_ids)
+        log_p = token_logprob(teacher_logits.detach(), completion_ids)
+        return (log_q - log_p).detach() * log_q
+
+    return loss
+
+
+def _selected(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def logprobs(logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None) -> Tensor:
+        if index.dim() == logits.dim():  # several tokens of each row
+            return original(logits, index, temperature, row_mask)
+        mask = None if row_mask is None else row_mask != 0
+        return token_logprob(logits, index, mask=mask, temperature=temperature)
+
+    return logprobs
+
+
+_SELF_DISTILLATION: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
+    "compute_topk_self_distillation_loss": _topk_divergence,
+    "compute_full_logit_self_distillation_loss": _full_divergence,
+    "compute_sampled_token_self_distillation_loss": _sampled_divergence,
+    "selective_log_softmax": _selected,
+}
 _REPLACEMENTS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
     "trl.experimental.gkd.gkd_trainer:GKDTrainer.generalized_jsd_loss": _generalized_jsd,
     "trl.experimental.gold.gold_trainer:GOLDTrainer.generalized_jsd_loss": _generalized_jsd,
     "trl.trainer.distillation_trainer:_chunked_divergence_loss": _chunked_divergence,
-    f"{_SDPO}:compute_topk_self_distillation_loss": _topk_divergence,
-    f"{_SDPO}:compute_full_logit_self_distillation_loss": _full_divergence,
+    **{
+        f"trl.experimental.{kind}.{kind}_trainer:{function}": make
+        for kind in ("sdft", "sdpo")
+        for function, make in _SELF_DISTILLATION.items()
+    },
 }
