@@ -112,4 +112,7 @@ def test_the_first_step_is_the_scripts_own(dtype):
             trained(block, kind, sdxl, dtype, 1) for block in (ours, the_scripts)
         )
         torch.testing.assert_close(logs, expected, rtol=1e-5, atol=0)
-        assert (weights == their_weights).float().mean() > 0.99
+        start = torch.cat([p.detach().flatten() for p in network(sdxl).to(dtype).parameters()]).double()
+        way, apart = their_weights.double() - start, weights.double() - their_weights.double()
+        assert way.norm() > 0
+        assert apart.norm() < 0.1 * way.norm()  # Adam's first step is a sign, which rounding decides where nothing else
