@@ -56,14 +56,19 @@ class Denoiser(nn.Module):
             for _ in range(blocks)
         )
 
+    def features(self, noisy: Tensor, sigma: Tensor, label: Tensor) -> Tensor:
+        """What the last layer sees, [B, width]."""
+        s = sigma[:, None]
+        cond = self.embed_noise(s.log() / 4) + self.embed_class(label)
+        h = self.inp(noisy / (s**2 + self.sigma_data**2).sqrt())
+        for block in self.blocks:
+            h = h + block(h + cond)
+        return F.silu(h)
+
     def forward(self, noisy: Tensor, sigma: Tensor, label: Tensor) -> Tensor:
         s, sd = sigma[:, None], self.sigma_data
         norm = (s**2 + sd**2).sqrt()
-        cond = self.embed_noise(s.log() / 4) + self.embed_class(label)
-        h = self.inp(noisy / norm)
-        for block in self.blocks:
-            h = h + block(h + cond)
-        return noisy * (sd / norm) ** 2 + self.out(F.silu(h)) * (s * sd / norm)
+        return noisy * (sd / norm) ** 2 + self.out(self.features(noisy, sigma, label)) * (s * sd / norm)
 
 
 def unlabelled(label: Tensor) -> Tensor:

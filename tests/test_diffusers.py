@@ -244,6 +244,79 @@ def test_stable_diffusion_samples_two_images(kind):
     assert not torch.equal(images, run(1.0))  # eta arrives
 
 
+def latent_pipeline(name):
+    """A tiny one, the scheduler in its constructor, and what to call it with."""
+    import diffusers
+
+    torch.manual_seed(0)
+    cls = getattr(diffusers, name)
+    base = DDIMScheduler(num_train_timesteps=N, beta_schedule="scaled_linear", beta_end=0.2, clip_sample=False)
+    steps = AnalyticDPMScheduler.from_config(base.config, ms_eps=[0.5] * (N + 1))
+    codes = {"latent_channels": 4, "norm_num_groups": 2, "block_out_channels": [4, 8]}
+    codes |= {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    blocks = {"sample_size": 8, "num_layers": 1, "attention_head_dim": 4, "num_attention_heads": 2, "in_channels": 4}
+    blocks |= {"out_channels": 8, "attention_bias": True, "activation_fn": "gelu-approximate"}
+    prompts = {"prompt_embeds": torch.randn(2, 4, 8), "negative_prompt_embeds": torch.randn(2, 4, 8)}
+    if name == "LDMPipeline":
+        one = {"layers_per_block": 1, "block_out_channels": (8,), "norm_num_groups": 4}
+        net = UNet2DModel(8, 4, 4, down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), **one)
+        return cls(diffusers.VQModel(**codes), net, steps), {"batch_size": 2}
+    if name == "DiTPipeline":
+        net = diffusers.DiTTransformer2DModel(patch_size=4, norm_type="ada_norm_zero", **blocks)
+        return cls(net, AutoencoderKL(**codes), steps), {"class_labels": [1, 2]}
+    size = {"height": 16, "width": 16}
+    if name == "PixArtSigmaPipeline":
+        net = diffusers.PixArtTransformer2DModel(caption_channels=8, cross_attention_dim=8, patch_size=2, **blocks)
+        masks = {f"{n}prompt_attention_mask": torch.ones(2, 4) for n in ("", "negative_")}
+        prompts |= masks | {"negative_prompt": None, "use_resolution_binning": False}
+        return cls(None, None, AutoencoderKL(**codes), net, steps), prompts | size
+    net = diffusers.UNet2DConditionModel(
+        block_out_channels=(4, 8),
+        layers_per_block=1,
+        sample_size=8,
+        norm_num_groups=2,
+        cross_attention_dim=8,
+        attention_head_dim=2,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=32,
+    )
+    encoders = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+    pooled = {f"{n}pooled_prompt_embeds": torch.randn(2, 8) for n in ("", "negative_")}
+    pipe = cls(vae=AutoencoderKL(**codes), unet=net, scheduler=steps, add_watermarker=False, **encoders)
+    return pipe, prompts | pooled | size
+
+
+@pytest.mark.parametrize("name", ["LDMPipeline", "DiTPipeline", "PixArtSigmaPipeline", "StableDiffusionXLPipeline"])
+def test_pipelines_of_latents_take_it_in_their_constructor(name):
+    if name not in ("LDMPipeline", "DiTPipeline"):
+        pytest.importorskip("transformers")
+    pipe, given = latent_pipeline(name)
+    pipe.set_progress_bar_config(disable=True)
+    taken = []
+    step = pipe.scheduler.step
+    pipe.scheduler.step = lambda pred, t, *args, **options: taken.append(int(t)) or step(pred, t, *args, **options)
+    images = pipe(**given, num_inference_steps=3, output_type="np").images
+    assert type(pipe.scheduler) is AnalyticDPMScheduler
+    assert taken == pipe.scheduler.timesteps.tolist()
+    assert len(images) == 2
+
+
+def test_a_ddim_pipeline_makes_its_own_scheduler_of_it(unet, tmp_path):
+    pipe = DDIMPipeline(unet, scheduler())
+    assert type(pipe.scheduler) is DDIMScheduler
+    steps = AnalyticDPMScheduler.from_config(pipe.scheduler.config, method="ddim")
+    assert steps.config.ms_eps == scheduler().config.ms_eps
+    pipe.scheduler = steps
+    pipe.save_pretrained(tmp_path)
+    assert type(DDIMPipeline.from_pretrained(tmp_path).scheduler) is DDIMScheduler
+    assert type(DDPMPipeline.from_pretrained(tmp_path).scheduler) is AnalyticDPMScheduler
+    again = AnalyticDPMScheduler.from_pretrained(tmp_path, subfolder="scheduler")
+    assert dict(again.config).items() >= {"method": "ddim", "ms_eps": steps.config.ms_eps}.items()
+
+
 def test_one_time_is_for_all_images():
     steps, base = scheduler(), DDPMScheduler(num_train_timesteps=N, beta_end=0.3)
     x, noise = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)

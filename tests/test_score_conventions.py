@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from conftest import DEVICE
-from distillation import Problem, value_and_grad
+from distillation import TYPES, Problem, to_prediction, value_and_grad
 from distillation import each_backend as each_backend
 
 import fastgen
@@ -100,6 +100,39 @@ def test_self_forcings_guidance() -> None:
     ours = dmd_loss(x, None, real, fake, prediction_type="x0", real_uncond=uncond, guidance_scale=4.0)
     theirs = dmd_loss(x, None, real + 3 * (real - uncond), fake, prediction_type="x0")
     torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_a_guided_fake_network(kind) -> None:
+    """Self-Forcing can guide the fake network too, with a scale of its own, on x0; any prediction is guided alike."""
+    p = Problem()
+    fake_uncond = p.fake + 0.2 * p.uncond
+    guided = p.fake + 0.5 * (p.fake - fake_uncond)
+    wanted = value_and_grad(lambda x: dmd_loss(x, None, p.real, guided, prediction_type="x0"), p.x)
+    given = p.dmd(torch.float64, kind, guidance_scale=1.0, real_uncond=None)
+    uncond = to_prediction(fake_uncond, p.x_t, p.alpha, p.sigma, kind)
+    fake = fastgen.guidance(given.pop("fake"), uncond, 1.5)
+    for mine, theirs in zip(value_and_grad(lambda x: dmd_loss(x, fake=fake, **given), p.x), wanted, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_guidance_of_half_precision_predictions_is_not_rounded_if_one_is_float32() -> None:
+    cond, uncond = (torch.randn(2, 99, device=DEVICE).bfloat16() for _ in range(2))
+    guided = fastgen.guidance(cond.float(), uncond, 1.5)
+    torch.testing.assert_close(guided.double(), uncond.double() + 1.5 * (cond.double() - uncond.double()))
+    assert (fastgen.guidance(cond, uncond, 1.5).float() != guided).any()
+
+
+def test_self_forcings_times() -> None:
+    """Uniform times, shifted and then clamped; Self-Forcing's own are in thousandths, and shift > 1."""
+    u = fastgen.renoise_times(2000, low=0.1, high=1.0, generator=torch.Generator(DEVICE).manual_seed(0))
+    thousandths, shift = 1000 * u, 5.0
+    theirs = shift * (thousandths / 1000) / (1 + (shift - 1) * (thousandths / 1000)) * 1000
+    ours = fastgen.NoiseSchedule.flow(shift=shift).quantile_t(u).clamp(0.02, 0.98)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(1000 * ours, theirs.clamp(20, 980))
+    assert (ours == 0.98).any()
+    assert ours.min() < 0.4
 
 
 RATIOS = {

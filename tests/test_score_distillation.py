@@ -264,6 +264,8 @@ def test_a_broken_sample_is_skipped_alone(kind: str, written_out: bool, each_bac
             assert loss.isfinite().all()
         _, stats = dmd_loss(**broken, return_stats=True)
     assert stats.skipped.item() == 1
+    assert stats.skips.tolist() == [False, True, False]
+    assert stats.grad_norm[1] == 0
     assert stats.grad_abs.isfinite()
 
 

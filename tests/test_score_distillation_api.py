@@ -49,6 +49,27 @@ def test_statistics() -> None:
     compare_stats(sds_loss, reference.sds_loss, x, p.real.float(), p.noise.float())
 
 
+@pytest.mark.parametrize("frames", [False, True])
+def test_statistics_tell_what_a_spike_came_from(frames: bool) -> None:
+    """A small normaliser, networks that disagree, and a skipped sample look different; sound samples look alike."""
+    p = Problem((5, 4, 5, 5))
+    given = p.dmd(torch.float32, guidance_scale=1.0, real_uncond=None)
+    x, real, fake = p.x.float(), given["real_cond"], given["fake"]
+    real[1] = x[1] + 1e-3 * (real[1] - x[1])
+    fake[2] += 100
+    fake[3, 0, 0, 0] = math.inf
+    _, stats = dmd_loss(x, **given, normalizer_dims="frame" if frames else "sample", return_stats=True)
+    assert stats.skips.nonzero().tolist() == ([[3, 0]] if frames else [[3]])
+    norm, normalizer = (t.unflatten(0, (5, -1)) for t in (stats.grad_norm, stats.normalizer))
+    usual = norm[[0, 4]].max(), normalizer[[0, 4]].min()
+    for row, small in ((1, True), (2, False)):
+        assert (norm[row] > 10 * usual[0]).all()
+        assert ((normalizer[row] < usual[1] / 10) == small).all()
+    by_hand = (fake - real).abs().flatten(2 if frames else 1).sum(-1) / stats.normalizer
+    torch.testing.assert_close(stats.grad_norm, torch.where(stats.skips, 0, by_hand))
+    torch.testing.assert_close(stats.grad_norm.sum() / x.numel(), stats.grad_abs)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_and_masks(dtype: torch.dtype) -> None:
     p = Problem()

@@ -120,7 +120,8 @@ def dmd_loss(
             ``"v_prediction"`` or ``"flow_prediction"`` (:func:`fastgen.prediction_to_x0`).
         fake_prediction_type: what the fake network predicts, where that differs.
         real_uncond: the real network's unconditional output; None: no guidance, and `guidance_scale` must be 1.
-        guidance_scale: s in ``uncond + s (cond - uncond)``; 1 is no guidance. Not applied to the fake network.
+        guidance_scale: s in ``uncond + s (cond - uncond)``; 1 is no guidance. Not applied to the fake network: where
+            that is guided too, `fake` is :func:`fastgen.guidance` of its two outputs, in float32.
         normalizer: ``"x0_l1"``: n above, with the guided r; None: n = 1.
         normalizer_eps, normalizer_min: ``n = max(mean, min) + eps``. DMD2 has neither; others add 1e-6 or clip at 1e-5.
         normalizer_dims: ``"sample"``, or ``"frame"``: each frame of a video has its own n.
@@ -129,7 +130,7 @@ def dmd_loss(
         mask: bool, broadcastable to x. Elements outside it get no gradient and do not count in the mean, which is over
             the batch's selected elements; the normaliser still sees all. With a weight map too, one temporary is made.
         reduction: ``"mean"`` over all (selected) elements, ``"sum"``, or ``"none"``: each sample's sum [B].
-        return_stats: also return :class:`DistillationStats`.
+        return_stats: also return :class:`DistillationStats`, whose numbers of each sample tell what a spike came from.
 
     Returns:
         The loss, float32 (float64 if an input is), or ``(loss, stats)``. A sample (with ``"frame"``: a frame) whose G

@@ -169,12 +169,13 @@ class Rows(NamedTuple):
         if not return_stats:
             return loss
         grad_abs = stats[:terms].sum(1) / (max(x.numel(), 1) if count is None else count.clamp(min=1))
-        normalizer = stats[terms : 2 * terms]
+        skipped = stats[-1].sum().to(torch.int64)
         if per_frame:
-            normalizer = normalizer.unflatten(1, (-1, self.frames))
+            stats = stats.unflatten(1, (-1, self.frames))
+        grad_norm, normalizer, skips = stats[:terms], stats[terms : 2 * terms], stats[-1] > 0
         if terms == 1:
-            grad_abs, normalizer = grad_abs[0], normalizer[0]
-        return loss, DistillationStats(loss.detach(), grad_abs, normalizer, stats[-1].sum().to(torch.int64))
+            grad_abs, grad_norm, normalizer = grad_abs[0], grad_norm[0], normalizer[0]
+        return loss, DistillationStats(loss.detach(), grad_abs, normalizer, skipped, grad_norm, skips)
 
 
 def rows_of(x: Tensor, normalizer_dims: str, weight: Tensor | None, *scalars: Tensor) -> Rows:

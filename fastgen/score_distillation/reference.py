@@ -40,8 +40,11 @@ class DistillationStats(NamedTuple):
 
     `loss` as returned; `grad_abs` the mean of \\|G\\| over the elements that the loss averages (0-dimensional);
     `normalizer` of each sample [B], or of each frame [B, F]; `skipped` the number of samples (frames) whose G was not
-    finite, which contribute 0 to all else. For the decoupled loss `grad_abs` is [2] and `normalizer` has a leading 2:
-    the DM and the CA term.
+    finite, which contribute 0 to all else. Of each sample or frame too, to find what a spike came from: `grad_norm`,
+    the sum of \\|G\\| over it, and `skips`, bool, whether it was skipped. For the decoupled loss `grad_abs` is [2], and
+    `normalizer` and `grad_norm` have a leading 2: the DM and the CA term.
+
+    All come from the pass that computes the loss: what they cost is a few operations on [B] tensors.
 
     Example::
 
@@ -50,12 +53,16 @@ class DistillationStats(NamedTuple):
         >>> loss, stats = fastgen.sds_loss(x, pred, torch.zeros(2, 2), return_stats=True)
         >>> stats.skipped, stats.grad_abs
         (tensor(1), tensor(1.))
+        >>> stats.skips, stats.grad_norm
+        (tensor([False,  True]), tensor([4., 0.]))
     """
 
     loss: Tensor
     grad_abs: Tensor
     normalizer: Tensor
     skipped: Tensor
+    grad_norm: Tensor
+    skips: Tensor
 
 
 def sds_loss(
@@ -266,5 +273,7 @@ def loss_with_gradient(
         loss = terms.sum() / (count if reduction == "mean" else 1)
     if not return_stats:
         return loss
-    size = torch.stack([part.abs().sum() / count for part in parts]) if parts else G.abs().sum() / count
-    return loss, DistillationStats(loss.detach(), size, normalizer, (~finite).sum())
+    norms = [elements(part.abs(), finite.dim()).sum(-1) for part in parts or (G,)]
+    norm = torch.stack(norms) if parts else norms[0]
+    size = norm.flatten(1).sum(1) / count if parts else norm.sum() / count
+    return loss, DistillationStats(loss.detach(), size, normalizer, (~finite).sum(), norm, ~finite)

@@ -114,7 +114,9 @@ def renoise_times(
 
     Returns:
         τ float32 [n]. For a discrete schedule of N steps take ``(τ * N).long().clamp(max=N - 1)``; for EDM
-        ``sigma_min * (sigma_max / sigma_min) ** τ`` is uniform in log σ. No host sync.
+        ``sigma_min * (sigma_max / sigma_min) ** τ`` is uniform in log σ; for a flow whose times are shifted, as in
+        Self-Forcing (arXiv 2506.08009), ``NoiseSchedule.flow(shift=s).quantile_t(τ)`` is ``s τ / (1 + (s - 1) τ)``. No
+        host sync.
 
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
