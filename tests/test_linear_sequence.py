@@ -382,7 +382,7 @@ def test_a_cross_entropy_of_the_same_logits_is_one_of_its_own(reduction, weighte
     """The sum of two losses, with the gradient of both, from logits that are projected once."""
     tensors, labels = heads((3, 5), device=device)
     leaves = [t.clone().requires_grad_() for t in tensors]
-    s, sw, sb, t, tw, tb = leaves
+    s, sw, sb, *_ = leaves
     weight = torch.rand(3, 5, device=device) if weighted else None
     factors = torch.linspace(-1, 1, 15, device=device).view(3, 5) if reduction == "none" else 1.0
     options = {"beta": 0.3, "scaled": True, "temperature": 2.0, "reduction": reduction, "token_weight": weight}
