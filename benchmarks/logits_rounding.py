@@ -1,18 +1,23 @@
 """What is lost where a half-precision head rounds its logits before they are compared: errors against float64.
 
     python -m benchmarks.logits_rounding
+    python -m benchmarks.logits_rounding --plot docs/assets/rounding.png
 
 A student's hidden states and output weights, and a teacher's: the same plus noise, relative to each. All are rounded to
-half precision first; the exact loss and gradients, in float64, are those of the rounded operands.
+half precision first; the exact loss and gradients, in float64, are those of the rounded operands. The plot has beside
+it what a pseudo-target in bfloat16 loses: the mean square between x and x - G, whose difference has the digits of x.
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import fastgen
@@ -121,7 +126,60 @@ def study(
             yield Errors(noise, method, value, hidden, weight, nats)
 
 
-def main() -> None:
+def pseudo_target(x: Tensor, real: Tensor, fake: Tensor) -> Tensor:
+    """DMD's loss as most code writes it: G in float32, the target in the dtype of x."""
+    field = (fake.float() - real.float()) / (x.detach().float() - real.float()).abs().mean((1, 2, 3), keepdim=True)
+    return 0.5 * F.mse_loss(x, (x - field).detach().to(x.dtype))
+
+
+def fused(x: Tensor, real: Tensor, fake: Tensor) -> Tensor:
+    return fastgen.dmd_loss(x, None, real, fake, prediction_type="sample")
+
+
+def field_errors(distance: float) -> list[float]:
+    """Errors of x's gradient by both ways, where the two networks' x0-predictions are `distance` apart."""
+    generator = torch.Generator().manual_seed(0)
+    x, real, change = torch.randn(3, 8, 3, 32, 32, generator=generator)
+    given = [t.to(torch.bfloat16) for t in (x, real, real + distance * change)]
+    gradients = []
+    for loss, tensors in ((fused, [t.double() for t in given]), (pseudo_target, given), (fused, given)):
+        leaf = tensors[0].detach().requires_grad_()
+        gradients.extend(torch.autograd.grad(loss(leaf, *tensors[1:]), leaf))
+    return [relative(gradient, gradients[0]) for gradient in gradients[1:]]
+
+
+def plot(path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=True)
+    methods = {"rounded logits, eager": "logits rounded to bfloat16", "fastgen": "linear_generalized_jsd_loss"}
+    found = list(study((1.0, 0.3, 0.1, 0.03, 0.01), tuple(methods)))
+    for method, style in zip(methods, ("s--", "o-"), strict=True):
+        errors = [e for e in found if e.method == method]
+        left.plot([e.noise for e in errors], [e.weight for e in errors], style, label=methods[method])
+    left.set(xlabel="distance of the student from the teacher", ylabel="error of the gradient, of its norm")
+    distances = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003)
+    errors_of = [field_errors(d) for d in distances]
+    for way, style, name in ((0, "s--", "pseudo-target in bfloat16"), (1, "o-", "dmd_loss")):
+        right.plot(distances, [e[way] for e in errors_of], style, label=name)
+    right.set(xlabel="distance of the fake network's prediction from the real one's")
+    for ax in (left, right):
+        ax.set(xscale="log", yscale="log")
+        ax.grid(alpha=0.3)
+        ax.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(path, dpi=120)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="What half precision loses before a loss compares.")
+    parser.add_argument("--plot", type=Path, help="draw errors over distances instead of printing a table")
+    args = parser.parse_args(argv)
+    if args.plot:
+        return plot(args.plot)
     print("| noise | logits | value | gradient, hidden | gradient, weight | log-probability, nats |")
     print("| ---: | --- | ---: | ---: | ---: | ---: |")
     for e in study():

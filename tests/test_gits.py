@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import fastgen
+from benchmarks.bench_trajectory import pairwise, triple_loop
 
 
 def teacher(n: int = 12, batch: int = 3, device: str = "cpu", dtype=torch.float64) -> tuple[Tensor, Tensor, Tensor]:
@@ -21,43 +22,6 @@ def teacher(n: int = 12, batch: int = 3, device: str = "cpu", dtype=torch.float6
     x = start * torch.exp(-rate * time) + time * rate
     d = rate - start * rate * torch.exp(-rate * time)
     return x.to(device), d.to(device), t.to(device)
-
-
-def pairwise(x: Tensor, d: Tensor, t: Tensor, metric: str) -> Tensor:
-    """As the published code has it, pair by pair."""
-    n = len(x)
-    cost = torch.full((n, n), math.inf, dtype=x.dtype)
-
-    def deviation(point: Tensor) -> Tensor:
-        to_end, chord = (x[-1] - point).flatten(1), (x[-1] - x[0]).flatten(1)
-        unit = chord / chord.norm(dim=1, keepdim=True)
-        return (to_end - (to_end * unit).sum(1, keepdim=True) * unit).norm(dim=1)
-
-    for i in range(n - 1):
-        for j in range(i + 1, n):
-            end = x[i] + (t[j] - t[i]) * d[i]
-            if metric == "deviation":
-                cost[i, j] = (deviation(end) - deviation(x[j])).mean()
-            else:
-                cost[i, j] = (end - x[j]).flatten(1).norm(p={"l1": 1, "l2": 2}[metric], dim=1).mean()
-    return cost
-
-
-def triple_loop(cost: list[list[float]], edges: int, discount: float) -> tuple[list[int], float]:
-    """As the published code has it: from the end, the least cost to it in k edges, and the path from the start."""
-    n = len(cost)
-    value = [[math.inf] * (edges + 1) for _ in range(n)]
-    for i in range(n - 1):
-        value[i][1] = cost[i][n - 1]
-    for k in range(2, edges + 1):
-        for j in range(n - 1):
-            for i in range(j + 1, n - 1):
-                value[j][k] = min(value[j][k], cost[j][i] + discount * value[i][k - 1])
-    path = [0]
-    for k in range(edges, 1, -1):
-        j = path[-1]
-        path.append(next(i for i in range(j + 1, n) if value[j][k] == cost[j][i] + discount * value[i][k - 1]))
-    return [*path, n - 1], value[0][edges]
 
 
 @pytest.mark.parametrize("metric", ["l2", "l1", "deviation"])

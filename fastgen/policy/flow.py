@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from ..core import checks, dispatch
+from ..core import checks, distributed
 from ..core.autograd import apart, needs_grad, once_differentiable
 from ..sampling.operators import launch_mix, reverse_step
 from ..triton_kernels.layout import arithmetic_dtype
@@ -120,7 +120,6 @@ def flow_sde_step(
     """
     given = checks.given(noise=noise, sample=sample)
     checks.streams(pred=pred, x_t=x_t, **given)
-    checks.local("pred", pred)
     if len(given) == 2:
         raise ValueError("noise and sample exclude each other: a step that was taken has its noise")
     t, t_next = _times("t", t, x_t), _times("t_next", t_next, x_t)
@@ -129,7 +128,7 @@ def flow_sde_step(
         t_max = checks.share("t_max", t_max)
         if t_max == 1:
             raise ValueError("t_max must be below 1, got 1")
-    backend = dispatch.backend_for(operators.flow_sde_step.name, pred.device.type)
+    backend = distributed.backend_of(operators.flow_sde_step.name, pred)
     if sample is None and noise is None:
         noise = torch.randn_like(x_t)
     if backend == "reference":
