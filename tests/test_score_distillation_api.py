@@ -410,12 +410,3 @@ def test_bad_arguments_of_the_others_are_named() -> None:
             **{"x": x[:, 0, 0]} | dict.fromkeys(("x_t", "real_cond", "fake", "real_uncond"), f[:, 0, 0]),
             normalizer_dims="frame",
         )
-
-
-def test_dtensors_are_refused() -> None:
-    class DTensor(Tensor):
-        """Goes by its name."""
-
-    t = torch.zeros(2, 3).as_subclass(DTensor)
-    with pytest.raises(TypeError, match=r"x is a DTensor: pass x\.full_tensor\(\)"):
-        fastgen.sds_loss(t, t, t)

@@ -23,6 +23,7 @@ from fastgen.core.operator import operators
 
 ROWS = 8  # a rank holds four: whole pairs of rows that share a number
 UNEVEN = (5, 1)  # three rows and two; one and none
+OWN_SAMPLES = {"sds_loss", "vsd_loss", "dmd_loss", "decoupled_dmd_loss"}  # without a rule: ranks call them themselves
 
 
 def value_and_gradients(case: Case, tensors: dict[str, torch.Tensor]) -> list[torch.Tensor]:
@@ -100,7 +101,7 @@ def disagreements(rank: int, out: str) -> None:
             disagree(case, rows, mesh)
         except (Exception, pytest.fail.Exception) as error:
             # Of a function that asks for no rules, and where PyTorch lacks one of its own: it says so.
-            asks = case.function in asked or parts_pairs(case)
+            asks = case.function in asked | OWN_SAMPLES or parts_pairs(case)
             if asks and "Operator aten." not in str(error):
                 wrong[f"{name} of {rows} rows"] = traceback.format_exc()
 
@@ -108,7 +109,9 @@ def disagreements(rank: int, out: str) -> None:
         tried(name, ROWS)
     for rows in UNEVEN:
         for name in uneven():
-            if CASES[name].function in asked and not getattr(operators.get(CASES[name].function), "paired", False):
+            if CASES[name].function in asked | OWN_SAMPLES and not getattr(
+                operators.get(CASES[name].function), "paired", False
+            ):
                 tried(name, rows)
     if why := parted(mesh):
         wrong["pairs and groups"] = why
@@ -183,3 +186,53 @@ def test_a_group_gives_the_numbers_of_one_process(tmp_path):
         torch.testing.assert_close((first[name][0] + second[name][0]) / 2, value, msg=lambda m, n=name: f"{n}: {m}")
         for mine, gradient in zip(zip(first[name][1:], second[name][1:], strict=True), gradients, strict=True):
             torch.testing.assert_close(torch.cat(mine) / 2, gradient, msg=lambda m, n=name: f"{n}: {m}")
+
+
+TWO_DIMENSIONS = ("ddo_loss", "elbo_error", "dmd_loss", "diffusion_nft_loss", "reverse_step-epsilon")
+
+
+def of_a_square(rank: int, out: str) -> None:
+    """Batches that both dimensions of a mesh of four ranks shard, or one of them."""
+    mesh, wrong = init_device_mesh("cpu", (2, 2)), {}
+    for case in (case for case in CASES.values() if case.name in TWO_DIMENSIONS):
+        tensors = case.inputs((ROWS, 3, 4))
+        for name, along in (("both", [Shard(0), Shard(0)]), ("the second", [Replicate(), Shard(0)])):
+            parts = {
+                n: distribute_tensor(t, mesh, along if t.shape[:1] == (ROWS,) else 2 * [Replicate()])
+                for n, t in tensors.items()
+            }
+            try:
+                pairs = zip(value_and_gradients(case, parts), value_and_gradients(case, tensors), strict=True)
+                for mine, theirs in pairs:
+                    torch.testing.assert_close(mine, theirs)
+            except Exception:
+                wrong[f"{case.name}, {name}"] = traceback.format_exc()
+    try:
+        case = CASES["dmd_loss"]
+        tensors = case.inputs((ROWS, 3, 4))
+        tensors["fake"][1] = torch.inf  # a sample of the first rank's
+        parts = {n: sharded_over(mesh, t) for n, t in tensors.items()}
+        _, stats = fastgen.dmd_loss(**parts, **case.options, return_stats=True)
+        _, expected = fastgen.dmd_loss(**tensors, **case.options, return_stats=True)
+        for mine, theirs in zip(stats, expected, strict=True):
+            torch.testing.assert_close(whole(mine).detach(), theirs.detach())
+        whole_fake = distribute_tensor(tensors["fake"], mesh, 2 * [Replicate()])
+        with pytest.raises(ValueError, match=r"^fake has placements .* pass fake\.redistribute\(placements="):
+            fastgen.dmd_loss(**parts | {"fake": whole_fake}, **case.options)
+        with pytest.raises(TypeError, match=r"^weight is a plain tensor, but x is sharded"):
+            fastgen.dmd_loss(**parts, **case.options, weight=torch.ones(ROWS))
+    except Exception:
+        wrong["statistics and refusals"] = traceback.format_exc()
+    torch.save(wrong, f"{out}/{rank}.pt")
+
+
+def sharded_over(mesh: DeviceMesh, t: torch.Tensor) -> DTensor:
+    return distribute_tensor(t, mesh, [Shard(0), Shard(0)] if t.shape[:1] == (ROWS,) else 2 * [Replicate()])
+
+
+def test_batches_over_two_dimensions_of_a_mesh_give_the_numbers_of_one_process(tmp_path):
+    assert set(TWO_DIMENSIONS) <= set(CASES)
+    spawn(of_a_square, str(tmp_path), ranks=4)
+    for rank in range(4):
+        wrong = torch.load(tmp_path / f"{rank}.pt")
+        assert not wrong, "\n\n".join(f"{name}:\n{text}" for name, text in wrong.items())

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 from torch import Tensor
 
 from ..core import checks, dispatch
+from ..core.distributed import is_dtensor
 from . import operators, reference
-from .arguments import common_of
+from .arguments import DMD_REDUCTIONS, common_of
 from .reference import DistillationStats, ScorePair
+from .sharded import on_own_samples
 
 __all__ = ["decoupled_dmd_loss"]
 
@@ -122,7 +124,27 @@ def decoupled_dmd_loss(
         **{"x": x, "dm.x_t": dm.x_t, "dm.real": dm.real, "dm.contrast": dm.contrast},
         **{"ca.x_t": ca.x_t, "ca.real": ca.real, "ca.contrast": ca.contrast},
     )
-    checks.local("x", x)
+    if is_dtensor(x):
+        checks.choice("reduction", reduction, DMD_REDUCTIONS)
+        given = {f"{name}.{field}": t for name, pair in (("dm", dm), ("ca", ca)) for field, t in pair._asdict().items()}
+
+        def of_samples(own: Tensor, tensors: dict[str, Tensor | None], **how: Any) -> Any:
+            pairs = (ScorePair(*(tensors[f"{name}.{field}"] for field in ScorePair._fields)) for name in ("dm", "ca"))  # type: ignore[arg-type]
+            return decoupled_dmd_loss(
+                own,
+                *pairs,
+                guidance_scale=guidance_scale,
+                prediction_type=prediction_type,
+                fake_prediction_type=fake_prediction_type,
+                normalizer=normalizer,
+                normalizer_eps=normalizer_eps,
+                normalizer_min=normalizer_min,
+                normalizer_dims=normalizer_dims,
+                weight=tensors["weight"],
+                **how,
+            )
+
+        return on_own_samples(of_samples, x, given | {"weight": weight}, reduction, mask, return_stats)
     guidance = checks.number("guidance_scale", guidance_scale)
     common = common_of(
         x,

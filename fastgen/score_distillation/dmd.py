@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 from torch import Tensor
 
 from ..core import checks, dispatch
+from ..core.distributed import is_dtensor
 from . import operators, reference
-from .arguments import common_of, guidance_of, noisy_of, per_row_of
+from .arguments import DMD_REDUCTIONS, common_of, guidance_of, noisy_of, per_row_of
 from .reference import DistillationStats
+from .sharded import on_own_samples
 
 __all__ = ["dmd_loss"]
 
@@ -154,7 +156,26 @@ def dmd_loss(
         (tensor([[ 0.2500, -0.5000]]), tensor([2.]))
     """
     checks.streams(x=x, real_cond=real_cond, fake=fake, **checks.given(x_t=x_t, real_uncond=real_uncond))
-    checks.local("x", x)
+    if is_dtensor(x):
+        checks.choice("reduction", reduction, DMD_REDUCTIONS)
+        given = {"x_t": x_t, "real_cond": real_cond, "fake": fake, "real_uncond": real_uncond}
+        given |= {"alpha_t": alpha_t, "sigma_t": sigma_t, "weight": weight}
+
+        def of_samples(own: Tensor, tensors: dict[str, Tensor | None], **how: Any) -> Any:
+            return dmd_loss(  # type: ignore[call-overload]
+                own,
+                prediction_type=prediction_type,
+                fake_prediction_type=fake_prediction_type,
+                guidance_scale=guidance_scale,
+                normalizer=normalizer,
+                normalizer_eps=normalizer_eps,
+                normalizer_min=normalizer_min,
+                normalizer_dims=normalizer_dims,
+                **tensors,
+                **how,
+            )
+
+        return on_own_samples(of_samples, x, given, reduction, mask, return_stats)
     weight = per_row_of(weight, x)
     guidance = guidance_of(guidance_scale, real_uncond, "real_uncond")
     common = common_of(

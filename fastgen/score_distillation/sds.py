@@ -9,9 +9,11 @@ from typing import Any, Literal, overload
 from torch import Tensor
 
 from ..core import checks, dispatch
+from ..core.distributed import is_dtensor
 from . import operators, reference
 from .arguments import check_weight, guidance_of
 from .reference import DistillationStats
+from .sharded import on_own_samples
 
 __all__ = ["sds_loss", "vsd_loss"]
 
@@ -210,6 +212,10 @@ def vsd_loss(
     )
 
 
+def _streams(named: dict[str, Tensor | None]) -> dict[str, Any]:
+    return dict(zip(("pred", "target", "uncond"), named.values(), strict=True))
+
+
 def _score_loss(
     written_out: Callable[..., Any],
     names: dict[str, Tensor | None],
@@ -226,10 +232,23 @@ def _score_loss(
     """SDS and VSD: `names` are the public names of the streams, in the order pred, target, uncond."""
     uncond_name = list(names)[2]
     checks.streams(x=x, **dict(zip(names, (pred, target), strict=False)), **checks.given(**{uncond_name: uncond}))
-    checks.local("x", x)
+    checks.choice("reduction", reduction, SDS_REDUCTIONS)
+    if is_dtensor(x):
+        given = dict(zip(names, (pred, target, uncond), strict=True)) | {"weight": weight}
+
+        def of_samples(own: Tensor, tensors: dict[str, Tensor | None], **how: Any) -> Any:
+            del how["mask"]  # there is none
+            inner = {name: tensors[name] for name in names}
+            options: dict[str, Any] = {
+                "guidance_scale": guidance_scale,
+                "weight": tensors["weight"],
+                "grad_clip": grad_clip,
+            }
+            return _score_loss(written_out, inner, own, **_streams(inner), **options, **how)
+
+        return on_own_samples(of_samples, x, given, reduction, None, return_stats)
     guidance = guidance_of(guidance_scale, uncond, uncond_name)
     check_weight(weight, x, frames=False)
-    checks.choice("reduction", reduction, SDS_REDUCTIONS)
     clip = math.inf if grad_clip is None else checks.number("grad_clip", grad_clip, low=0, open_low=True)
     backend = dispatch.backend_for(operators.score_difference.name, x.device.type)
     if backend == "reference":
