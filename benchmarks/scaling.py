@@ -60,7 +60,7 @@ class Cost(NamedTuple):
     seconds: float
 
 
-class Loss(NamedTuple):
+class DividedLoss(NamedTuple):
     """Passes over a rank's logits, each of them `streams` of rows, and the numbers a row of each message."""
 
     name: str
@@ -76,9 +76,13 @@ def _token_logprob(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor
 
 
 LOSSES = (
-    Loss("generalized_jsd_loss, β = ½", 2, 3, (4, 2), functools.partial(reference.generalized_jsd_loss, beta=0.5)),
-    Loss("generalized_jsd_loss, β = 0", 2, 3, (4, 2), functools.partial(reference.generalized_jsd_loss, beta=0.0)),
-    Loss("token_logprob", 1, 2, (3,), _token_logprob),
+    DividedLoss(
+        "generalized_jsd_loss, β = ½", 2, 3, (4, 2), functools.partial(reference.generalized_jsd_loss, beta=0.5)
+    ),
+    DividedLoss(
+        "generalized_jsd_loss, β = 0", 2, 3, (4, 2), functools.partial(reference.generalized_jsd_loss, beta=0.0)
+    ),
+    DividedLoss("token_logprob", 1, 2, (3,), _token_logprob),
 )
 
 
@@ -99,7 +103,7 @@ class Moved(TorchDispatchMode):
 
 
 @functools.cache
-def unfused_counts(loss: Loss) -> tuple[float, float]:
+def unfused_counts(loss: DividedLoss) -> tuple[float, float]:
     """Bytes that the reference moves forward and backward, and that it keeps for the backward pass, an element of the
     student's bfloat16 logits."""
     student, teacher = torch.randn(2, 16, 4096).to(torch.bfloat16)
@@ -117,7 +121,7 @@ def unfused_counts(loss: Loss) -> tuple[float, float]:
     return moved.bytes / student.numel(), sum(kept.values()) / student.numel()
 
 
-def fused(loss: Loss, tokens: int, vocabulary: int, tp: int, machine: Machine, itemsize: int = 2) -> Cost:
+def fused(loss: DividedLoss, tokens: int, vocabulary: int, tp: int, machine: Machine, itemsize: int = 2) -> Cost:
     elements = tokens * (vocabulary / tp)
     moved = elements * itemsize * (loss.streams * loss.passes + 1)
     sent = [4.0 * tokens * numbers for numbers in loss.messages] if tp > 1 else []
@@ -126,7 +130,7 @@ def fused(loss: Loss, tokens: int, vocabulary: int, tp: int, machine: Machine, i
     return Cost(moved, held, len(sent), sum(sent), seconds)
 
 
-def unfused(loss: Loss, tokens: int, vocabulary: int, tp: int, machine: Machine, itemsize: int = 2) -> Cost:
+def unfused(loss: DividedLoss, tokens: int, vocabulary: int, tp: int, machine: Machine, itemsize: int = 2) -> Cost:
     """A maximum and a sum a row of each stream, and the row's sum, have messages of their own."""
     elements = tokens * (vocabulary / tp)
     moves, keeps = unfused_counts(loss)
@@ -135,7 +139,7 @@ def unfused(loss: Loss, tokens: int, vocabulary: int, tp: int, machine: Machine,
     return Cost(elements * moves, elements * (keeps + itemsize), count, 4.0 * tokens * count, seconds)
 
 
-def whole(loss: Loss, tokens: int, vocabulary: int, tp: int, machine: Machine, itemsize: int = 2) -> Cost:
+def whole(loss: DividedLoss, tokens: int, vocabulary: int, tp: int, machine: Machine, itemsize: int = 2) -> Cost:
     """Gather the vocabulary and run the fused loss of whole rows: what a loss that knows no slices needs."""
     elements = tokens * vocabulary
     part = elements / tp * itemsize * loss.streams
@@ -150,7 +154,7 @@ def tokens_of(gpus: int, tp: int) -> int:
     return TOKENS * tp // gpus
 
 
-def table(loss: Loss, vocabulary: int, machine: Machine) -> list[str]:
+def table(loss: DividedLoss, vocabulary: int, machine: Machine) -> list[str]:
     head = ["GPUs", "TP", "tokens a group", "sent a rank, MB", "messages", "fused, ms", "unfused, ms", "gathered, ms"]
     rows = [head, ["---:"] * len(head)]
     for gpus in GPUS:
@@ -165,7 +169,7 @@ def table(loss: Loss, vocabulary: int, machine: Machine) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in rows]
 
 
-def memory_table(loss: Loss, machine: Machine, tokens: int = 8192) -> list[str]:
+def memory_table(loss: DividedLoss, machine: Machine, tokens: int = 8192) -> list[str]:
     head = ["vocabulary", "TP", "fused, MB", "unfused, MB", "gathered, MB"]
     rows = [head, ["---:"] * len(head)]
     for vocabulary in VOCABULARIES:

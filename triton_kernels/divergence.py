@@ -16,14 +16,14 @@ from torch import Tensor
 
 from . import scalar
 from .scalar import NEAR, divide, expm1_near, log2_fast, number
-from .sweep import LOG2E, Formula, Functions, LogitRows, sweep, sweep_map
+from .sweep import LOG2E, LogitRows, SweepFormula, SweepFunctions, sweep, sweep_map
 
 LN2 = tl.constexpr(math.log(2))
 NEAR2 = tl.constexpr(NEAR.value / math.log(2))
 TERMS = 5
 
 
-class Args(NamedTuple):
+class DivergenceArgs(NamedTuple):
     labels: Tensor | None
     ignore: int
     factor: Tensor | None  # of the call, one number
@@ -59,7 +59,7 @@ def _args(
     stats: Tensor,
     beta: float,
     temperature: float,
-) -> Args:
+) -> DivergenceArgs:
     numbers = [scalar.argument(x, dtype) for x in (1 / temperature, LOG2E.value / temperature, temperature)]
     mixture: tuple[Any, ...] = (None, None, None, None, None)
     if beta not in (0, 1):
@@ -68,7 +68,7 @@ def _args(
         mixture = tuple(scalar.argument(x, dtype) for x in numbers_of_beta)
         mixture += (tuple(scalar.argument(x, dtype) for x in mixture_terms(min(beta, 1 - beta))),)
     labels = None if labels is None else labels.contiguous()
-    return Args(labels, ignore_index, factor, grad, loss, stats.contiguous(), *numbers, *mixture)
+    return DivergenceArgs(labels, ignore_index, factor, grad, loss, stats.contiguous(), *numbers, *mixture)
 
 
 @triton.jit
@@ -221,12 +221,14 @@ def _map(constants, parts):
     return parts[0] * (parts[1] - constants[4]) * constants[3]
 
 
-FORWARD = Formula(Functions(_ignored, _row, _forward_element, _epilogue, _forward_map), sums=1, maps_at_once=True)
-REVERSE = Formula(Functions(_ignored, _row, _reverse_element, _epilogue, _map), sums=2)
-MIXED = Formula(Functions(_ignored, _row, _mixed_element, _epilogue, _map), sums=2)
+FORWARD = SweepFormula(
+    SweepFunctions(_ignored, _row, _forward_element, _epilogue, _forward_map), sums=1, maps_at_once=True
+)
+REVERSE = SweepFormula(SweepFunctions(_ignored, _row, _reverse_element, _epilogue, _map), sums=2)
+MIXED = SweepFormula(SweepFunctions(_ignored, _row, _mixed_element, _epilogue, _map), sums=2)
 
 
-def _formula(beta: float) -> Formula:
+def _formula(beta: float) -> SweepFormula:
     return FORWARD if beta == 0 else REVERSE if beta == 1 else MIXED
 
 

@@ -22,7 +22,7 @@ class Numbers(NamedTuple):
     stride: int
 
 
-class Step(NamedTuple):
+class StepArgs(NamedTuple):
     alpha_t: Numbers
     sigma_t: Numbers
     k_x0: Numbers
@@ -35,7 +35,7 @@ class Step(NamedTuple):
     bounds: tuple[float | int, float | int] | None
 
 
-class Guidance(NamedTuple):
+class GuidanceArgs(NamedTuple):
     scale: Numbers
 
 
@@ -156,7 +156,7 @@ def _step(
     clamps = low > -float("inf") or high < float("inf")
     bounds = (scalar.argument(low, rows.dtype), scalar.argument(high, rows.dtype)) if clamps else None
     out = rows.new_output(x_t.dtype) if out is None else out
-    run(STEP, Groups(rows.count), rows, Step(*vectors, X0[prediction_type], EPS[prediction_type], bounds), out)
+    run(STEP, Groups(rows.count), rows, StepArgs(*vectors, X0[prediction_type], EPS[prediction_type], bounds), out)
     return out
 
 
@@ -171,5 +171,5 @@ def reverse_step_(x_t: Tensor, **arguments: Any) -> None:
 def guidance(cond: Tensor, uncond: Tensor, scale: Tensor) -> Tensor:
     rows = Rows(cond, uncond)
     out = rows.new_output(torch.promote_types(cond.dtype, uncond.dtype))
-    run(GUIDANCE, Groups(rows.count), rows, Guidance(_numbers(rows, scale)), out)
+    run(GUIDANCE, Groups(rows.count), rows, GuidanceArgs(_numbers(rows, scale)), out)
     return out

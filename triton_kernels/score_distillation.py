@@ -17,11 +17,11 @@ from .score_formulas import (
     SCORE,
     SCORE_BACKWARD,
     X0,
-    Args,
     Decoupled,
     Dmd,
     Loss,
     Score,
+    ScoreArgs,
 )
 
 LossOutputs = tuple[Tensor, Tensor, Tensor, Tensor]  # loss, coefficients, stats, grad
@@ -57,7 +57,7 @@ def _run_loss(
         scalar.argument(_reduction_scale(reduction, count is not None, rows), rows.dtype),
         rows.scalars(count),
     )
-    run(formula, groups, rows, Args(field, loss), grad)
+    run(formula, groups, rows, ScoreArgs(field, loss), grad)
     return (
         term if reduction == "none" else term.sum(),
         coefficients if terms == 1 else coefficients.view(terms, rows.count),
@@ -70,7 +70,7 @@ def _run_backward(formula: Formula, field: Any, rows: Rows, grad: Tensor, dtype:
     out = rows.new_output(dtype)
     coefficients = rows.scalars(grad)
     vectors = (coefficients,) if grad.dim() == 1 else coefficients.unbind()
-    run(formula, Groups(rows.count), rows, Args(field, grad=vectors), out)
+    run(formula, Groups(rows.count), rows, ScoreArgs(field, grad=vectors), out)
     return out
 
 

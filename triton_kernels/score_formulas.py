@@ -27,7 +27,7 @@ class Loss(NamedTuple):
     count: Tensor | None
 
 
-class Args(NamedTuple):
+class ScoreArgs(NamedTuple):
     field: Any
     loss: Loss | None = None
     grad: Any = None  # of a backward pass: one vector of coefficients a term

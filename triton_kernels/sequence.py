@@ -17,9 +17,7 @@ from .elbo import ddo_link, ddo_term
 from .rowwise import Formula, Functions, Groups, Rows, run
 from .scalar import divide, expm1, number
 from .sparse_divergence import sparse_divergence, sparse_divergence_backward
-from .sweep import LOG2E, LogitRows, sweep, sweep_map
-from .sweep import Formula as SweepFormula
-from .sweep import Functions as SweepFunctions
+from .sweep import LOG2E, LogitRows, SweepFormula, SweepFunctions, sweep, sweep_map
 
 __all__ = [
     "generalized_jsd",

@@ -17,7 +17,7 @@ from torch import Tensor
 from . import rowwise, scalar
 from .layout import arithmetic_dtype
 from .scalar import divide, exp_negative, expm1, log1p, number, rounded
-from .sweep import LOG2E, Formula, Functions, LogitRows, both, row_start, sweep, sweep_map
+from .sweep import LOG2E, LogitRows, SweepFormula, SweepFunctions, both, row_start, sweep, sweep_map
 
 ENTRIES = tl.constexpr(64)  # of a tile
 COMPARED = tl.constexpr(16)  # of those that a tile is compared with, a few at a time: all pairs live in registers
@@ -27,7 +27,7 @@ TAILS = {"bucket": BUCKET.value, "renormalize": RENORMALIZE.value, "none": NONE.
 FORWARD, REVERSE, MIXED = (tl.constexpr(kind) for kind in range(3))
 
 
-class Args(NamedTuple):
+class SparseArgs(NamedTuple):
     labels: Tensor | None
     ignore: int
     student: Tensor
@@ -309,7 +309,8 @@ def _scatter(out, args, rows, KIND: tl.constexpr, T: tl.constexpr):
 
 
 FORMULAS = tuple(
-    Formula(Functions(_ignored, row, _element, _epilogue, _map)) for row in (_forward_row, _reverse_row, _mixed_row)
+    SweepFormula(SweepFunctions(_ignored, row, _element, _epilogue, _map))
+    for row in (_forward_row, _reverse_row, _mixed_row)
 )
 
 
@@ -339,10 +340,10 @@ def _args(
     beta: float,
     tail: str,
     temperature: float,
-) -> Args:
+) -> SparseArgs:
     dtype = rows.dtype
     numbers = (1 / temperature, LOG2E.value / temperature, beta, 1 - beta, torch.finfo(dtype).eps / 2)
-    return Args(
+    return SparseArgs(
         None if labels is None else labels.contiguous(),
         ignore_index,
         rows.data[0],
@@ -364,7 +365,7 @@ def _args(
     )
 
 
-def _write_entries(rows: LogitRows, args: Args, out: Tensor, beta: float) -> None:
+def _write_entries(rows: LogitRows, args: SparseArgs, out: Tensor, beta: float) -> None:
     if rows.count == 0:
         return
     T = tl.float64 if rows.dtype == torch.float64 else tl.float32

@@ -57,7 +57,7 @@ Place = tuple[int, int, int]  # of rows [outer, inner]: the first row's offset, 
 NORMALIZERS, SUMS, RESULTS, MAP = (tl.constexpr(step) for step in range(4))
 
 
-class Functions(NamedTuple):
+class SweepFunctions(NamedTuple):
     """What of a formula the kernels call."""
 
     ignored: Any
@@ -71,10 +71,10 @@ class Functions(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Formula:
+class SweepFormula:
     """`sums` numbers that a row adds up to. `maps_at_once`: the map waits for no sum."""
 
-    functions: Functions
+    functions: SweepFunctions
     sums: int = 0
     maps_at_once: bool = False
 
@@ -144,7 +144,7 @@ def _aligned(t: Tensor) -> tuple[Tensor, Place]:
     return t.as_strided((1,), (1,), t.storage_offset() - offset), (offset, *strides)
 
 
-def sweep(formula: Formula, rows: LogitRows, args: Any, normalized: bool = False) -> None:
+def sweep(formula: SweepFormula, rows: LogitRows, args: Any, normalized: bool = False) -> None:
     """Runs `formula` over `rows`: normalizers unless `normalized`, sums, results, the map where they have an output.
 
     A program does all for its row; of few long rows each step is a launch, for which programs share a row.
@@ -162,14 +162,14 @@ def sweep(formula: Formula, rows: LogitRows, args: Any, normalized: bool = False
         sweep_map(formula, rows, args)
 
 
-def sweep_map(formula: Formula, rows: LogitRows, args: Any) -> None:
+def sweep_map(formula: SweepFormula, rows: LogitRows, args: Any) -> None:
     """The map alone, of what an earlier sweep has stored of the rows."""
     plan = plan_map(rows.size // rows.width, rows.width, rows.streams, rows.first.device)
     _launch(formula, rows, plan, args, MAP, MAP)
 
 
 def _launch(
-    formula: Formula,
+    formula: SweepFormula,
     rows: LogitRows,
     plan: SweepPlan,
     args: Any,

@@ -55,7 +55,7 @@ class Time:
 
 
 @dataclass(frozen=True)
-class Row:
+class Timed:
     """One call: what its variants take, and why one of them was not measured."""
 
     function: str
@@ -108,13 +108,13 @@ class _Budget:
         return reason
 
 
-def _row(case: Case, kind: str, streams: int, device_type: str, budget: _Budget, calls: int, compiled: bool) -> Row:
+def _row(case: Case, kind: str, streams: int, device_type: str, budget: _Budget, calls: int, compiled: bool) -> Timed:
     shape, dtype = _shape(kind, device_type), DTYPES[device_type]
     floor = streams * math.prod(shape) * dtype.itemsize
-    empty = Row(case.function, shape, str(dtype).removeprefix("torch."), floor)
+    empty = Timed(case.function, shape, str(dtype).removeprefix("torch."), floor)
     names = [name for name in VARIANTS if compiled or name != "torch.compile"]
     if budget.left() <= 0:
-        return Row(**vars(empty) | {"missing": dict.fromkeys(names, NO_TIME)})
+        return Timed(**vars(empty) | {"missing": dict.fromkeys(names, NO_TIME)})
     pool = input_pool(case_inputs(case, shape, dtype, device_type), device_type)
     theirs = partial(case, reference)
     losses: dict[str, Callable[..., Tensor]] = {"eager": theirs, "fastgen": partial(case, fastgen)}
@@ -132,17 +132,17 @@ def _row(case: Case, kind: str, streams: int, device_type: str, budget: _Budget,
     missing |= {name: "the memory is too small" for name in steps if name not in measured}
     if "fastgen" not in measured:
         missing |= dict.fromkeys(measured, "there is no time of fastgen's to compare with")
-        return Row(**vars(empty) | {"missing": missing})
+        return Timed(**vars(empty) | {"missing": missing})
     ours = measured["fastgen"].median
     times = {
         name: Time(measured[name].median * 1e6, measured[name].median / ours, floor / measured[name].median / copy_rate)
         for name in names
         if name in measured
     }
-    return Row(**vars(empty) | {"copy_gb_per_s": copy_rate * 1e-9, "variants": times, "missing": missing})
+    return Timed(**vars(empty) | {"copy_gb_per_s": copy_rate * 1e-9, "variants": times, "missing": missing})
 
 
-def bench(device: str, seconds: float = 120.0, compiled: bool = True, progress: bool = True) -> list[Row]:
+def bench(device: str, seconds: float = 120.0, compiled: bool = True, progress: bool = True) -> list[Timed]:
     """Measures each of :data:`WORK` on `device`, forward and backward, for `seconds` altogether."""
     budget, place = _Budget(seconds), torch.device(device)
     # The current device, for what is made and launched there.
@@ -153,7 +153,7 @@ def bench(device: str, seconds: float = 120.0, compiled: bool = True, progress: 
         ]
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[Timed]) -> str:
     """The rows as text: a line for each variant, and why one has no figures."""
     lines = [f"{'':26}{'variant':15}{'µs':>12}{'over ours':>12}{'of a copy':>11}"]
     for row in rows:

@@ -142,7 +142,7 @@ def decoupled_dmd(x: Stream, ca_x_t: Stream, dm_x_t: Stream, of: DecoupledField,
     """Decoupled DMD: distribution matching and guidance, each at its own level with its own normaliser."""
 
 
-class Rows(NamedTuple):
+class SampleRows(NamedTuple):
     """How the operators see x: a row a sample or, where anything is given per frame, a row a frame."""
 
     frames: int | None  # per sample, where rows are frames
@@ -178,12 +178,12 @@ class Rows(NamedTuple):
         return loss, DistillationStats(loss.detach(), grad_abs, normalizer, skipped, grad_norm, skips)
 
 
-def rows_of(x: Tensor, normalizer_dims: str, weight: Tensor | None, *scalars: Tensor) -> Rows:
+def rows_of(x: Tensor, normalizer_dims: str, weight: Tensor | None, *scalars: Tensor) -> SampleRows:
     per_frame = any(t.dim() == 2 for t in scalars) or _is_2d(row_weight(weight, x))
     if normalizer_dims == "sample" and not per_frame:
-        return Rows(None, 1)
+        return SampleRows(None, 1)
     frames = x.shape[1]
-    return Rows(frames, 1 if normalizer_dims == "frame" else frames)
+    return SampleRows(frames, 1 if normalizer_dims == "frame" else frames)
 
 
 def _is_2d(t: Tensor | None) -> bool:

@@ -277,4 +277,4 @@ def _score_loss(
         dtype=x.dtype,
         reduction=reduction,
     )
-    return operators.Rows(None, 1).finish(loss, stats, 1, None, x, return_stats)
+    return operators.SampleRows(None, 1).finish(loss, stats, 1, None, x, return_stats)
