@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -60,6 +60,22 @@ def _whole(t: Tensor) -> Tensor:
 def mean_gradient(t: Tensor, ranks: int) -> Tensor:
     """`t`, whose gradient is divided by a number of ranks."""
     return _MeanGradient.apply(t, ranks)
+
+
+def sharded_rows(t: Tensor, mesh: Any, placements: Sequence[Any], shape: Sequence[int], ahead: int = 0) -> Tensor:
+    """A DTensor of `shape` whose rows, behind `ahead` dimensions, lie as `placements` say; `t` is this rank's part."""
+    from torch.distributed.tensor import DTensor, Shard
+
+    where = [Shard(p.dim + ahead) if p.is_shard() else p for p in placements]
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(t, mesh, where, run_check=False, shape=torch.Size(shape), stride=stride)
+
+
+def sum_of_ranks(t: Tensor, mesh: Any, placements: Sequence[Any]) -> Tensor:
+    """The sum over rows that lie as `placements` say, of which `t` is that of this rank's."""
+    from torch.distributed.tensor import DTensor, Partial
+
+    return DTensor.from_local(t, mesh, [Partial("sum") if p.is_shard() else p for p in placements], run_check=False)
 
 
 def group_counts(is_real: Tensor, group: Any = None) -> Tensor:

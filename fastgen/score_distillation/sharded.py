@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.distributed import is_dtensor
+from ..core.distributed import is_dtensor, sharded_rows, sum_of_ranks
 from .reference import DistillationStats
 
 
@@ -25,8 +25,6 @@ def on_own_samples(
     return_stats: bool,
 ) -> Any:
     """The results of ``function(x, given, mask=, reduction=, return_stats=)`` of a rank's samples, as DTensors."""
-    from torch.distributed.tensor import DTensor, Partial, Shard
-
     mesh, placements = x.device_mesh, tuple(x.placements)  # type: ignore[attr-defined]
     if any(not (p.is_replicate() or (p.is_shard() and p.dim == 0)) for p in placements):
         raise ValueError(f"x must be sharded along its batch alone, got placements {list(placements)}: redistribute it")
@@ -43,16 +41,11 @@ def on_own_samples(
 
     def rows(t: Tensor, ahead: int = 0) -> Tensor:
         """A rank's samples as part of all, behind `ahead` dimensions."""
-        shape = torch.Size((*t.shape[:ahead], x.shape[0], *t.shape[ahead + 1 :]))
-        where = [Shard(ahead) if p.is_shard() else p for p in placements]
-        stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(t, mesh, where, run_check=False, shape=shape, stride=stride)
-
-    def total(t: Tensor) -> Tensor:
-        return DTensor.from_local(t, mesh, [Partial("sum") if p.is_shard() else p for p in placements], run_check=False)
+        shape = (*t.shape[:ahead], x.shape[0], *t.shape[ahead + 1 :])
+        return sharded_rows(t, mesh, placements, shape, ahead)
 
     count: Any = x.numel() if mask is None else mask.expand(x.shape).sum().to(torch.float32).clamp(min=1)
-    whole = rows(loss) if reduction == "none" else total(loss)
+    whole = rows(loss) if reduction == "none" else sum_of_ranks(loss, mesh, placements)
     if reduction in ("mean", "sum_per_batch"):
         whole = whole / (count if reduction == "mean" else max(x.shape[0], 1))
     if stats is None:
@@ -63,7 +56,7 @@ def on_own_samples(
         whole.detach(),
         norms.flatten(ahead).sum(-1) / count,
         rows(stats.normalizer, ahead),
-        total(stats.skipped),
+        sum_of_ranks(stats.skipped, mesh, placements),
         norms,
         rows(stats.skips),
     )

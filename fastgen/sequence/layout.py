@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core.distributed import is_dtensor, mean_gradient, whole_parameters
+from ..core.distributed import is_dtensor, mean_gradient, sharded_rows, sum_of_ranks, whole_parameters
 
 
 class Slices(NamedTuple):
@@ -80,22 +80,12 @@ class Layout(NamedTuple):
         """What ranks have found of their `rows`, a number each, or several in front."""
         if self.mesh is None:
             return t
-        from torch.distributed.tensor import DTensor, Shard
-
         ahead = 1 if stacked else 0
-        shape = torch.Size((*t.shape[:ahead], *rows))
-        placements = [Shard(p.dim + ahead) if p.is_shard() else p for p in self.placements]
-        stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(t, self.mesh, placements, run_check=False, shape=shape, stride=stride)
+        return sharded_rows(t, self.mesh, self.placements, (*t.shape[:ahead], *rows), ahead)
 
     def total(self, t: Tensor) -> Tensor:
         """The sum over all rows, of which ranks have found their own rows'."""
-        if self.mesh is None:
-            return t
-        from torch.distributed.tensor import DTensor, Partial
-
-        placements = [Partial("sum") if p.is_shard() else p for p in self.placements]
-        return DTensor.from_local(t, self.mesh, placements, run_check=False)
+        return t if self.mesh is None else sum_of_ranks(t, self.mesh, self.placements)
 
 
 def slices_of(group: Any, size: int) -> Slices:

@@ -123,11 +123,8 @@ class LinearLoss:
     def of_logits(self, backend: str, given: Mapping[str, Any], with_grad: bool) -> Any:
         if given["slices"] is not None:
             return parallel.SLICED[self.loss.name].found(backend, given["slices"], given)
-        operator, how = (
-            self.loss.operator,
-            {"normals": None, "scale": None, "reduction": "none", "with_grad": with_grad},
-        )
-        return operator.run(backend, {name: how[name] if name in how else given[name] for name in operator.arguments})
+        how = {"normals": None, "scale": None, "reduction": "none", "with_grad": with_grad}
+        return self.loss.operator.choose(backend, given, **how)
 
     def of_head(self, grad_logits: Tensor, given: Mapping[str, Any], arguments: Mapping[str, Any]) -> Tensor:
         """The gradient of a head's output from that of its logits. It overwrites both."""
