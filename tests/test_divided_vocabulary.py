@@ -285,6 +285,9 @@ def refusals(rank: int, out: str) -> None:
             sliced, tokens, vocab_group=group
         ),
         r"have \[5, 6\] columns": lambda: logprob(plain[..., : 5 + rank], tokens, vocab_group=group),
+        r"have \[4, 6\] columns": lambda: linear(
+            hidden, weight[: 4 + 2 * rank], tokens, vocab_group=group, max_chunk_bytes=100
+        ),
         "teacher_logits has 4 columns": lambda: jsd(plain, plain[..., :4], vocab_group=group),
         r"teacher_logits has placements .*teacher_logits.redistribute": lambda: jsd(sliced, on(plain, Replicate())),
         "student_logits must both be DTensors": lambda: jsd(sliced, plain),
@@ -413,8 +416,14 @@ def test_ranks_exchange_a_few_numbers_a_row(tmp_path):
     assert first["sequence_ddo_loss"] == 2 * normals(rows, 3)
     assert first["sparse forward bucket"] == [("all_reduce", rows * ENTRIES), *normals(rows, 2)]
     # Output layers project the rows that count.
-    assert first["linear_jsd 0.5"] == [*entropy(10), *normals(10, 4), (gather, 20), ("all_reduce", 10 * WIDTH)]
-    assert first["linear_token_logprob"] == [*entropy(11), *normals(11, 3), ("all_reduce", 11 * WIDTH)]
+    assert first["linear_jsd 0.5"] == [
+        (gather, 1),
+        *entropy(10),
+        *normals(10, 4),
+        (gather, 20),
+        ("all_reduce", 10 * WIDTH),
+    ]
+    assert first["linear_token_logprob"] == [(gather, 1), *entropy(11), *normals(11, 3), ("all_reduce", 11 * WIDTH)]
 
 
 def of_compiled(rank: int, out: str) -> None:

@@ -44,6 +44,7 @@ class LinearLoss:
 
     def forward(self, backend: str, keep: bool, needed: tuple[bool, ...], arguments: dict[str, Any]) -> Forward:
         summed, weight = arguments["reduction"] == "sum", arguments["weight"] if self.weighs else None
+        parallel.check_sizes(arguments["slices"], arguments[f"{next(iter(self.logits.values()))}weight"])
         gradients = self.gradients(needed, arguments) if summed and any(needed) else None
         found: list[tuple[Tensor, ...]] = []
         for rows, given in self.chunks(arguments, gradients is not None):

@@ -67,6 +67,12 @@ def _of_equal_slices(every: Tensor, size: int) -> Tensor:
     return torch.where(same, every[:, :-1], math.nan)
 
 
+def check_sizes(slices: Slices | None, weight: Tensor) -> None:
+    """Raises on a CPU where ranks have slices of other sizes of a layer: by them they cut chunks, where they meet."""
+    if slices is not None and slices.equal and weight.device.type == "cpu" and not torch.compiler.is_compiling():
+        _of_equal_slices(gathered(weight.new_full((1,), weight.shape[0], dtype=torch.float32), slices), weight.shape[0])
+
+
 def _sum(parts: Tensor) -> Tensor:
     """Over ranks, in their order."""
     total = parts[0]
