@@ -33,8 +33,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from common import Table, Trainer, argument_parser, farewell, plt, print_table, save_picture, start
-from digits import CLASSES, PIXELS, Denoiser, frechet, load_images
+from common import Table, Trainer, argument_parser, farewell, frechet, plt, print_table, save_picture, start
+from digits import CLASSES, PIXELS, Denoiser, load_images
 from torch import Tensor
 from tqdm import tqdm
 

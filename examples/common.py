@@ -1,4 +1,4 @@
-"""What all examples share: their options, tables and pictures, and a trainer that averages the weights.
+"""What all examples share: options, tables and pictures, two measures, and a trainer that averages the weights.
 
 They need scikit-learn, matplotlib and tqdm besides fastgen. Results repeat exactly for one seed, one thread count and
 one machine; other thread counts add up in another order and drift apart, most of all where two networks compete.
@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 import time
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import matplotlib
 import torch
@@ -66,26 +67,66 @@ def save_picture(fig: Figure, path: Path) -> None:
     plt.close(fig)
 
 
+def frechet(a: Tensor, b: Tensor) -> float:
+    """Frechet distance between Gaussians fitted to the rows of a and of b."""
+    a, b = a.double(), b.double()
+    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
+    # tr sqrt(A B) = sum of the square roots of the eigenvalues of sqrt(A) B sqrt(A), which is symmetric.
+    val, vec = torch.linalg.eigh(cov_a)
+    root = vec * val.clamp(min=0).sqrt() @ vec.T
+    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
+    return float((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    """How often the largest logit is that of the label."""
+    return float((logits.argmax(1) == labels).double().mean())
+
+
 Model = TypeVar("Model", bound=nn.Module)
 
 
 class Trainer(Generic[Model]):
-    """Adam with warm-up and a running average of the weights, on a copy of the model."""
+    """Adam with warm-up and a running average of the weights, on a copy of the model.
+
+    With `decay_steps` the learning rate falls to zero over so many steps, along a cosine.
+    """
 
     def __init__(
-        self, model: Model, lr: float, warmup: int, ema_decay: float, betas: tuple[float, float] = (0.9, 0.999)
+        self,
+        model: Model,
+        lr: float,
+        warmup: int,
+        ema_decay: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        decay_steps: int | None = None,
     ) -> None:
         self.model, self.decay = copy.deepcopy(model).requires_grad_(True), ema_decay
         self.ema, self.steps = copy.deepcopy(model).requires_grad_(False), 0
         self.opt = torch.optim.Adam(self.model.parameters(), lr=lr, betas=betas)
-        self.warmup = torch.optim.lr_scheduler.LambdaLR(self.opt, lambda step: min(1.0, (step + 1) / warmup))
+
+        def rate(step: int) -> float:
+            falls = 1.0 if decay_steps is None else (1 + math.cos(math.pi * min(1.0, step / decay_steps))) / 2
+            return min(falls, (step + 1) / warmup)
+
+        self.rate = torch.optim.lr_scheduler.LambdaLR(self.opt, rate)
 
     def step(self, loss: Tensor) -> None:
         self.opt.zero_grad()
         loss.backward()
         self.opt.step()
-        self.warmup.step()
+        self.rate.step()
         self.steps += 1
         decay = min(self.decay, self.steps / (self.steps + 10))  # short at first, so that the start is forgotten
         with torch.no_grad():
             torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a stopped run needs to go on."""
+        parts = {name: getattr(self, name).state_dict() for name in ("model", "ema", "opt", "rate")}
+        return {**parts, "steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name in ("model", "ema", "opt", "rate"):
+            getattr(self, name).load_state_dict(state[name])
+        self.steps = state["steps"]

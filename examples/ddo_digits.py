@@ -28,19 +28,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import Table, argument_parser, farewell, print_table, start
-from digits import (
-    CLASSES,
-    IN_PICTURES,
-    PIXELS,
-    Denoiser,
-    edm_schedule,
-    eight_of_each,
-    frechet,
-    load_images,
-    sample,
-    save_grid,
-)
+from common import Table, argument_parser, farewell, frechet, print_table, start
+from digits import CLASSES, IN_PICTURES, PIXELS, Denoiser, edm_schedule, eight_of_each, load_images, sample, save_grid
 from torch import Tensor, nn
 from tqdm import tqdm
 

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Table, argument_parser, farewell, plt, print_table, save_picture, start
-from digits import CLASSES, PIXELS, Denoiser, accuracy, edm_schedule, load_images, train_classifier, train_denoiser
+from common import Table, accuracy, argument_parser, farewell, plt, print_table, save_picture, start
+from digits import CLASSES, PIXELS, Denoiser, edm_schedule, load_images, train_classifier, train_denoiser
 from torch import Tensor
 from tqdm import tqdm
 

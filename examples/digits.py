@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import Trainer, plt, save_picture
+from common import Trainer, frechet, plt, save_picture
 from matplotlib.axes import Axes
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -157,28 +157,12 @@ def train_classifier(images: Tensor, labels: Tensor, steps: int, gen: torch.Gene
     return model.requires_grad_(False)
 
 
-def frechet(a: Tensor, b: Tensor) -> float:
-    """Frechet distance between Gaussians fitted to the rows of a and of b."""
-    a, b = a.double(), b.double()
-    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
-    # tr sqrt(A B) = sum of the square roots of the eigenvalues of sqrt(A) B sqrt(A), which is symmetric.
-    val, vec = torch.linalg.eigh(cov_a)
-    root = vec * val.clamp(min=0).sqrt() @ vec.T
-    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
-    return float((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
-
-
 def distances(x: Tensor, images: Tensor, classifier: Classifier) -> dict[str, float]:
     """Frechet distances between samples and images, of features and of pixels: the first columns of many a table."""
     return {
         "feature distance": frechet(classifier.features(x), classifier.features(images)),
         "pixel distance": frechet(x, images),
     }
-
-
-def accuracy(logits: Tensor, labels: Tensor) -> float:
-    """How often the largest logit is that of the label."""
-    return float((logits.argmax(1) == labels).double().mean())
 
 
 def show_grid(ax: Axes, title: str, x: Tensor) -> None:

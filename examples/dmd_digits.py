@@ -34,13 +34,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from common import Table, Trainer, argument_parser, farewell, print_table, start
+from common import Table, Trainer, accuracy, argument_parser, farewell, print_table, start
 from digits import (
     IN_PICTURES,
     PIXELS,
     Classifier,
     Denoiser,
-    accuracy,
     denoising_loss,
     distances,
     edm_schedule,

@@ -34,13 +34,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import Table, argument_parser, farewell, plt, print_table, save_picture, start
+from common import Table, accuracy, argument_parser, farewell, plt, print_table, save_picture, start
 from digits import (
     CLASSES,
     IN_PICTURES,
     PIXELS,
     Classifier,
-    accuracy,
     distances,
     eight_of_each,
     load_images,

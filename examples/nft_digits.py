@@ -33,14 +33,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from common import Table, Trainer, argument_parser, farewell, plt, print_table, save_picture, start
+from common import Table, Trainer, accuracy, argument_parser, farewell, plt, print_table, save_picture, start
 from digits import (
     CLASSES,
     IN_PICTURES,
     NO_CLASS,
     PIXELS,
     Denoiser,
-    accuracy,
     distances,
     edm_schedule,
     load_images,

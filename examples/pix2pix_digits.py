@@ -22,8 +22,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from common import Table, Trainer, argument_parser, farewell, print_table, start
-from digits import PIXELS, Classifier, accuracy, distances, eight_of_each, load_images, save_grid, train_classifier
+from common import Table, Trainer, accuracy, argument_parser, farewell, print_table, start
+from digits import PIXELS, Classifier, distances, eight_of_each, load_images, save_grid, train_classifier
 from torch import Tensor, nn
 from tqdm import tqdm
 

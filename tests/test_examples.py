@@ -41,7 +41,8 @@ def numbers(value):
         yield float(value)
 
 
-RUNNER = execute("__main__")
+RUNNER = execute("__main__").RUNNER
+MARKDOWN = execute("runner").markdown
 
 
 @pytest.mark.parametrize("name", RUNNER.names())
@@ -69,7 +70,7 @@ def test_the_runner_writes_the_page(tmp_path, capfd):
     for picture in re.findall(r"!\[.*\]\((.*)\)", page):
         assert (tmp_path / picture).exists()
     assert "results/gan_modes/gan_modes.png" in page
-    assert RUNNER.markdown("a  b\n\nx    y\nz    w\n\n| t | u    v |") == (
+    assert MARKDOWN("a  b\n\nx    y\nz    w\n\n| t | u    v |") == (
         "a  b\n\n```\nx    y\nz    w\n```\n\n| t | u    v |"
     )
 
@@ -95,7 +96,7 @@ def test_the_runner_keeps_what_did_not_run_or_failed(tmp_path, monkeypatch, capf
         assert all((tmp_path / picture).exists() for picture in pictures)
         return text, {Path(picture).stem for picture in pictures}
 
-    monkeypatch.setattr(RUNNER, "HERE", tmp_path)
+    monkeypatch.setattr(RUNNER, "here", tmp_path)
     write("first", says="first, in May", picture="a", code=0)
     write("second", says="second, in May", picture="b", code=0)
     write("third", says="third, in May", picture="c", code=3)

@@ -2,7 +2,7 @@
 
 A page in ``docs`` links to a file of the repository by its relative path, as it would on a forge; on the site that is
 a page with the file's text. A line ``<!-- include PATH # Heading -->`` stands for a section of another Markdown file,
-one without ``# Heading`` for the whole file, and ``<!-- include gallery -->`` for the examples.
+one without ``# Heading`` for the whole file, and ``<!-- include gallery # examples -->`` for a folder of examples.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ PAGES = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "examples/README.md": "gallery.md",
+    "examples/fashion/README.md": "fashion.md",
     "README.md": "index.md",
 }
 PAGES |= {f"benchmarks/results/{p.name}": f"results/{p.name}" for p in (ROOT / "benchmarks/results").glob("*.md")}
@@ -74,17 +75,17 @@ def fences(text: str) -> str:
     return re.sub(r"^```(\w+) (.+)$", lambda m: f'``` {{ .{m[1]} title="{m[2].translate(QUOTES)}" }}', text, flags=re.M)
 
 
-def gallery() -> str:
-    """Each example with its picture, and what it prints folded away; links are relative to the examples."""
+def gallery(folder: str) -> str:
+    """Each script of a folder with its picture, and what it prints folded away; links are relative to the folder."""
     out = []
-    text = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / folder / "README.md").read_text(encoding="utf-8")
     for part in re.split(r"^## ", text, flags=re.M)[1:]:
         name, _, rest = part.partition("\n")
-        about, command, printed = re.split(r"^    (python \S+)\n", rest.strip(), maxsplit=1, flags=re.M)
+        about, command, printed = re.split(r"^    (python [^\n]+)\n", rest.strip(), maxsplit=1, flags=re.M)
         picture = re.search(r"^!\[.*$", printed, re.M)
         assert picture, f"{name} has no picture"
         tables = re.sub(r"^Picture: \S+ ", "", printed.replace(picture[0], "").strip(), flags=re.M)
-        out += [f"## {name}", about.strip(), f"Run it: `{command}`. Its code: [examples/{name}.py]({name}.py)."]
+        out += [f"## {name}", about.strip(), f"Run it: `{command}`. Its code: [{folder}/{name}.py]({name}.py)."]
         out += [picture[0], '??? note "What it prints"']
         out += ["\n".join(f"    {line}".rstrip() for line in tables.splitlines())]
     return "\n\n".join(out)
@@ -96,8 +97,11 @@ def expand(text: str, page: str) -> str:
     own = posixpath.normpath(posixpath.join("docs", posixpath.dirname(page)))
     for match in INCLUDE.finditer(text):
         path, heading = match[1], match[2]
-        found = gallery() if path == "gallery" else section((ROOT / path).read_text(encoding="utf-8"), heading)
-        base = "examples" if path == "gallery" else posixpath.dirname(path)
+        if path == "gallery":
+            assert heading is not None, "which folder's gallery?"
+            found, base = gallery(heading), heading
+        else:
+            found, base = section((ROOT / path).read_text(encoding="utf-8"), heading), posixpath.dirname(path)
         out += [relink(text[at : match.start()], own, page), fences(relink(found, base, page))]
         at = match.end()
     return "".join([*out, relink(text[at:], own, page)])
