@@ -37,7 +37,7 @@ class Round:
     alpha: float = 1.0
 
 
-ROUNDS = (Round(100, 3e-4, 0.1), Round(100, 1.5e-4, 0.1))
+ROUNDS = (Round(100, 2e-4, 1.0), Round(100, 1e-4, 1.0))
 FAKES, HALF, EMA = 2000, 64, 0.97
 NLL = "Nats a token of the test split"
 TITLE = "Samples against test images that were tokens"
