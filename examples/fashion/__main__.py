@@ -19,7 +19,8 @@ what as many training images score.
 
 All scripts but those of GANs, pix2pix, JEM and tokens start from the base, a diffusion model of 0.7 million weights
 ([its training](weights/base.png)). `make fashion` runs them all and writes this page; one of them runs by its name, as
-below, with `--seeds`, `--times 10` (ten times the training steps, for a GPU) and `--out`.
+below, with `--seeds`, `--times 10` (ten times the training steps, for a GPU) and `--out`. What has not run in full yet
+is not on the page.
 """
 RUNNER = Runner(
     HERE, INTRODUCTION, "\ndef main(", ("__main__", "base"), shown="python examples/fashion {}", arguments=("", "{}")
