@@ -61,7 +61,7 @@ class UNet(nn.Module):
         zero(self.out[2])
         self.frequencies: Tensor
         self.register_buffer("frequencies", torch.exp(torch.linspace(-2, 3, 16)), persistent=False)
-        # A third faster on a CPU, and what a GPU's convolutions like.
+        # On a CPU a quarter faster in sampling, and what a GPU's convolutions like.
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def condition(self, level: Tensor, label: Tensor) -> Tensor:
