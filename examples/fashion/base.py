@@ -12,20 +12,18 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from common import Table, Trainer, accuracy, argument_parser, farewell, plt, print_table, save_picture, start
-from torch import nn
 from tqdm import tqdm
 
 from fashion.data import Data, Split, load
-from fashion.networks import NO_CLASS, SCHEDULE, Classifier, Denoiser, denoising_loss, load_weights, save_weights
+from fashion.networks import NO_CLASS, Classifier, Denoiser, Network, denoising_loss, load_weights, noised, save_weights
 from fashion.tokens import Transformer, to_tokens, token_nll
 
 BATCH = 128
-Network = TypeVar("Network", bound=nn.Module)
 
 
 def train_classifier(data: Data, steps: int, seed: int = 0) -> Classifier:
@@ -64,10 +62,10 @@ def weighted_error(model: Denoiser, split: Split) -> float:
     """The base's loss on 2000 images of a split, with one draw of noise and levels for all who ask."""
     gen, total = torch.Generator().manual_seed(1), 0.0
     rows = split[:2000]
-    sigma, noise = SCHEDULE.sample_t(len(rows), generator=gen), torch.randn(rows.images.shape, generator=gen)
+    parts = (part.split(500) for part in (rows.images, rows.labels, *noised(rows.images, gen)))
     with torch.no_grad():
-        for x, y, s, e in zip(*(part.split(500) for part in (rows.images, rows.labels, sigma, noise)), strict=True):
-            total += float(denoising_loss(model(SCHEDULE.add_noise(x, e, s), s, y), x, e, s)) * len(x)
+        for x, y, noisy, sigma, noise in zip(*parts, strict=True):
+            total += float(denoising_loss(model(noisy, sigma, y), x, noise, sigma)) * len(x)
     return total / len(rows)
 
 
@@ -87,9 +85,8 @@ def train_base(
     for step in bar:
         rows = data.train.draw(BATCH, gen)
         label = rows.labels.masked_fill(torch.rand(BATCH, generator=gen) < 0.1, NO_CLASS)
-        sigma, noise = SCHEDULE.sample_t(BATCH, generator=gen), torch.randn(rows.images.shape, generator=gen)
-        pred = trainer.model(SCHEDULE.add_noise(rows.images, noise, sigma), sigma, label)
-        loss = denoising_loss(pred, rows.images, noise, sigma)
+        noisy, sigma, noise = noised(rows.images, gen)
+        loss = denoising_loss(trainer.model(noisy, sigma, label), rows.images, noise, sigma)
         trainer.step(loss)
         losses.append(loss.detach())
         if (step + 1) % every == 0:

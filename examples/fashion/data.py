@@ -18,7 +18,7 @@ from torch import Tensor
 SIDE, CLASSES = 28, 10
 NAMES = ("T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
 VALIDATION = 5000
-SIGMA_DATA = 0.706  # of all pixels of the training split, about 0 instead of their mean
+SIGMA_DATA = 0.706  # the standard deviation of the training split's pixels
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 
 

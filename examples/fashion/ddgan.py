@@ -11,13 +11,13 @@ that is an ordinary GAN. Both train for as many steps, with `discriminator_loss`
 from __future__ import annotations
 
 import torch
-from common import Table, Trainer, farewell
+from common import Table, Trainer
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from fashion.data import CLASSES, SIDE
 from fashion.networks import UNet
-from fashion.study import IN_PICTURES, Panels, Study, options, save_grid
+from fashion.study import IN_PICTURES, Panels, Study, options
 from fastgen import NoiseSchedule, diffuse_pair, discriminator_loss, generator_loss, posterior_sample, r1_penalty
 
 STEPS, BATCH, LR, EMA, GAMMA, EVERY = 500, 64, 5e-4, 0.99, 0.1, 8
@@ -122,7 +122,5 @@ def main(argv: list[str] | None = None) -> dict[str, Table]:
         return {TITLE: table}
 
     tables = study.over_seeds(run)
-    picture = study.args.out / "ddgan.png"
-    save_grid(panels, picture)
-    farewell(study.args, picture)
+    study.finish(panels, "ddgan")
     return tables

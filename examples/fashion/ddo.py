@@ -11,9 +11,10 @@ first round's learning rate, with the same averaging of weights, on twice as man
 Samples of all models start from the same noise, without guidance, and are compared with the test split, which chose
 nothing here.
 
-The first round does nearly all. The second is easily overdone: in trials from seed 0's first round, at 0.29 from the
-validation split, six settings with α of 1 or 2 (or 6, with β = 0.03), learning rates from 1e-5 to 1e-4 and β up to 1
-ended at 0.40 to 1.5; α = 4 at 2e-5 got to 0.28 in 30 steps and to 0.47 in 60.
+The first round's settings are those of a trial on another network. That round does nearly all. The second is easily
+overdone: in trials from seed 0's first round, at 0.29 from the validation split, six settings with α of 1 or 2 (or 6,
+with β = 0.03), learning rates from 1e-5 to 1e-4 and β up to 1 ended at 0.40 to 1.5; α = 4 at 2e-5 got to 0.28 in 30
+steps and to 0.47 in 60.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ import copy
 from dataclasses import dataclass
 
 import torch
-from common import Table, Trainer, farewell
+from common import Table, Trainer
 from tqdm import tqdm
 
 from fashion.networks import SCHEDULE, Denoiser, denoising_loss, noised
-from fashion.study import IN_PICTURES, Panels, Study, options, save_grid
+from fashion.study import IN_PICTURES, Panels, Study, options
 from fastgen import ddo_loss
 
 
@@ -126,7 +127,5 @@ def main(argv: list[str] | None = None) -> dict[str, Table]:
     rival = min(table["base"]["distance"], table["as many plain steps"]["distance"])
     last = list(table)[-1]
     print(f"\n{last}: {table[last]['distance'] / rival:.2f} x the distance of the better of base and plain steps.")
-    picture = study.args.out / "ddo.png"
-    save_grid(panels, picture)
-    farewell(study.args, picture)
+    study.finish(panels, "ddo")
     return {TITLE: table}

@@ -13,31 +13,20 @@ choice among its checkpoints. Distances are between images that were tokens.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from common import Table, Trainer, farewell
+from common import Table, Trainer
 from torch import Tensor
 from tqdm import tqdm
 
+from fashion.ddo import Round
 from fashion.networks import WEIGHTS, load_weights
-from fashion.study import IN_PICTURES, Judge, Panels, Study, options, save_grid
+from fashion.study import IN_PICTURES, Judge, Panels, Study, options
 from fashion.tokens import Transformer, through_tokens, to_images, to_tokens, token_nll
 from fastgen import sequence_ddo_loss
 
-
-@dataclass(frozen=True)
-class Round:
-    """The settings of one round."""
-
-    steps: int
-    lr: float
-    beta: float
-    alpha: float = 1.0
-
-
-ROUNDS = (Round(100, 2e-4, 1.0), Round(100, 1e-4, 1.0))
+ROUNDS = (Round(100, 2e-4, 1.0, alpha=1.0), Round(100, 1e-4, 1.0, alpha=1.0))
 FAKES, HALF, EMA = 2000, 64, 0.97
 NLL = "Nats a token of the test split"
 TITLE = "Samples against test images that were tokens"
@@ -117,7 +106,5 @@ def main(argv: list[str] | None = None) -> dict[str, Table]:
         return {TITLE: table, NLL: {name: {"NLL": token_nll(made, study.data.test)} for name, made in models.items()}}
 
     tables = study.over_seeds(run)
-    picture = study.args.out / "ddo_tokens.png"
-    save_grid(panels, picture)
-    farewell(study.args, picture)
+    study.finish(panels, "ddo_tokens")
     return tables

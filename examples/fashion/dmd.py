@@ -16,13 +16,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from common import Table, Trainer, farewell
+from common import Table, Trainer
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from fashion.data import SIDE
 from fashion.networks import SCHEDULE, Denoiser, denoising_loss, guided, unlabelled
-from fashion.study import IN_PICTURES, Panels, Study, options, save_grid
+from fashion.study import IN_PICTURES, Panels, Study, options
 from fastgen import (
     ScorePair,
     backward_simulation,
@@ -190,9 +190,7 @@ def compare(
         return {title: {name: study.test.scores(x, wanted) for name, x in found.items()}}
 
     tables = study.over_seeds(run)
-    path = study.args.out / f"{picture}.png"
-    save_grid(panels, path)
-    farewell(study.args, path)
+    study.finish(panels, picture)
     return tables
 
 

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from common import Table, accuracy, farewell
+from common import Table, accuracy
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from fashion.data import CLASSES, SIDE, Split
-from fashion.study import IN_PICTURES, Panels, Study, options, save_grid
+from fashion.study import IN_PICTURES, Panels, Study, options
 from fastgen import ReplayBuffer, joint_energy_loss, langevin_sample
 
 IMAGES, STEPS, BATCH, LR, DATA_NOISE = 5000, 500, 64, 5e-4, 0.1
@@ -117,7 +117,5 @@ def main(argv: list[str] | None = None) -> dict[str, Table]:
         return {CLASSIFIER: classified, SAMPLES: sampled}
 
     tables = study.over_seeds(run)
-    picture = study.args.out / "jem.png"
-    save_grid(panels, picture)
-    farewell(study.args, picture)
+    study.finish(panels, "jem")
     return tables

@@ -45,9 +45,9 @@ class Block(nn.Module):
 
 
 class UNet(nn.Module):
-    """On patches of 2x2 pixels: one block at 14x14, three at 7x7, one more at 14x14; 0.6 million weights."""
+    """On patches of 2x2 pixels: one block at 14x14, three at 7x7, one more at 14x14; 0.7 million weights."""
 
-    def __init__(self, inputs: int = 1, outputs: int = 1, width: int = 48, condition: int = 128) -> None:
+    def __init__(self, inputs: int = 1, width: int = 48, condition: int = 128) -> None:
         super().__init__()
         self.embed_class = nn.Embedding(CLASSES + 1, condition)
         self.embed_noise = nn.Sequential(nn.Linear(32, condition), nn.SiLU(), nn.Linear(condition, condition))
@@ -57,7 +57,7 @@ class UNet(nn.Module):
         self.middle = nn.ModuleList(Block(2 * width, condition) for _ in range(3))
         self.up = nn.ConvTranspose2d(2 * width, width, 2, stride=2)
         self.after = Block(width, condition)
-        self.out = nn.Sequential(nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, 4 * outputs, 3, padding=1))
+        self.out = nn.Sequential(nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, 4, 3, padding=1))
         zero(self.out[2])
         self.frequencies: Tensor
         self.register_buffer("frequencies", torch.exp(torch.linspace(-2, 3, 16)), persistent=False)
@@ -118,7 +118,7 @@ class Classifier(nn.Module):
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
-    """In half precision, which moves no figure on the page by more than its last digit."""
+    """In half precision; all scripts use the weights as rounded so."""
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: value.half().contiguous() for name, value in model.state_dict().items()}, path)
 

@@ -13,14 +13,14 @@ from __future__ import annotations
 import copy
 
 import torch
-from common import Table, Trainer, farewell
+from common import Table, Trainer
 from torch import Tensor
 from tqdm import tqdm
 
 from fashion.base import train_classifier
 from fashion.data import NAMES
 from fashion.networks import NO_CLASS, Classifier, Denoiser, noised
-from fashion.study import IN_PICTURES, Judge, Panels, Study, options, save_grid
+from fashion.study import IN_PICTURES, Judge, Panels, Study, options
 from fastgen import diffusion_nft_loss, optimality_probability
 
 WANTED = NAMES.index("bag")
@@ -103,7 +103,5 @@ def main(argv: list[str] | None = None) -> dict[str, Table]:
         return {TITLE: {name: scores(x) for name, x in draws(count, 100 * seed + 9).items()}}
 
     tables = study.over_seeds(run)
-    picture = study.args.out / "nft.png"
-    save_grid(panels, picture)
-    farewell(study.args, picture)
+    study.finish(panels, "nft")
     return tables

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from common import Table, Trainer, farewell
+from common import Table, Trainer
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from fashion.networks import UNet, unlabelled
-from fashion.study import SAMPLES, Panels, Study, options, save_grid
+from fashion.study import SAMPLES, Panels, Study, options
 from fastgen import discriminator_loss, elbo_error, pix2pix_loss, r1_penalty
 
 STEPS, BATCH, LR, EMA, GAMMA, EVERY = 200, 64, 1e-3, 0.99, 0.1, 4
@@ -136,7 +136,5 @@ def main(argv: list[str] | None = None) -> dict[str, Table]:
         return {TITLE: table}
 
     tables = study.over_seeds(run)
-    picture = study.args.out / "pix2pix.png"
-    save_grid(panels, picture)
-    farewell(study.args, picture)
+    study.finish(panels, "pix2pix")
     return tables

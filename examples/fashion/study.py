@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import Table, accuracy, argument_parser, frechet, plt, print_table, save_picture, start
+from common import Table, accuracy, argument_parser, farewell, frechet, plt, print_table, save_picture, start
 from torch import Tensor
 
 from fashion.data import CLASSES, Data, Split, load, to_greys
@@ -23,15 +23,15 @@ IN_PICTURES = torch.arange(CLASSES).repeat_interleave(6)  # the classes of a gri
 class Spread(float):
     """The mean over seeds, printed with the standard deviation from seed to seed."""
 
-    deviation: float
+    deviation: float | None  # of more than one seed
 
     def __new__(cls, values: list[float]) -> Spread:
         made = super().__new__(cls, sum(values) / len(values))
-        made.deviation = float(torch.tensor(values, dtype=torch.float64).std()) if len(values) > 1 else 0.0
+        made.deviation = float(torch.tensor(values, dtype=torch.float64).std()) if len(values) > 1 else None
         return made
 
     def __format__(self, spec: str) -> str:
-        return f"{float(self):.3g} ± {self.deviation:.1g}"
+        return f"{float(self):.3g}" + ("" if self.deviation is None else f" ± {self.deviation:.1g}")
 
 
 def options(description: str) -> argparse.ArgumentParser:
@@ -55,10 +55,11 @@ class Study:
         self.test, self.validation = (Judge(s, self.classifier) for s in (self.data.test, self.data.validation))
 
     def steps(self, count: int) -> int:
-        """Training steps: `count` by default, two in a smoke run."""
-        return 2 if self.smoke else round(count * self.args.times)
+        """Training steps: `count` by default, two in a smoke run, which is the least."""
+        return 2 if self.smoke else max(2, round(count * self.args.times))
 
     def batch(self, rows: int) -> int:
+        """Rows of a training step: few in a smoke run."""
         return min(rows, 8) if self.smoke else rows
 
     def count(self, count: int, smoke: int = 20) -> int:
@@ -101,10 +102,11 @@ class Study:
             print_table(title, tables[title])
         return tables
 
-
-def ranked_distances(a: Tensor, b: Tensor, nearest: int) -> Tensor:
-    """The distance from each row of a to its `nearest`-th neighbour in b."""
-    return torch.cdist(a, b).kthvalue(nearest, dim=1).values
+    def finish(self, panels: Panels, name: str) -> None:
+        """Save the picture of all models' images, and say so."""
+        picture = self.args.out / f"{name}.png"
+        save_grid(panels, picture)
+        farewell(self.args, picture)
 
 
 class Judge:
@@ -115,6 +117,8 @@ class Judge:
         self.real = self.features(split.images)
         # Balls around as many real images as there are samples: of those, precision and coverage count the hits.
         self.centres = self.real[:neighbours]
+        ranked, last = torch.cdist(self.centres, self.centres).sort(dim=1).values, len(self.centres) - 1
+        self.third, self.fifth = (ranked[:, min(k, last)] for k in (3, 5))  # the nearest of all is the image itself
 
     def features(self, x: Tensor) -> Tensor:
         with torch.no_grad():
@@ -123,24 +127,21 @@ class Judge:
     def distance(self, x: Tensor) -> float:
         return frechet(self.features(x), self.real)
 
-    def agreement(self, x: Tensor, labels: Tensor) -> float:
-        with torch.no_grad():
-            return accuracy(self.classifier(x), labels)
-
     def scores(self, x: Tensor, labels: Tensor) -> dict[str, float]:
         """Frechet distances of the samples as they come and in 256 grey levels; of the latter precision
         (arXiv 1904.06991: in a ball around a real image up to its third neighbour), coverage (arXiv 2002.09797: real
         images with a sample in their ball, up to the fifth) and how often the classifier sees the class asked for."""
         greys = to_greys(x)
-        seen, k = self.features(greys), min(5, len(self.centres) - 1)
+        seen = self.features(greys)
         gaps = torch.cdist(self.centres, seen)
-        third, fifth = (ranked_distances(self.centres, self.centres, j + 1) for j in (min(3, k), k))
+        with torch.no_grad():
+            logits = self.classifier.head(seen)
         return {
             "distance": self.distance(x),
             "256 greys": frechet(seen, self.real),
-            "precision": float((gaps < third[:, None]).any(0).double().mean()),
-            "coverage": float((gaps < fifth[:, None]).any(1).double().mean()),
-            "class": self.agreement(greys, labels),
+            "precision": float((gaps < self.third[:, None]).any(0).double().mean()),
+            "coverage": float((gaps < self.fifth[:, None]).any(1).double().mean()),
+            "class": accuracy(logits, labels),
         }
 
 

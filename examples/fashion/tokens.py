@@ -60,7 +60,6 @@ class Transformer(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(LEVELS + CLASSES, width)
         self.place = nn.Parameter(torch.randn(LENGTH, width) * 0.02)
-        # The tokens to the left and above are near in the image; which rows and columns they have is told too.
         self.heads, self.layers = heads, nn.ModuleList(Layer(width, heads) for _ in range(layers))
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, LEVELS))
 
