@@ -87,12 +87,19 @@ def test_what_was_drawn_has_the_same_probability_when_given(dtype, backend, devi
     assert not fresh.sample.requires_grad
 
 
-def test_numbers_are_times_of_all_rows(backend, device):
-    given = tensors(device=device)
-    numbers = fastgen.flow_sde_step(**given | {"t": 0.5, "t_next": 0.25})
-    vectors = fastgen.flow_sde_step(**given | {"t": torch.full((4,), 0.5, device=device), "t_next": 0.25})
-    for mine, wanted in zip(numbers, vectors, strict=True):
-        torch.testing.assert_close(mine, wanted)
+@pytest.mark.parametrize("t_max", [None, 0.95])
+@pytest.mark.parametrize(
+    ("t", "t_next"),
+    [(0.5, 0.25), (1.0, 0.75), (1, 0), (0.5, 0.5), (0.5, 0.6), (1.2, 0.5), (0.0, -0.1), (0.5, -0.1), (1.0, 1.0)],
+)
+def test_numbers_are_times_of_all_rows(t, t_next, t_max, backend, device):
+    given = tensors(device=device) | {"t_max": t_max}
+    numbers = fastgen.flow_sde_step(**given | {"t": t, "t_next": t_next})
+    for mixed in ({"t": t, "t_next": given["t_next"].double().fill_(t_next)}, {"t_next": t_next}):
+        vectors = fastgen.flow_sde_step(**given | {"t": given["t"].double().fill_(t)} | mixed)
+        for mine, wanted in zip(numbers, vectors, strict=True):
+            torch.testing.assert_close(mine, wanted, equal_nan=True)
+    assert numbers.std.isfinite().all() == (0 <= t_next < t <= 1)
 
 
 @pytest.mark.parametrize(

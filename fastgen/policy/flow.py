@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -122,7 +123,7 @@ def flow_sde_step(
     checks.streams(pred=pred, x_t=x_t, **given)
     if len(given) == 2:
         raise ValueError("noise and sample exclude each other: a step that was taken has its noise")
-    t, t_next = _times("t", t, x_t), _times("t_next", t_next, x_t)
+    start, end = _times("t", t, x_t), _times("t_next", t_next, x_t)
     noise_level = checks.number("noise_level", noise_level, low=0, open_low=True)
     if t_max is not None:
         t_max = checks.share("t_max", t_max)
@@ -132,11 +133,11 @@ def flow_sde_step(
     if sample is None and noise is None:
         noise = torch.randn_like(x_t)
     if backend == "reference":
+        times = (_of_rows(t, x_t) for t in (start, end))
         return reference.flow_sde_step(
-            pred, x_t, t, t_next, noise_level=noise_level, noise=noise, sample=sample, t_max=t_max
+            pred, x_t, *times, noise_level=noise_level, noise=noise, sample=sample, t_max=t_max
         )
-    numbers = reference.flow_sde_coefficients(t, t_next, noise_level, t_max)
-    k_x, k_v, std = (n.to(arithmetic_dtype(pred, x_t)) for n in numbers)
+    k_x, k_v, std = _coefficients(start, end, noise_level, t_max, x_t, arithmetic_dtype(pred, x_t))
     if sample is None:
         sample = launch_mix(reverse_step, backend, x_t.detach(), pred.detach(), noise, k_x, k_v, std)
     sample = sample.detach()
@@ -147,11 +148,34 @@ def flow_sde_step(
     return FlowStep(sample, log_prob, mean, std)
 
 
-def _times(name: str, value: float | Tensor, like: Tensor) -> Tensor:
+def _times(name: str, value: float | Tensor, like: Tensor) -> float | Tensor:
     if not isinstance(value, Tensor):
-        return like.new_full((like.shape[0],), checks.number(name, value), dtype=torch.float64)
+        return checks.number(name, value)
     checks.per_row(name, value, like)
     return value
+
+
+def _of_rows(value: float | Tensor, like: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    return value if isinstance(value, Tensor) else like.new_full((like.shape[0],), value, dtype=dtype)
+
+
+def _coefficients(
+    t: float | Tensor, t_next: float | Tensor, noise_level: float, t_max: float | None, like: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """k_x, k_v and std [B]. Of two numbers they are numbers too, which spares a GPU some thirty tiny kernels a step."""
+    if isinstance(t, Tensor) or isinstance(t_next, Tensor):
+        rows = (_of_rows(value, like) for value in (t, t_next))
+        k_x, k_v, std = (n.to(dtype) for n in reference.flow_sde_coefficients(*rows, noise_level, t_max))
+        return k_x, k_v, std
+    numbers = (math.nan,) * 3
+    if 0 <= t_next < t <= 1:
+        top = t if t < 1 else t_next if t_max is None else t_max
+        square, dt = noise_level**2 * t / (1 - top), t_next - t
+        pull, deviation = square / (2 * t) * dt, math.sqrt(square * -dt)
+        if deviation > 0:
+            numbers = 1 + pull, dt + pull * (1 - t), deviation
+    k_x, k_v, std = (_of_rows(number, like, dtype) for number in numbers)
+    return k_x, k_v, std
 
 
 class GrpoStats(NamedTuple):
