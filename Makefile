@@ -38,7 +38,7 @@ examples: $(VENV)/ready
 	$(PY) examples
 
 fashion: $(VENV)/ready
-	$(PY) examples/fashion
+	$(PY) examples/fashion --jobs 2
 
 test: $(VENV)/ready
 	$(PY) -m pytest -n auto --dist loadgroup

@@ -16,8 +16,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+
+from tqdm import tqdm
 
 
 @dataclass
@@ -36,8 +39,9 @@ class Runner:
         found = {p.stem: p.read_text(encoding="utf-8") for p in self.here.glob("*.py")}
         return sorted(name for name, code in found.items() if name not in self.besides and self.mark in code)
 
-    def run(self, name: str, folder: Path, smoke: bool) -> bool:
-        """Run one script aside; if it succeeds, its output and pictures take the place of those of the last run."""
+    def run(self, name: str, folder: Path, smoke: bool, quiet: bool) -> bool:
+        """Run one script aside; if it succeeds, its output and pictures take the place of those of the last run.
+        A quiet one shows its progress only where it fails."""
         began = time.perf_counter()
         with tempfile.TemporaryDirectory() as aside:
             made = Path(aside, "results", name)
@@ -47,6 +51,7 @@ class Runner:
                 [sys.executable, str(self.here / first), *rest, "--out", f"results/{name}", *["--smoke"] * smoke],
                 cwd=aside,
                 stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE if quiet else None,
                 encoding="utf-8",
                 check=False,
                 env={**os.environ, "PYTHONIOENCODING": "utf-8"},
@@ -59,7 +64,7 @@ class Runner:
                 shutil.rmtree(kept, ignore_errors=True)
                 shutil.copytree(made, kept)
             else:
-                print(done.stdout, end="")
+                print(done.stdout, done.stderr or "", sep="\n")
         return good
 
     def page(self, folder: Path) -> str:
@@ -80,20 +85,26 @@ class Runner:
     def main(self, argv: list[str] | None = None) -> int:
         parser = argparse.ArgumentParser(description="Run scripts and write the page of their tables and pictures.")
         parser.add_argument("names", nargs="*", help=f"which; all if none: {', '.join(self.names())}")
+        parser.add_argument("--jobs", type=int, default=1, help="how many at once: a core each, as they come")
         parser.add_argument("--smoke", action="store_true", help="a few steps of everything, in seconds")
         parser.add_argument("--folder", type=Path, default=self.here, help="where the page and its results go")
         args = parser.parse_args(argv)
         if unknown := set(args.names) - set(self.names()):
             parser.error(f"no such example: {', '.join(sorted(unknown))}; there are {', '.join(self.names())}")
+        if args.jobs < 1:
+            parser.error("--jobs must be at least 1")
         folder, failed = args.folder.resolve(), []
         if args.smoke and folder == self.here:
             parser.error("--smoke needs a --folder of its own: its numbers would replace the page's, and mean nothing")
         began = time.perf_counter()
-        for name in args.names or self.names():
-            if not self.run(name, folder, args.smoke):
-                failed.append(name)
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "README.md").write_text(self.page(folder), encoding="utf-8")
+        with ThreadPoolExecutor(args.jobs) as pool:
+            names = args.names or self.names()
+            runs = {pool.submit(self.run, name, folder, args.smoke, args.jobs > 1): name for name in names}
+            for done in tqdm(as_completed(runs), total=len(runs), desc="scripts", disable=args.jobs == 1):
+                if not done.result():
+                    failed.append(runs[done])
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / "README.md").write_text(self.page(folder), encoding="utf-8")
         print(f"{folder / 'README.md'} written, after {time.perf_counter() - began:.0f} s")
         if failed:
             print(f"failed: {', '.join(failed)}; the page has what they printed when they last succeeded, if ever")

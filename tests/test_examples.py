@@ -86,7 +86,8 @@ if __name__ == "__main__":
 """
 
 
-def test_the_runner_keeps_what_did_not_run_or_failed(tmp_path, monkeypatch, capfd):
+@pytest.mark.parametrize("jobs", ["1", "3"])
+def test_the_runner_keeps_what_did_not_run_or_failed(jobs, tmp_path, monkeypatch, capfd):
     def write(name, **parts):
         (tmp_path / f"{name}.py").write_text(EXAMPLE.format(**parts))
 
@@ -100,7 +101,7 @@ def test_the_runner_keeps_what_did_not_run_or_failed(tmp_path, monkeypatch, capf
     write("first", says="first, in May", picture="a", code=0)
     write("second", says="second, in May", picture="b", code=0)
     write("third", says="third, in May", picture="c", code=3)
-    run = ["--folder", str(tmp_path)]
+    run = ["--folder", str(tmp_path), "--jobs", jobs]
     assert RUNNER.main(run) == 1
     assert "third: FAILED" in capfd.readouterr().out
     text, pictures = page()
@@ -121,7 +122,8 @@ def test_the_runner_keeps_what_did_not_run_or_failed(tmp_path, monkeypatch, capf
 
 
 def test_the_runner_refuses(capsys):
-    for argv, says in ((["none_such"], "no such example: none_such"), (["--smoke"], "--smoke needs a --folder")):
+    refused = {"none_such": "no such example: none_such", "--smoke": "--smoke needs a --folder", "--jobs=0": "at least 1"}
+    for argv, says in refused.items():
         with pytest.raises(SystemExit):
-            RUNNER.main(argv)
+            RUNNER.main([argv])
         assert says in capsys.readouterr().err

@@ -30,7 +30,7 @@ Method = Literal["ddpm", "ddim", "analytic-ddpm", "analytic-ddim"]
 Variance = Literal["analytic", "beta", "beta_tilde"]
 N = 1000
 CAP = 2 * 2 / 255 * math.sqrt(math.pi / 2)
-SAMPLES = {10: 1000, 25: 600, 50: 400, 100: 250}  # distances of fewer samples are larger, for all rows alike
+SAMPLES = {10: 1000, 25: 400, 50: 250, 100: 150}  # distances of fewer samples are larger, for all rows alike
 METHODS: dict[str, tuple[Method, Variance | None]] = {
     "DDPM β": ("ddpm", "beta"),
     "DDPM β̃": ("ddpm", "beta_tilde"),

@@ -17,12 +17,12 @@ from fashion.study import Study, options
 
 
 def main(argv: list[str] | None = None) -> dict[str, Table]:
-    scale = 2.0
+    scale, steps = 2.0, 300
     methods = {
-        f"DMD, s = {scale:g}": Method(guidance_scale=scale),
-        f"Decoupled DMD, s = {scale:g}": Method(guidance_scale=scale, decoupled=True),
-        "DMD": Method(),
-        "DMDR": Method(reward=0.01),
+        f"DMD, s = {scale:g}": Method(steps=steps, guidance_scale=scale),
+        f"Decoupled DMD, s = {scale:g}": Method(steps=steps, guidance_scale=scale, decoupled=True),
+        "DMD": Method(steps=steps),
+        "DMDR": Method(steps=steps, reward=0.01),
     }
     study = Study(options("Distil a diffusion model of Fashion-MNIST with guidance and with a reward."), argv)
     title = "One-step generators with guidance or a reward against the test split"

@@ -24,7 +24,7 @@ from fashion.study import IN_PICTURES, Judge, Panels, Study, options
 from fastgen import diffusion_nft_loss, optimality_probability
 
 WANTED = NAMES.index("bag")
-ROUNDS, DRAWS, STEPS, BATCH, LR, KEEP, CLIP = 10, 250, 20, 64, 3e-4, 0.5, 1.0
+ROUNDS, DRAWS, STEPS, BATCH, LR, KEEP, CLIP = 8, 250, 20, 64, 3e-4, 0.5, 1.0
 METHODS = {"without reward, r = 0.5": (False, 0.0), "DiffusionNFT": (True, 0.0), "DiffusionNFT, tied": (True, 0.3)}
 TITLE = f"Samples without a class, rewarded for being a {NAMES[WANTED]}; against test images of that class"
 
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> dict[str, Table]:
     study, panels = Study(options("Teach a diffusion model of Fashion-MNIST by reward."), argv), Panels()
     judge = Judge(study.data.test[study.data.test.labels == WANTED], study.classifier)
     critic = train_classifier(study.data, study.steps(1000), seed=1).to(study.device)
-    count = study.count(1000, 50)
+    count = study.count(500, 50)
 
     def scores(x: Tensor) -> dict[str, float]:
         with torch.no_grad():

@@ -35,7 +35,7 @@ class Spread(float):
 
 
 def options(description: str) -> argparse.ArgumentParser:
-    parser = argument_parser(description, threads=2)
+    parser = argument_parser(description)
     parser.add_argument("--seeds", type=int, default=3, help="how many, from --seed on")
     parser.add_argument("--times", type=float, default=1.0, help="multiplies all training steps: 10 suits a GPU")
     return parser
