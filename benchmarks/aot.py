@@ -95,7 +95,7 @@ class Launch:
     kernel: Any
     tile: int = 0  # elements of a row that a program takes at a time; 0: not a sweep over rows
     reads: Streams = ()  # one for each sweep over a tile in the code
-    out: torch.Tensor | None = None
+    writes: Streams = ()
     moved_bytes: int = 0
     floor_bytes: int = 0
     steps: str = ""  # of a sweep over logits
@@ -104,7 +104,7 @@ class Launch:
     def of(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> Launch:
         name = kernel.metadata.name
         if name == "_scale_in_place":
-            return Launch(kernel, constants["BLOCK"], args[:1], args[0], *(2 * [2 * args[0].element_size()]))
+            return Launch(kernel, constants["BLOCK"], args[:1], args[:1], *(2 * [2 * args[0].element_size()]))
         if name == "_sweep":
             return Launch._logits(kernel, args, constants)
         return Launch._rowwise(kernel, name, args, constants) if name in SWEEPS else Launch(kernel)
@@ -113,21 +113,22 @@ class Launch:
     def _logits(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> Launch:
         (steps, sweeps, writes), S = _steps(constants), constants["S"]
         inputs, outs = args[1][: S.STREAMS], args[1][S.STREAMS :]
-        out = outs[0] if outs and writes else None
+        written = outs[:1] if writes else ()
         if not sweeps:
             return Launch(kernel, steps=steps)
-        moved, floor = _bytes(inputs) * sweeps + _bytes([out]), _bytes((*inputs, *outs))
-        return Launch(kernel, S.LANES * S.TILES * S.WIDTH, inputs * sweeps, out, moved, floor, steps)
+        moved, floor = _bytes(inputs) * sweeps + _bytes(written), _bytes((*inputs, *outs))
+        return Launch(kernel, S.LANES * S.TILES * S.WIDTH, inputs * sweeps, written, moved, floor, steps)
 
     @staticmethod
     def _rowwise(kernel: Any, name: str, args: tuple[Any, ...], constants: dict[str, Any]) -> Launch:
         streams = tuple(t for t in args[1] if t is not None)
         mapped = tuple(t for t in args[1][: constants["MAP_STREAMS"]] if t is not None)
-        reads = SWEEPS[name](streams, mapped if args[4] is not None else ())
-        out = args[4] if name != "partial_sums" else None
+        outs = tuple(t for t in args[4:6] if t is not None)
+        reads = SWEEPS[name](streams, mapped if outs else ())
+        written = outs if name != "partial_sums" else ()
         wide = tuple(t for t in reads if t.dtype != torch.bool)  # masks are narrow, and matter little
         tile = constants["BLOCK"] * (constants["RANKS"] if name == "held_groups" else 1)
-        return Launch(kernel, tile, wide, out, _bytes((*reads, out)), _bytes((*streams, args[4])))
+        return Launch(kernel, tile, wide, written, _bytes((*reads, *written)), _bytes((*streams, *outs)))
 
     def narrow(self, accesses: dict[int, int], tensors: Streams) -> int:
         """Of the bytes per element of one sweep over each of `tensors`, those that 16-byte accesses do not move."""
@@ -315,7 +316,7 @@ def _report(launch: Launch, variant: str, arch: int) -> Report:
         loads=loads,
         stores=stores,
         narrow_reads=launch.narrow(loads, launch.reads),
-        narrow_writes=0 if launch.out is None else launch.narrow(stores, (launch.out,)),
+        narrow_writes=launch.narrow(stores, launch.writes) if launch.writes else 0,
         moved_bytes=launch.moved_bytes,
         floor_bytes=launch.floor_bytes,
         resident_threads=sass.resident_threads(usage["REG"], 32 * kernel.metadata.num_warps, kernel.metadata.shared),

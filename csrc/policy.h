@@ -5,6 +5,7 @@
 
 #include "prediction.h"
 #include "runtime/device.h"
+#include "runtime/half.h"
 #include "runtime/options.h"
 
 namespace fastgen {
@@ -185,25 +186,21 @@ Tensor diffusion_nft_loss_backward(const Tensor& row_grad, const Tensor& pred, c
   return grad;
 }
 
-// mean = k_x x_t + k_v pred, and the log-probability of `sample` under a normal distribution of that mean, an element.
-// Streams: pred, x_t, sample.
+// What mean = k_x x_t + k_v pred and the log-probability of a sample, normal around it, an element, are made of.
+// Streams: pred, x_t, and one of which the sample comes.
 template <class T>
-struct FlowStep {
-  static constexpr int kStreams = 3, kSums = 1, kMapStreams = 2;
+struct FlowMean {
+  static constexpr int kStreams = 3, kSums = 1;
   static constexpr bool kMapsAtOnce = true;
   struct Row {
-    T scale, k_x, k_v;
+    T scale, k_x, k_v, std;
   };
   const T *k_x, *k_v, *std;
   T share;      // 1/D
   T* log_prob;  // [rows]
 
-  FASTGEN_HD Row row(int64_t row, int64_t) const { return {share, k_x[row], k_v[row]}; }
+  FASTGEN_HD Row row(int64_t row, int64_t) const { return {share, k_x[row], k_v[row], std[row]}; }
   FASTGEN_HD T map(const Row& row, T, const T* v) const { return row.k_x * v[1] + row.k_v * v[0]; }
-  FASTGEN_HD void accumulate(const Row& row, const T* v, T* sums) const {
-    const T error = v[2] - map(row, T(0), v);
-    sums[0] += error * error;
-  }
   FASTGEN_HD T epilogue(int64_t row, const T* sums) const {
     const T s = std[row], half_log_2_pi = T(0.91893853320467274178);
     log_prob[row] = -sums[0] / (T(2) * s * s) - std::log(s) - half_log_2_pi;
@@ -212,7 +209,32 @@ struct FlowStep {
   FASTGEN_HD T coefficient(int64_t, int64_t, const Row&, T) const { return T(0); }
 };
 
-// Its gradient with respect to pred: k_v (grad_log_prob (sample - mean)/(std² D) + grad_mean).
+// Of a sample that is given.
+template <class T>
+struct FlowStep : FlowMean<T> {
+  using typename FlowMean<T>::Row;
+  static constexpr int kMapStreams = 2;
+
+  FASTGEN_HD void accumulate(const Row& row, const T* v, T* sums) const {
+    const T error = v[2] - this->map(row, T(0), v);
+    sums[0] += error * error;
+  }
+};
+
+// Of one that is drawn, mean + std noise: the second output, in its own dtype, as which its probability counts.
+template <class T, ScalarType kDtype>
+struct FlowDraw : FlowMean<T> {
+  using typename FlowMean<T>::Row;
+  static constexpr int kMapStreams = 3;
+
+  FASTGEN_HD T second(const Row& row, const T* v) const { return this->map(row, T(0), v) + row.std * v[2]; }
+  FASTGEN_HD void accumulate(const Row& row, const T* v, T* sums) const {
+    const T error = as_stored<kDtype>(second(row, v)) - this->map(row, T(0), v);
+    sums[0] += error * error;
+  }
+};
+
+// The gradient with respect to pred: k_v (grad_log_prob (sample - mean)/(std² D) + grad_mean).
 // Streams: sample, mean, [grad_mean].
 template <class T, bool kMean>
 struct FlowStepBackward {
@@ -234,21 +256,56 @@ struct FlowStepBackward {
   }
 };
 
+namespace policy {
+
+struct FlowCall {
+  const Tensor &k_x, &k_v, &std;
+
+  // Calls use(what FlowMean is made of, the output for the mean); the mean and the log-probabilities.
+  template <class Device, class Use>
+  std::tuple<Tensor, Tensor> run(const Rows<3>& rows, const Use& use) const {
+    const auto arithmetic = rows.arithmetic();
+    const auto by_x = row_scalars(k_x, arithmetic), by_v = row_scalars(k_v, arithmetic),
+               deviation = row_scalars(std, arithmetic);
+    const Tensor log_prob = new_vector(rows.tensors[0], rows.count, arithmetic);
+    const Tensor mean = Device::new_output(rows, arithmetic);
+    with_arithmetic(arithmetic, [&](auto zero) {
+      using T = decltype(zero);
+      use(FlowMean<T>{data_or_null<T>(by_x), data_or_null<T>(by_v), data_or_null<T>(deviation),
+                      T(1.0 / static_cast<double>(rows.size)), mutable_data<T>(log_prob)},
+          zero, Output{mean.mutable_data_ptr(), arithmetic});
+    });
+    return {mean, log_prob};
+  }
+};
+
+}  // namespace policy
+
 template <class Device>
 std::tuple<Tensor, Tensor> flow_sde_step(const Tensor& pred, const Tensor& x_t, const Tensor& sample,
-                                         const Tensor& k_x, const Tensor& k_v, const Tensor& std, ScalarType dtype) {
+                                         const Tensor& k_x, const Tensor& k_v, const Tensor& std) {
   const Rows<3> rows({pred, x_t, sample});
-  const auto arithmetic = rows.arithmetic();
-  const auto by_x = row_scalars(k_x, arithmetic), by_v = row_scalars(k_v, arithmetic),
-             deviation = row_scalars(std, arithmetic);
-  const Tensor log_prob = new_vector(pred, rows.count, arithmetic), mean = Device::new_output(rows, dtype);
-  with_arithmetic(arithmetic, [&](auto zero) {
+  return policy::FlowCall{k_x, k_v, std}.run<Device>(rows, [&](const auto& mean, auto zero, const Output& out) {
     using T = decltype(zero);
-    const FlowStep<T> formula{data_or_null<T>(by_x), data_or_null<T>(by_v), data_or_null<T>(deviation),
-                              T(1.0 / static_cast<double>(rows.size)), mutable_data<T>(log_prob)};
-    Device::template rowwise<T>(formula, Groups::single(rows.count), rows, {mean.mutable_data_ptr(), dtype});
+    Device::template rowwise<T>(FlowStep<T>{mean}, Groups::single(rows.count), rows, out);
   });
-  return {mean, log_prob};
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor> flow_sde_draw(const Tensor& x_t, const Tensor& pred, const Tensor& noise,
+                                                 const Tensor& k_x, const Tensor& k_v, const Tensor& std) {
+  const Rows<3> rows({pred, x_t, noise});
+  const auto dtype = x_t.scalar_type();
+  const Tensor sample = Device::new_output(rows, dtype);
+  const auto [mean, log_prob] = policy::FlowCall{k_x, k_v, std}.run<Device>(
+      rows, [&](const auto& of, auto zero, const Output& out) {
+        using T = decltype(zero);
+        with_dtype(dtype, [&](auto stored) {
+          Device::template rowwise<T>(FlowDraw<T, stored>{of}, Groups::single(rows.count), rows, out,
+                                      {sample.mutable_data_ptr(), dtype});
+        });
+      });
+  return {sample, mean, log_prob};
 }
 
 template <class Device>
@@ -278,6 +335,7 @@ void register_policy(torch::stable::detail::StableLibrary& m) {
   m.impl("diffusion_nft_loss", TORCH_BOX(&diffusion_nft_loss<Device>));
   m.impl("diffusion_nft_loss_backward", TORCH_BOX(&diffusion_nft_loss_backward<Device>));
   m.impl("flow_sde_step", TORCH_BOX(&flow_sde_step<Device>));
+  m.impl("flow_sde_draw", TORCH_BOX(&flow_sde_draw<Device>));
   m.impl("flow_sde_step_backward", TORCH_BOX(&flow_sde_step_backward<Device>));
 }
 

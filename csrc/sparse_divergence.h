@@ -5,7 +5,7 @@
 // is `outside` times its probability, but for the entries' own columns, which a scatter writes after the map.
 #pragma once
 
-#include "runtime/convert.h"
+#include "runtime/half.h"
 #include "sequence.h"
 
 namespace fastgen {
@@ -22,7 +22,7 @@ FASTGEN_HD T value_at(const TokenStream& in, int64_t row, int64_t column) {
   if (in.dtype == ScalarType::Double) return static_cast<T>(static_cast<const double*>(in.data)[at]);
   if (in.dtype == ScalarType::Float) return static_cast<T>(static_cast<const float*>(in.data)[at]);
   const uint16_t bits = static_cast<const uint16_t*>(in.data)[at];
-  return static_cast<T>(in.dtype == ScalarType::BFloat16 ? cpu::bfloat16_to_float(bits) : cpu::float16_to_float(bits));
+  return static_cast<T>(in.dtype == ScalarType::BFloat16 ? bfloat16_to_float(bits) : float16_to_float(bits));
 }
 
 // One category of two distributions: Q - P, Q, the slope h (of log Q in the sum that the divergence is, up to what

@@ -26,6 +26,7 @@ MORE_REGISTERS |= {"langevin_step_": 64, "sds_loss": 112, "vsd_loss": 112, "dmd_
 # Two whole rows of 16384 float32: 128 still let one program of 512 threads run. (Features come in rows of 4096.)
 MORE_REGISTERS["feature_distance"] = 128
 MORE_REGISTERS["_sweep results sparse_divergence_loss"] = 64
+MORE_REGISTERS["flow_sde_step"] = 64  # two outputs where it draws
 MORE_REGISTERS["fake_score_loss"] = 64  # its target, of a float32 and a half-precision stream
 # ptxas for sm_100 trades registers of a few looped kernels, of steps of four streams and of float32 beside bfloat16
 # logits, for occupancy. Triton 3.9 does so for sm_90 too, with 24 bytes in the gradient of a mixed divergence; 3.7 not.

@@ -82,6 +82,11 @@ def test_what_was_drawn_has_the_same_probability_when_given(dtype, backend, devi
     )
     expected = -0.5 * noise.double().square().mean(1) - drawn.std.double().log() - 0.5 * math.log(2 * math.pi)
     torch.testing.assert_close(drawn.log_prob.double(), expected, rtol=0, atol=2e-5 if dtype == torch.float32 else 0.05)
+    leaf = given["pred"].clone().requires_grad_()
+    learnt = fastgen.flow_sde_step(**given | {"pred": leaf}, noise=noise)
+    for mine, wanted in zip(learnt, drawn, strict=True):
+        assert torch.equal(mine, wanted)
+    assert learnt.log_prob.requires_grad
     fresh = fastgen.flow_sde_step(**given)
     assert not torch.equal(fresh.sample, drawn.sample)
     assert not fresh.sample.requires_grad

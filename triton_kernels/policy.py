@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import scalar
 from .rowwise import Formula, Functions, Groups, Rows, run
-from .scalar import divide, number
+from .scalar import divide, number, rounded
 from .score_formulas import X0
 
 # -- x0± = a x_t + b (old ± beta (pred - old)). Streams: pred, old_pred, x_t, x0, ref_pred or None
@@ -167,7 +167,8 @@ def diffusion_nft_loss_backward(
     return grad_pred
 
 
-# -- mean = k_x x_t + k_v pred, and the log-probability of `sample` around it. Streams: pred, x_t, sample
+# -- mean = k_x x_t + k_v pred, and the log-probability around it of `sample`, or of mean + std noise, which is drawn.
+# Streams: pred, x_t, sample or noise
 
 
 class Flow(NamedTuple):
@@ -177,6 +178,7 @@ class Flow(NamedTuple):
     k_x: Tensor | None = None
     log_prob: Tensor | None = None
     grad: Tensor | None = None
+    drawn: Tensor | None = None
 
 
 @triton.jit
@@ -192,6 +194,25 @@ def _flow_mean(constants, coefficient, v):
 @triton.jit
 def _flow_accumulate(constants, v):
     error = v[2] - _flow_mean(constants, None, v)
+    return (error * error,)
+
+
+@triton.jit
+def _draw_row(args, row, rank, T: tl.constexpr):
+    # The last is there for its dtype: as which the sample is stored, and its probability counts.
+    stored = tl.zeros((), args.drawn.dtype.element_ty)
+    return number(args.share, T), tl.load(args.k_x + row), tl.load(args.k_v + row), tl.load(args.std + row), stored
+
+
+@triton.jit
+def _draw(constants, v):
+    return _flow_mean(constants, None, v) + constants[3] * v[2]
+
+
+@triton.jit
+def _draw_accumulate(constants, v):
+    drawn = _draw(constants, v)
+    error = rounded(drawn, constants[4].dtype).to(drawn.dtype) - _flow_mean(constants, None, v)
     return (error * error,)
 
 
@@ -227,6 +248,7 @@ def _flow_backward_map(constants, coefficient, v):
 
 
 FLOW = Formula(Functions(_flow_row, _flow_accumulate, _flow_epilogue, _flow_coefficient, _flow_mean), 1, 2)
+FLOW_DRAW = Formula(Functions(_draw_row, _draw_accumulate, _flow_epilogue, _flow_coefficient, _flow_mean, _draw), 1, 3)
 FLOW_BACKWARD = Formula(
     Functions(_flow_backward_row, coefficient=_flow_coefficient, map=_flow_backward_map), map_streams=3
 )
@@ -237,13 +259,23 @@ def _flow(rows: Rows, k_v: Tensor, std: Tensor) -> Flow:
 
 
 def flow_sde_step(
-    pred: Tensor, x_t: Tensor, sample: Tensor, k_x: Tensor, k_v: Tensor, std: Tensor, dtype: torch.dtype
+    pred: Tensor, x_t: Tensor, sample: Tensor, k_x: Tensor, k_v: Tensor, std: Tensor
 ) -> tuple[Tensor, Tensor]:
     rows = Rows(pred, x_t, sample)
-    mean, log_prob = rows.new_output(dtype), rows.new_vector(rows.count)
+    mean, log_prob = rows.new_output(rows.dtype), rows.new_vector(rows.count)
     args = _flow(rows, k_v, std)._replace(k_x=rows.scalars(k_x), log_prob=log_prob)
     run(FLOW, Groups(rows.count), rows, args, mean)
     return mean, log_prob
+
+
+def flow_sde_draw(
+    x_t: Tensor, pred: Tensor, noise: Tensor, k_x: Tensor, k_v: Tensor, std: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = Rows(pred, x_t, noise)
+    sample, mean, log_prob = rows.new_output(x_t.dtype), rows.new_output(rows.dtype), rows.new_vector(rows.count)
+    args = _flow(rows, k_v, std)._replace(k_x=rows.scalars(k_x), log_prob=log_prob, drawn=sample)
+    run(FLOW_DRAW, Groups(rows.count), rows, args, mean, sample)
+    return sample, mean, log_prob
 
 
 def flow_sde_step_backward(

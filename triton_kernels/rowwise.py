@@ -8,6 +8,7 @@ functions:
     epilogue(args, group, sums, T) -> slope      runs for each group; stores its results
     coefficient(args, row, rank, constants, slope, T) -> number           for each row; may store
     map(constants, coefficient, v) -> value      one output element
+    second(constants, v) -> value                one of a second output, where a formula has two
 
 `args` is a NamedTuple of the family's own: tensors (or None), integers, and floats by :func:`scalar.argument`. T is the
 arithmetic type; `row` and `rank` may be scalars or tiles, so functions must be elementwise. Epilogues and coefficients
@@ -43,6 +44,7 @@ class Functions(NamedTuple):
     epilogue: Any = None
     coefficient: Any = None
     map: Any = None
+    second: Any = None
 
 
 @dataclass(frozen=True)
@@ -165,8 +167,15 @@ def _add_aspects(key: list[Any], args: Iterable[Any]) -> None:
             key.append(value)
 
 
-def run(formula: Formula, groups: Groups, rows: Rows, args: Any, out: Tensor | None = None) -> None:
-    """Runs `formula` over `rows`; `out` has the layout of :meth:`Rows.new_output`."""
+def run(
+    formula: Formula,
+    groups: Groups,
+    rows: Rows,
+    args: Any,
+    out: Tensor | None = None,
+    second: Tensor | None = None,
+) -> None:
+    """Runs `formula` over `rows`; `out` and `second` have the layout of :meth:`Rows.new_output`."""
     if groups.count == 0:
         return
     first, strides, itemsize = rows.first, rows.strides, rows.itemsize(out)
@@ -177,6 +186,7 @@ def run(formula: Formula, groups: Groups, rows: Rows, args: Any, out: Tensor | N
         tuple(s // unit for s in strides),
         args,
         out,
+        second,
         rows.size // unit,
         groups.rows,
         groups.stride,
@@ -215,7 +225,7 @@ def run(formula: Formula, groups: Groups, rows: Rows, args: Any, out: Tensor | N
 def _launch_finish(
     plan: Plan, like: Tensor, groups: Groups, streams: Sequence[Any], partials: Tensor | None, constants: dict[str, Any]
 ) -> None:
-    _, _, _, _, out, units = streams[:6]
+    _, _, _, _, out, _, units = streams[:7]
     segments = triton.cdiv(units * constants["UNIT"], plan.segment)
     constants = constants | {
         "BLOCK": plan.block,

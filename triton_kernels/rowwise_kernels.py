@@ -75,6 +75,7 @@ def _map_row(
     streams,
     strides,
     out,
+    second,
     constants,
     coefficient,
     row,
@@ -95,6 +96,9 @@ def _map_row(
         ]
         value = functions.map(constants, coefficient, v)
         tl.store(out + row * size + start + cols, rounded(value, out.dtype.element_ty), mask=mask)
+        if second is not None:
+            value = functions.second(constants, v)
+            tl.store(second + row * size + start + cols, rounded(value, second.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -113,6 +117,7 @@ def held_groups(
     strides,
     args,
     out,
+    second,
     units,
     group_rows,
     group_stride,
@@ -150,6 +155,9 @@ def held_groups(
         if out is not None:
             value = functions.map(constants, coefficient, v)
             tl.store(out + row * size + cols, rounded(value, out.dtype.element_ty), mask=mask)
+            if second is not None:
+                value = functions.second(constants, v)
+                tl.store(second + row * size + cols, rounded(value, second.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=_PLAIN)
@@ -159,6 +167,7 @@ def looped_groups(
     strides,
     args,
     out,
+    second,
     units,
     group_rows,
     group_stride,
@@ -198,6 +207,7 @@ def looped_groups(
                     streams,
                     strides,
                     out,
+                    second,
                     constants,
                     coefficient,
                     row,
@@ -218,6 +228,7 @@ def partial_sums(
     strides,
     args,
     out,
+    second,
     units,
     group_rows,
     group_stride,
@@ -294,6 +305,7 @@ def finish(
     strides,
     args,
     out,
+    second,
     units,
     group_rows,
     group_stride,
@@ -348,6 +360,7 @@ def finish(
                 streams,
                 strides,
                 out,
+                second,
                 constants,
                 coefficient,
                 row,

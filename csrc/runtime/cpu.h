@@ -19,10 +19,11 @@ struct Cpu {
   };
 
   template <class T, class F, int N>
-  static void rowwise(const F& formula, const Groups& groups, const Rows<N>& rows, Output out = {}) {
+  static void rowwise(const F& formula, const Groups& groups, const Rows<N>& rows, Output out = {},
+                      Output second = {}) {
     if constexpr (MayBeIdle<F>)
       if (formula.idle()) return;
-    cpu::rowwise<T>(formula, groups, rows, out);
+    cpu::rowwise<T>(formula, groups, rows, out, second);
   }
 
   template <int N>

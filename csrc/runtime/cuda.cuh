@@ -43,8 +43,9 @@ struct Cuda {
   };
 
   template <class T, class F, int N>
-  static void rowwise(const F& formula, const Groups& groups, const Rows<N>& rows, Output out = {}) {
-    cuda::rowwise<T>(formula, groups, rows, out);
+  static void rowwise(const F& formula, const Groups& groups, const Rows<N>& rows, Output out = {},
+                      Output second = {}) {
+    cuda::rowwise<T>(formula, groups, rows, out, second);
   }
 
   template <int N>

@@ -3,9 +3,9 @@
 //
 //   struct Device {
 //     // The skeletons (skeleton/formula.h): run `formula` over the first F::kStreams streams of `rows`, writing to
-//     // `out` if it has data. A sweep's output is [..., width].
+//     // `out` if it has data, and to `second` where a formula has a second output. A sweep's output is [..., width].
 //     template <class T, class F, int N>
-//     static void rowwise(const F& formula, const Groups&, const Rows<N>& rows, Output out = {});
+//     static void rowwise(const F& formula, const Groups&, const Rows<N>& rows, Output out = {}, Output second = {});
 //     template <class T, class F, int N>
 //     static void sweep(const F& formula, const TokenRows<N>& rows, Output out, int64_t width);
 //     // Who runs a sweep's row() together, all with the same row and none apart from the others: each takes the numbers

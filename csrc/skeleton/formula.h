@@ -14,6 +14,7 @@
 //     T map(const Row&, Coefficient, const T* v) const;                   // one output element
 //     static constexpr bool kMasks;              // optional: true where a stream may be bool
 //     static constexpr bool kMapsAtOnce;         // optional: true where groups have one row and the map waits for no sum
+//     T second(const Row&, const T* v) const;    // optional, with kMapsAtOnce: an element of a second output
 //     bool idle() const;                         // optional: true where numbers on the device leave nothing to do
 //   };
 //
@@ -119,6 +120,10 @@ FASTGEN_HD T clamped(T v, T low, T high) {
   v = v < low ? low : v;
   return v > high ? high : v;
 }
+
+// Whether the map writes a second output too.
+template <class F>
+constexpr bool kMapsTwo = requires { &F::second; };
 
 template <class F>
 constexpr bool kMasks = requires { requires F::kMasks; };

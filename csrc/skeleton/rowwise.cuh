@@ -13,8 +13,9 @@ inline bool is_aligned(const void* data, int64_t rows, int64_t row_elements, int
 }
 
 template <class T, class F, int N>
-RowwiseArguments<T, F, N> make_job(const F& formula, const Groups& groups, const Rows<N>& rows, const Output& out) {
-  RowwiseArguments<T, F, N> job{formula, groups, rows.size, ceil_div<int64_t>(rows.size, kWidth<T>), {}, out};
+RowwiseArguments<T, F, N> make_job(const F& formula, const Groups& groups, const Rows<N>& rows, const Output& out,
+                                    const Output& second) {
+  RowwiseArguments<T, F, N> job{formula, groups, rows.size, ceil_div<int64_t>(rows.size, kWidth<T>), {}, out, second};
   std::copy(rows.stream.begin(), rows.stream.end(), job.in);
   return job;
 }
@@ -23,7 +24,9 @@ template <class T, class F, int N>
 bool is_wide(const RowwiseArguments<T, F, N>& job, int64_t rows) {
   bool wide = job.size % kWidth<T> == 0;
   for (const Stream& s : job.in) wide &= is_aligned(s.data, rows, s.row_stride, bytes_of(s.dtype), kWidth<T>);
-  return wide && (!job.out.data || is_aligned(job.out.data, rows, job.size, bytes_of(job.out.dtype), kWidth<T>));
+  for (const Output& o : {job.out, job.second})
+    wide &= !o.data || is_aligned(o.data, rows, job.size, bytes_of(o.dtype), kWidth<T>);
+  return wide;
 }
 
 template <Access access, class T, class F, int N>
@@ -62,13 +65,13 @@ void launch_groups(const Launch& launch, const RowwiseArguments<T, F, N>& job, c
   launch(kernel, plan.blocks, dim3(plan.threads, plan.teams), plan.shared_bytes, plan.cluster, job, plan);
 }
 
-// Runs `formula` over the first F::kStreams streams of `rows`, writing to `out` if it has data.
+// Runs `formula` over the first F::kStreams streams of `rows`, writing to `out` if it has data, and to `second`.
 template <class T, class F, int N>
-void rowwise(const F& formula, const Groups& groups, const Rows<N>& rows, const Output& out) {
+void rowwise(const F& formula, const Groups& groups, const Rows<N>& rows, const Output& out, const Output& second) {
   static_assert(F::kStreams == N && F::kMapStreams <= N);
   if (groups.count == 0) return;
   const Launch launch(rows.tensors[0]);
-  const auto job = make_job<T>(formula, groups, rows, out);
+  const auto job = make_job<T>(formula, groups, rows, out, second);
   const auto run = [&](auto access) {
     if constexpr (F::kSums == 0) launch_map<access()>(launch, job, static_cast<const Slope<F, T>*>(nullptr));
     else launch_groups<access()>(launch, job, rows.tensors[0]);

@@ -31,7 +31,7 @@ struct RowwiseJob {
   Groups groups;
   int64_t size;
   std::array<Stream, N> in;
-  Output out;
+  Output out, second;
   bool streaming;
   bool brain;  // all streams are bfloat16, which takes no buffer to convert
 
@@ -92,7 +92,7 @@ struct SumSegment {
   static FASTGEN_HD void run(const RowwiseJob<F, T, N>& job, int64_t row, typename F::Row constants, int64_t segment,
                              double* sums) {
     alignas(64) T buffers[N][kChunk];
-    alignas(64) [[maybe_unused]] T result[kMap ? kChunk : 1];
+    alignas(64) [[maybe_unused]] T result[kMap ? kChunk : 1], second[kMap && kMapsTwo<F> ? kChunk : 1];
     [[maybe_unused]] const auto coefficient = [&]() __attribute__((always_inline)) {
       if constexpr (kMap) return job.formula.coefficient(row, 0, constants, Slope<F, T>{});
       else return T(0);
@@ -106,10 +106,13 @@ struct SumSegment {
             T v[F::kMapStreams];
             for (int s = 0; s < F::kMapStreams; ++s) v[s] = in[s][j];
             result[j] = job.formula.map(constants, coefficient, v);
+            if constexpr (kMapsTwo<F>) second[j] = job.formula.second(constants, v);
           }
         });
       });
       if constexpr (kMap) store<T>(job.out.data, job.out.dtype, row * job.size + i, n, result, job.streaming);
+      if constexpr (kMap && kMapsTwo<F>)
+        store<T>(job.second.data, job.second.dtype, row * job.size + i, n, second, job.streaming);
     }
   }
 };
@@ -261,16 +264,16 @@ void split_rows(const RowwiseJob<F, T, N>& job) {
   }
 }
 
-// Runs `formula` over the first F::kStreams streams of `rows`, writing to `out` if it has data.
+// Runs `formula` over the first F::kStreams streams of `rows`, writing to `out` if it has data, and to `second`.
 template <class T, class F, int N>
-void rowwise(const F& formula, const Groups& groups, const Rows<N>& rows, Output out = {}) {
-  static_assert(F::kStreams == N && F::kMapStreams <= N);
+void rowwise(const F& formula, const Groups& groups, const Rows<N>& rows, Output out, Output second) {
+  static_assert(F::kStreams == N && F::kMapStreams <= N && (!kMapsTwo<F> || kMapsAtOnce<F>));
   const int64_t elements = groups.count * groups.rows * rows.size;
   const bool streaming = out.data && elements * static_cast<int64_t>(element_bytes(out.dtype)) >= kStreamingBytes;
   const bool brain = std::all_of(rows.stream.begin(), rows.stream.end(), [](const Stream& s) {
     return s.dtype == ScalarType::BFloat16;
   });
-  const RowwiseJob<F, T, N> job{formula, groups, rows.size, rows.stream, out, streaming, brain};
+  const RowwiseJob<F, T, N> job{formula, groups, rows.size, rows.stream, out, second, streaming, brain};
   const int64_t threads = torch::stable::get_num_threads();
   // Groups that come out even take one pass over the threads, and the map finds more of them in the cache.
   const bool uneven = groups.count < 4 * threads && groups.count % threads != 0;

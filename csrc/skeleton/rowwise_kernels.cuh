@@ -23,7 +23,7 @@ struct RowwiseArguments {
   Groups groups;
   int64_t size, vectors;  // of a row: elements, and vectors of kWidth<T>
   Stream in[N];
-  Output out;
+  Output out, second;
 
   __device__ __forceinline__ Span span(int64_t v) const { return span_of(v, vectors, size, kWidth<T>); }
 };
@@ -92,11 +92,19 @@ __device__ __forceinline__ void accumulate(const RowwiseArguments<T, F, N>& job,
   for (int k = 0; k < F::kSums; ++k) sums[k] += constants.scale * add[k];
 }
 
+template <Access access, class T, class F, int N>
+__device__ __forceinline__ void store(const RowwiseArguments<T, F, N>& job, const Output& out, int64_t row,
+                                      int64_t vector, const T (&y)[kWidth<T>]) {
+  const Raw packed = pack<T>(y, out.dtype);
+  if constexpr (access == Access::wide) store_wide<T>(out, row * job.size + vector * kWidth<T>, packed);
+  else store_single<T>(out, row * job.size, job.span(vector), packed);
+}
+
 template <Access access, class T, class F, int N, int M>
 __device__ __forceinline__ void map_vector(const RowwiseArguments<T, F, N>& job, int64_t row,
                                            const typename F::Row& constants, const Coefficient<F, T>& coefficient,
                                            int64_t vector, const Raw (&raw)[M]) {
-  T x[F::kMapStreams][kWidth<T>], y[kWidth<T>];
+  T x[F::kMapStreams][kWidth<T>], y[kWidth<T>], second[kWidth<T>];
 #pragma unroll
   for (int s = 0; s < F::kMapStreams; ++s) unpack<T, kMasks<F>>(raw[s], job.in[s].dtype, x[s]);
 #pragma unroll
@@ -105,10 +113,10 @@ __device__ __forceinline__ void map_vector(const RowwiseArguments<T, F, N>& job,
 #pragma unroll
     for (int s = 0; s < F::kMapStreams; ++s) v[s] = x[s][j];
     y[j] = job.formula.map(constants, coefficient, v);
+    if constexpr (kMapsTwo<F>) second[j] = job.formula.second(constants, v);
   }
-  const Raw packed = pack<T>(y, job.out.dtype);
-  if constexpr (access == Access::wide) store_wide<T>(job.out, row * job.size + vector * kWidth<T>, packed);
-  else store_single<T>(job.out, row * job.size, job.span(vector), packed);
+  store<access>(job, job.out, row, vector, y);
+  if constexpr (kMapsTwo<F>) store<access>(job, job.second, row, vector, second);
 }
 
 // A vector of a group, numbered row by row.

@@ -54,6 +54,7 @@ class Role(enum.Enum):
     LOSS = "one number a group of rows, or their sum"
     GRADIENT = "a row each, like the streams; empty where the option `with_grad` is off"
     OUTPUT = "a row each, like the streams"
+    WIDE_OUTPUT = "a row each, like the streams, in the dtype of the arithmetic"
 
 
 Stream = Annotated[Tensor, Role.STREAM]
@@ -66,6 +67,7 @@ Whole = Annotated[Tensor, Role.WHOLE]
 Loss = Annotated[Tensor, Role.LOSS]
 Gradient = Annotated[Tensor, Role.GRADIENT]  # has the dtype of the first stream, or that of an argument `dtype`
 Output = Annotated[Tensor, Role.OUTPUT]
+WideOutput = Annotated[Tensor, Role.WIDE_OUTPUT]
 
 # The order is the kernels': csrc/runtime/options.h.
 Reduction = Literal["mean", "sum", "none", "sum_per_batch"]
@@ -256,6 +258,8 @@ def _shapes(op: Operator, declaration: Callable[..., Any] | None, values: Any, n
             if of_logits:
                 return first.new_empty(first.shape)
             return new_output(*streams, dtype=dtype)
+        if r.role is Role.WIDE_OUTPUT:
+            return new_output(*streams, dtype=wide)
         summed = r.role is Role.LOSS and bound.get("reduction", "sum") != "none"
         shape = () if summed else rows if r.role in (Role.ROW, Role.STACKED) else groups
         return first.new_empty(shape if r.count is None else (r.count, *shape), dtype=wide)

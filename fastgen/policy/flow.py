@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ..core import checks, distributed
 from ..core.autograd import apart, needs_grad, once_differentiable
-from ..sampling.operators import launch_mix, reverse_step
 from ..triton_kernels.layout import arithmetic_dtype
 from . import operators, reference
 from .reference import FlowStep
@@ -27,7 +26,7 @@ class _FlowStep(torch.autograd.Function):
     def forward(
         ctx: Any, backend: str, pred: Tensor, x_t: Tensor, sample: Tensor, k_x: Tensor, k_v: Tensor, std: Tensor
     ) -> tuple[Tensor, Tensor]:
-        mean, log_prob = _step(backend, pred, x_t, sample, k_x, k_v, std)
+        mean, log_prob = operators.flow_sde_step(backend, pred=pred, x_t=x_t, sample=sample, k_x=k_x, k_v=k_v, std=std)
         # pred is kept for second derivatives alone, which have to reach it to be refused.
         ctx.save_for_backward(pred, sample, mean, k_v, std)
         ctx.backend, ctx.dtype = backend, pred.dtype
@@ -56,14 +55,6 @@ class _FlowStep(torch.autograd.Function):
         return None, grad, None, None, None, None, None
 
 
-def _step(
-    backend: str, pred: Tensor, x_t: Tensor, sample: Tensor, k_x: Tensor, k_v: Tensor, std: Tensor
-) -> tuple[Tensor, Tensor]:
-    dtype = arithmetic_dtype(pred, x_t, sample)
-    given = {"pred": pred, "x_t": x_t, "sample": sample, "k_x": k_x, "k_v": k_v, "std": std}
-    return operators.flow_sde_step(backend, **given, dtype=dtype)
-
-
 def flow_sde_step(
     pred: Tensor,
     x_t: Tensor,
@@ -84,8 +75,8 @@ def flow_sde_step(
         x' = μ + S ε, \\qquad \\log p = mean_D [ -\\tfrac{(x' - μ)^2}{2 S^2} ] - \\log S - \\tfrac12 \\log 2π
 
     which keeps the marginals of the flow ``x_t = (1 - t) x_0 + t noise``. While sampling, draw x' or give its noise;
-    while training, give the `sample` that was drawn, and the mean and the log-probability are made again, in one pass,
-    as functions of `pred`. The log-probability is of x' as it is stored: rounded to the dtype of x_t.
+    while training, give the `sample` that was drawn, and the mean and the log-probability are made again as functions
+    of `pred`. Either is one pass. The log-probability is of x' as it is stored: rounded to the dtype of x_t.
 
     Args:
         pred: the network's velocity v = noise - x0 at x_t [B, …], in float32, bfloat16, float16 or float64. Gradients
@@ -138,13 +129,18 @@ def flow_sde_step(
             pred, x_t, *times, noise_level=noise_level, noise=noise, sample=sample, t_max=t_max
         )
     k_x, k_v, std = _coefficients(start, end, noise_level, t_max, x_t, arithmetic_dtype(pred, x_t))
-    if sample is None:
-        sample = launch_mix(reverse_step, backend, x_t.detach(), pred.detach(), noise, k_x, k_v, std)
+    numbers = {"k_x": k_x, "k_v": k_v, "std": std}
+    if noise is not None:
+        rows = {"x_t": x_t.detach(), "pred": pred.detach(), "noise": noise.detach()}
+        sample, mean, log_prob = operators.flow_sde_draw(backend, **rows, **numbers)
+        if not needs_grad(pred):
+            return FlowStep(sample, log_prob, mean, std)
+    assert sample is not None  # one of the two is there
     sample = sample.detach()
     if needs_grad(pred):
         mean, log_prob = _FlowStep.apply(*apart(backend, pred, x_t.detach(), sample, k_x, k_v, std))
     else:
-        mean, log_prob = _step(backend, pred, x_t, sample, k_x, k_v, std)
+        mean, log_prob = operators.flow_sde_step(backend, pred=pred, x_t=x_t, sample=sample, **numbers)
     return FlowStep(sample, log_prob, mean, std)
 
 
@@ -164,17 +160,17 @@ def _coefficients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """k_x, k_v and std [B]. Of two numbers they are numbers too, which spares a GPU some thirty tiny kernels a step."""
     if isinstance(t, Tensor) or isinstance(t_next, Tensor):
-        rows = (_of_rows(value, like) for value in (t, t_next))
-        k_x, k_v, std = (n.to(dtype) for n in reference.flow_sde_coefficients(*rows, noise_level, t_max))
+        numbers = reference.flow_sde_coefficients(_of_rows(t, like), _of_rows(t_next, like), noise_level, t_max)
+        k_x, k_v, std = (n.to(dtype) for n in numbers)
         return k_x, k_v, std
-    numbers = (math.nan,) * 3
+    of_all = (math.nan,) * 3
     if 0 <= t_next < t <= 1:
         top = t if t < 1 else t_next if t_max is None else t_max
         square, dt = noise_level**2 * t / (1 - top), t_next - t
         pull, deviation = square / (2 * t) * dt, math.sqrt(square * -dt)
         if deviation > 0:
-            numbers = 1 + pull, dt + pull * (1 - t), deviation
-    k_x, k_v, std = (_of_rows(number, like, dtype) for number in numbers)
+            of_all = 1 + pull, dt + pull * (1 - t), deviation
+    k_x, k_v, std = (_of_rows(number, like, dtype) for number in of_all)
     return k_x, k_v, std
 
 

@@ -11,7 +11,18 @@ import torch
 from torch import Tensor
 
 from ..core.autograd import differentiable
-from ..core.operator import Gradient, Loss, Output, PerRow, PredictionType, Reduction, Role, Stream, operator
+from ..core.operator import (
+    Gradient,
+    Loss,
+    Output,
+    PerRow,
+    PredictionType,
+    Reduction,
+    Role,
+    Stream,
+    WideOutput,
+    operator,
+)
 
 
 class NftOutputs(NamedTuple):
@@ -26,7 +37,15 @@ class NftOutputs(NamedTuple):
 class FlowOutputs(NamedTuple):
     """Of :func:`flow_sde_step`."""
 
-    mean: Output
+    mean: WideOutput
+    log_prob: PerRow
+
+
+class DrawOutputs(NamedTuple):
+    """Of :func:`flow_sde_draw`."""
+
+    sample: Output
+    mean: WideOutput
     log_prob: PerRow
 
 
@@ -65,10 +84,13 @@ def diffusion_nft_loss(
 
 
 @operator
-def flow_sde_step(
-    pred: Stream, x_t: Stream, sample: Stream, k_x: PerRow, k_v: PerRow, std: PerRow, dtype: torch.dtype
-) -> FlowOutputs:
-    """``mean = k_x x_t + k_v pred`` in `dtype`, and an element's log-probability of `sample`, normal around it."""
+def flow_sde_step(pred: Stream, x_t: Stream, sample: Stream, k_x: PerRow, k_v: PerRow, std: PerRow) -> FlowOutputs:
+    """``mean = k_x x_t + k_v pred``, and an element's log-probability of `sample`, normal around it."""
+
+
+@operator
+def flow_sde_draw(x_t: Stream, pred: Stream, noise: Stream, k_x: PerRow, k_v: PerRow, std: PerRow) -> DrawOutputs:
+    """The same of ``sample = mean + std noise``, in the dtype of x_t."""
 
 
 @operator

@@ -1,6 +1,6 @@
 #pragma once
 
-#include "runtime/convert.h"
+#include "runtime/half.h"
 #include "emulator.h"
 
 struct __half {
@@ -13,10 +13,10 @@ struct __nv_bfloat162 {
   uint16_t x, y;
 };
 inline __half __ushort_as_half(unsigned short bits) { return {bits}; }
-inline float __half2float(__half h) { return fastgen::cpu::float16_to_float(h.bits); }
+inline float __half2float(__half h) { return fastgen::float16_to_float(h.bits); }
 inline __half2 __floats2half2_rn(float a, float b) {
-  return {fastgen::cpu::float_to_float16(a), fastgen::cpu::float_to_float16(b)};
+  return {fastgen::float_to_float16(a), fastgen::float_to_float16(b)};
 }
 inline __nv_bfloat162 __floats2bfloat162_rn(float a, float b) {
-  return {fastgen::cpu::float_to_bfloat16(a), fastgen::cpu::float_to_bfloat16(b)};
+  return {fastgen::float_to_bfloat16(a), fastgen::float_to_bfloat16(b)};
 }
