@@ -41,7 +41,8 @@ def registers(kernel):
     sums. The doubles' kernels are for correctness."""
     if "Decoupled" in kernel:
         return 224
-    if "ReverseStep" in kernel:  # with guidance and noise it has four streams, and seven numbers of a row
+    # With guidance and noise a reverse step has four streams, and seven numbers of a row; a draw has two outputs.
+    if re.search("ReverseStep|FlowDraw", kernel):
         return 96 if "float" in kernel else 112
     if kernel.startswith("sweep_rows"):
         return 128 if "float" in kernel else 144

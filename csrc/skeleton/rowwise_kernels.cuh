@@ -45,12 +45,13 @@ template <class T, class F>
 constexpr int kRowNumbers = sizeof(typename F::Row) / sizeof(T);
 
 // How many registers a formula needs, from the vectors, the sums and the numbers of a row that a thread has at once:
-// 0, 1 or 2.
+// 0, 1 or 2. A second output is one more vector.
 template <class T, class F>
-constexpr int kDemand =
-    F::kStreams <= 3 && F::kStreams + F::kSums <= (sizeof(T) == 4 ? 5 : 4) && F::kStreams + kRowNumbers<T, F> <= 9 ? 0
-    : F::kStreams <= 6                                                                                             ? 1
-                                                                                                                   : 2;
+constexpr int kDemand = F::kStreams + kMapsTwo<F> <= 3 && F::kStreams + F::kSums <= (sizeof(T) == 4 ? 5 : 4) &&
+                                F::kStreams + kRowNumbers<T, F> <= 9
+                            ? 0
+                        : F::kStreams <= 6 ? 1
+                                           : 2;
 
 // Blocks of 256 threads that a multiprocessor holds at least: a bound on registers, 64 in float and 128 in double where
 // formulas demand little, twice that and all of them where they would spill.
