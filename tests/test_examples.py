@@ -122,7 +122,7 @@ def test_the_runner_keeps_what_did_not_run_or_failed(jobs, tmp_path, monkeypatch
 
 
 def test_the_runner_refuses(capsys):
-    refused = {"none_such": "no such example: none_such", "--smoke": "--smoke needs a --folder", "--jobs=0": "at least 1"}
+    refused = {"none_such": "no such example: none_such", "--smoke": "--smoke needs a --folder", "--jobs=0": "least 1"}
     for argv, says in refused.items():
         with pytest.raises(SystemExit):
             RUNNER.main([argv])

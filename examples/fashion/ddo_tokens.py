@@ -26,8 +26,8 @@ from fashion.study import IN_PICTURES, Judge, Panels, Study, options
 from fashion.tokens import Transformer, through_tokens, to_images, to_tokens, token_nll
 from fastgen import sequence_ddo_loss
 
-ROUNDS = (Round(100, 2e-4, 1.0, alpha=1.0), Round(100, 1e-4, 1.0, alpha=1.0))
-FAKES, HALF, EMA = 2000, 64, 0.97
+ROUNDS = (Round(50, 2e-4, 1.0, alpha=1.0), Round(50, 1e-4, 1.0, alpha=1.0))
+FAKES, HALF, EMA = 1500, 64, 0.95
 NLL = "Nats a token of the test split"
 TITLE = "Samples against test images that were tokens"
 

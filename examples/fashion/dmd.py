@@ -42,7 +42,7 @@ class Method:
     """What distinguishes the generators."""
 
     levels: tuple[float, ...] = LEVELS[1]
-    steps: int = 480  # of the generator
+    steps: int = 400  # of the generator
     guidance_scale: float = 1.0  # 1 is none
     decoupled: bool = False
     adversarial: float = 0.0  # weight of DMD2's discriminator in the generator's loss; 10 times that in its own
@@ -197,8 +197,8 @@ def main(argv: list[str] | None = None) -> dict[str, Table]:
     methods = {
         "DMD, 1 step": Method(),
         "DMD2, 1 step": Method(adversarial=0.003),
-        "DMD2, 2 steps": Method(LEVELS[2], 300, adversarial=0.003),
-        "DMD2, 4 steps": Method(LEVELS[4], 300, adversarial=0.003),
+        "DMD2, 2 steps": Method(LEVELS[2], 240, adversarial=0.003),
+        "DMD2, 4 steps": Method(LEVELS[4], 240, adversarial=0.003),
     }
     study = Study(options("Distil a diffusion model of Fashion-MNIST into generators of few steps."), argv)
     return compare(study, methods, (1.0,), "Generators of few steps against the test split", "dmd")

@@ -17,7 +17,7 @@ from fashion.study import Study, options
 
 
 def main(argv: list[str] | None = None) -> dict[str, Table]:
-    scale, steps = 2.0, 300
+    scale, steps = 2.0, 240
     methods = {
         f"DMD, s = {scale:g}": Method(steps=steps, guidance_scale=scale),
         f"Decoupled DMD, s = {scale:g}": Method(steps=steps, guidance_scale=scale, decoupled=True),
