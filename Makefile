@@ -16,7 +16,7 @@ export CUDA_HOME ?= $(shell for d in /usr/local/cuda /usr/local/cuda-*; do [ -x 
 help:
 	@echo "make demo      fine-tune a small diffusion model on real digits with ddo_loss (a minute or two)"
 	@echo "make examples  run every example and write examples/README.md (about twenty minutes)"
-	@echo "make fashion   the methods on Fashion-MNIST, three seeds each, and its page (well over an hour)"
+	@echo "make fashion   the methods on Fashion-MNIST, three seeds each, and its page (two hours)"
 	@echo "make test      build and run the tests"
 	@echo "make aot       compile the Triton kernels with the oldest Triton that is supported"
 	@echo "make lint      ruff and mypy"
