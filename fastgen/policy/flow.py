@@ -158,7 +158,7 @@ def _of_rows(value: float | Tensor, like: Tensor, dtype: torch.dtype = torch.flo
 def _coefficients(
     t: float | Tensor, t_next: float | Tensor, noise_level: float, t_max: float | None, like: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """k_x, k_v and std [B]. Of two numbers they are numbers too, which spares a GPU some thirty tiny kernels a step."""
+    """k_x, k_v and std [B]. Of two numbers they are numbers too, which spares a GPU some twenty tiny kernels a step."""
     if isinstance(t, Tensor) or isinstance(t_next, Tensor):
         numbers = reference.flow_sde_coefficients(_of_rows(t, like), _of_rows(t_next, like), noise_level, t_max)
         k_x, k_v, std = (n.to(dtype) for n in numbers)
