@@ -186,8 +186,8 @@ Tensor diffusion_nft_loss_backward(const Tensor& row_grad, const Tensor& pred, c
   return grad;
 }
 
-// What mean = k_x x_t + k_v pred and the log-probability of a sample, normal around it, an element, are made of.
-// Streams: pred, x_t, and one of which the sample comes.
+// What both formulas of a step share: mean = k_x x_t + k_v pred, and the log-probability of a sample, normal around it,
+// an element. The streams are pred, x_t, and one that the sample comes from.
 template <class T>
 struct FlowMean {
   static constexpr int kStreams = 3, kSums = 1;
@@ -209,7 +209,7 @@ struct FlowMean {
   FASTGEN_HD T coefficient(int64_t, int64_t, const Row&, T) const { return T(0); }
 };
 
-// Of a sample that is given.
+// A step whose sample is given: the third stream.
 template <class T>
 struct FlowStep : FlowMean<T> {
   using typename FlowMean<T>::Row;
@@ -221,7 +221,8 @@ struct FlowStep : FlowMean<T> {
   }
 };
 
-// Of one that is drawn, mean + std noise: the second output, in its own dtype, as which its probability counts.
+// A step that draws its sample, mean + std noise, as the second output; the third stream is the noise. The
+// log-probability is that of the sample as its dtype keeps it.
 template <class T, ScalarType kDtype>
 struct FlowDraw : FlowMean<T> {
   using typename FlowMean<T>::Row;
@@ -261,7 +262,7 @@ namespace policy {
 struct FlowCall {
   const Tensor &k_x, &k_v, &std;
 
-  // Calls use(what FlowMean is made of, the output for the mean); the mean and the log-probabilities.
+  // Calls use(a FlowMean, a number of the arithmetic type, the output for the mean) and returns mean and log_prob.
   template <class Device, class Use>
   std::tuple<Tensor, Tensor> run(const Rows<3>& rows, const Use& use) const {
     const auto arithmetic = rows.arithmetic();

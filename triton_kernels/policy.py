@@ -199,7 +199,7 @@ def _flow_accumulate(constants, v):
 
 @triton.jit
 def _draw_row(args, row, rank, T: tl.constexpr):
-    # The last is there for its dtype: as which the sample is stored, and its probability counts.
+    # The last carries the dtype that the sample is stored in: the log-probability is that of the stored sample.
     stored = tl.zeros((), args.drawn.dtype.element_ty)
     return number(args.share, T), tl.load(args.k_x + row), tl.load(args.k_v + row), tl.load(args.std + row), stored
 

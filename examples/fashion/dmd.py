@@ -34,7 +34,7 @@ from fastgen import (
 
 LEVELS = {1: (4.0,), 2: (4.0, 0.8), 4: (4.0, 1.6, 0.6, 0.2)}  # what a generator of so many steps is given
 LOW, HIGH = 0.05, 8.0  # levels at which the two score networks are compared
-BATCH = 16  # of many small steps, which came nearer than a quarter of them with 64
+BATCH = 16  # many such steps came nearer than a quarter as many of 64
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,8 @@ def flow_sde_step(
 
     which keeps the marginals of the flow ``x_t = (1 - t) x_0 + t noise``. While sampling, draw x' or give its noise;
     while training, give the `sample` that was drawn, and the mean and the log-probability are made again as functions
-    of `pred`. Either is one pass. The log-probability is of x' as it is stored: rounded to the dtype of x_t.
+    of `pred`. Either is one pass; a draw that `pred` is to be learnt from takes both. The log-probability is of x' as
+    it is stored: rounded to the dtype of x_t.
 
     Args:
         pred: the network's velocity v = noise - x0 at x_t [B, …], in float32, bfloat16, float16 or float64. Gradients
