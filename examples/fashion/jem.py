@@ -2,7 +2,7 @@
 
     python examples/fashion jem
 
-One small network is trained twice, on 5 000 images: by cross-entropy, and by `joint_energy_loss`, whose negative
+One small network is trained twice, on 1 000 images: by cross-entropy, and by `joint_energy_loss`, whose negative
 samples come from `langevin_sample` and a `ReplayBuffer`. For both: accuracy, negative log-likelihood and expected
 calibration error on the test split; and samples, which are ends of Langevin chains from noise, guided to a class.
 """
@@ -19,8 +19,8 @@ from fashion.data import CLASSES, SIDE, Split
 from fashion.study import IN_PICTURES, Panels, Study, options
 from fastgen import ReplayBuffer, joint_energy_loss, langevin_sample
 
-IMAGES, STEPS, BATCH, LR, DATA_NOISE = 5000, 500, 64, 5e-4, 0.1
-CHAIN_STEPS, STEP_SIZE, NOISE_SCALE, BUFFER, LONG_CHAIN = 20, 0.3, 0.03, 2000, 150
+IMAGES, STEPS, BATCH, LR, DATA_NOISE, ENERGY_WEIGHT = 1000, 1000, 64, 5e-4, 0.1, 0.3
+CHAIN_STEPS, STEP_SIZE, NOISE_SCALE, BUFFER, LONG_CHAIN = 10, 0.3, 0.03, 2000, 150
 CLASSIFIER, SAMPLES = "Test images", "Samples against the test split"
 
 
@@ -60,7 +60,9 @@ def train(study: Study, images: Split, seed: int, joint: bool) -> nn.Module:
                 generator=torch.Generator(study.device).manual_seed(10000 * seed + step),
             )
             buffer.update(index, fakes)
-            loss, real, fake = joint_energy_loss(net(x), rows.labels, net(fakes), return_energies=True)
+            loss, real, fake = joint_energy_loss(
+                net(x), rows.labels, net(fakes), energy_weight=ENERGY_WEIGHT, return_energies=True
+            )
             bar.set_postfix(gap=f"{float(fake.mean() - real.mean()):.2f}")
         else:
             loss = F.cross_entropy(net(x), rows.labels)
