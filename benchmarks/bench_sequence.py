@@ -34,6 +34,7 @@ STEPS: list[tuple[str, str, tuple[int, ...], int]] = [
         for shape in LOGITS
         for beta, case in ((0.5, "0.5"), (0.0, "0"))
     ),
+    ("generalized_jsd-hard", "generalized_jsd_loss-hard-0.3", LOGITS[0], 3),
     *(("token_logprob", "token_logprob", shape, 2) for shape in LOGITS),
     ("sequence_ddo_loss", "sequence_ddo_loss", IMAGES, 3),
 ]

@@ -5,7 +5,6 @@
 // is `outside` times its probability, but for the entries' own columns, which a scatter writes after the map.
 #pragma once
 
-#include "runtime/half.h"
 #include "sequence.h"
 
 namespace fastgen {
@@ -15,15 +14,6 @@ enum class Tail : int64_t { bucket, renormalize, none };
 
 // How far above 0 and 1 the logarithm of a probability and a mass are what rounding to 16 bits makes of them.
 constexpr double kRoundedMass = 1.0 / 32;
-
-template <class T>
-FASTGEN_HD T value_at(const TokenStream& in, int64_t row, int64_t column) {
-  const int64_t at = row / in.inner * in.outer_stride + row % in.inner * in.inner_stride + column;
-  if (in.dtype == ScalarType::Double) return static_cast<T>(static_cast<const double*>(in.data)[at]);
-  if (in.dtype == ScalarType::Float) return static_cast<T>(static_cast<const float*>(in.data)[at]);
-  const uint16_t bits = static_cast<const uint16_t*>(in.data)[at];
-  return static_cast<T>(in.dtype == ScalarType::BFloat16 ? bfloat16_to_float(bits) : float16_to_float(bits));
-}
 
 // One category of two distributions: Q - P, Q, the slope h (of log Q in the sum that the divergence is, up to what
 // cancels) and the loss, as JsdElement of sequence.h has them.

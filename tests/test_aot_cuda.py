@@ -45,7 +45,7 @@ def registers(kernel):
     if re.search("ReverseStep|FlowDraw", kernel):
         return 96 if "float" in kernel else 112
     if kernel.startswith("sweep_rows"):
-        return 128 if "float" in kernel else 144
+        return 128 if "float" in kernel else 152
     if re.search("ScoreField|DmdField|Nft", kernel):  # an NFT loss has five streams, five sums and three slopes
         return 128 if "float" in kernel else 160
     return 64 if "float" in kernel else 80
@@ -74,7 +74,7 @@ def test_kernels_spill_nothing_and_stay_within_their_registers(report):
 
 
 # Instructions an element, or a pair, over all passes of a row that stays on chip.
-INSTRUCTIONS = {"TokenLogprob": 9, "forward": 48, "mixed": 60, "reverse": 53}
+INSTRUCTIONS = {"TokenLogprob": 9, "forward, true": 49, "forward": 48, "mixed": 60, "reverse": 53}
 SUMS = {"forward": 27, "mixed": 33, "reverse": 28}  # of the one pass over a slice of a vocabulary
 
 

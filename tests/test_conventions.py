@@ -124,6 +124,20 @@ def test_raw_top_k_forward_kl(batch):
     agree(fastgen.sparse_divergence_loss(student, logprobs, ids, tail="none", labels=labels), theirs, student)
 
 
+def test_hard_targets(batch):
+    """Hinton's: the cross-entropy with the labels, before the temperature, beside T² times the divergence."""
+    student, teacher, labels = batch
+    soft = F.kl_div((student / TEMPERATURE).log_softmax(-1), (teacher / TEMPERATURE).softmax(-1), reduction="none").sum(
+        -1
+    )
+    soft = torch.where(labels != -100, soft, 0.0).sum() / (labels != -100).sum()
+    hard = F.cross_entropy(student.flatten(0, -2), labels.flatten())
+    ours = TEMPERATURE**2 * fastgen.generalized_jsd_loss(
+        student, teacher, labels, beta=0.0, temperature=TEMPERATURE, cross_entropy_weight=0.5 / TEMPERATURE**2
+    )
+    agree(ours, TEMPERATURE**2 * soft + 0.5 * hard, student)
+
+
 def test_cross_entropy_with_the_teacher(batch):
     """torchtune and OpenRLHF: without the teacher's own entropy, so the value differs and the gradient does not."""
     student, teacher, labels = batch

@@ -378,14 +378,18 @@ def test_scaled_and_capped_logits_are_those_of_a_model_that_does_it(reduction, m
 
 @pytest.mark.parametrize("reduction", ["batchmean", "none"])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_a_cross_entropy_of_the_same_logits_is_one_of_its_own(reduction, weighted, kernel_backend, device, monkeypatch):
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_a_cross_entropy_of_the_same_logits_is_one_of_its_own(
+    temperature, reduction, weighted, kernel_backend, device, monkeypatch
+):
     """The sum of two losses, with the gradient of both, from logits that are projected once."""
     tensors, labels = heads((3, 5), device=device)
     leaves = [t.clone().requires_grad_() for t in tensors]
     s, sw, sb, *_ = leaves
     weight = torch.rand(3, 5, device=device) if weighted else None
     factors = torch.linspace(-1, 1, 15, device=device).view(3, 5) if reduction == "none" else 1.0
-    options = {"beta": 0.3, "scaled": True, "temperature": 2.0, "reduction": reduction, "token_weight": weight}
+    options = {"beta": 0.3, "scaled": True, "reduction": reduction, "token_weight": weight}
+    options["temperature"] = temperature
     soft = jsd(fastgen, leaves, labels, **options)
     rows = -fastgen.linear_token_logprob(s, sw, labels, bias=sb)
     hard = rows if weight is None else rows * weight

@@ -234,6 +234,64 @@ def test_masks_as_large_as_numbers_go_are_no_offsets(beta, least, backend, devic
         torch.testing.assert_close(grad.double(), expected[1], **close)
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_a_cross_entropy_is_one_of_its_own(beta, temperature, backend, device):
+    """The same number and the same gradient as of two losses; also where the teacher's vocabulary is another's."""
+    for columns in (50, 41, 64):
+        s, t, y = streams((3, 7, 50), torch.float64, device)
+        t = t[..., :columns] if columns < 50 else F.pad(t, (0, columns - 50), value=1.0)
+        s, options = s.requires_grad_(), {"beta": beta, "temperature": temperature, "ignore_index": -100}
+        found, hard = fastgen.generalized_jsd_loss(
+            s, t, y, cross_entropy_weight=0.3, return_cross_entropy=True, **options
+        )
+        expected = fastgen.generalized_jsd_loss(s, t, y, **options)
+        rows = F.cross_entropy(s.flatten(0, 1), y.flatten(), reduction="none").view(y.shape)
+        expected = expected + 0.3 * rows.sum() / (y != -100).sum()
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(hard, rows.detach())
+        assert not hard.requires_grad
+        torch.testing.assert_close(*(torch.autograd.grad(loss, s)[0] for loss in (found, expected)))
+
+
+def test_a_label_outside_the_vocabulary_makes_a_cross_entropy_nan(kernel_backend, device):
+    """As in `token_logprob`: the loss says so, and the row's gradient is the divergence's."""
+    s, t, y = streams((2, 3, 20), device=device)
+    y = y.clamp(min=0)
+    y[0, 1] = 20
+    s = s.requires_grad_()
+    rows, hard = fastgen.generalized_jsd_loss(
+        s, t, y, reduction="none", cross_entropy_weight=1.0, return_cross_entropy=True
+    )
+    assert torch.isnan(rows).nonzero().tolist() == torch.isnan(hard).nonzero().tolist() == [[0, 1]]
+    plain = fastgen.generalized_jsd_loss(s, t, y, reduction="none")
+    row = [torch.autograd.grad(loss, s, torch.ones_like(loss))[0][0, 1] for loss in (rows, plain)]
+    torch.testing.assert_close(*row)
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 4.0])
+def test_ddo_at_its_reference_is_nll_in_expectation(alpha, kernel_backend, device):
+    """Where the model is the reference its samples have no mean gradient: what is left is β / 2 of NLL's. A model that
+    cannot do better by NLL starts DDO over tokens with nothing to gain."""
+    vocabulary, length, beta = 3, 4, 0.2
+    words = torch.cartesian_prod(*[torch.arange(vocabulary)] * length).to(device)  # all sequences
+    theta = torch.randn(length, vocabulary + 1, vocabulary, dtype=torch.float64, device=device).requires_grad_()
+    before = torch.cat([torch.full_like(words[:, :1], vocabulary), words[:, :-1]], 1)
+    logits = theta[torch.arange(length, device=device), before]  # of each position and the token before it
+    logprob = fastgen.token_logprob(logits, words).sum(1)
+    of_ref, of_data = logprob.detach().exp(), torch.rand(len(words), dtype=torch.float64, device=device)
+    of_data /= of_data.sum()
+    torch.testing.assert_close(of_ref.sum(), torch.ones_like(of_ref[0]))
+
+    twice, real = torch.cat([logits, logits]), torch.arange(2 * len(words), device=device) < len(words)
+    terms = fastgen.sequence_ddo_loss(
+        twice, twice.detach(), words.repeat(2, 1), real, alpha=alpha, beta=beta, reduction="none"
+    )
+    ddo = (terms * torch.cat([of_data, of_ref])).sum()
+    grads = [torch.autograd.grad(loss, theta, retain_graph=True)[0] for loss in (ddo, -(of_data * logprob).sum())]
+    torch.testing.assert_close(grads[0], beta / 2 * grads[1])
+
+
 @pytest.mark.parametrize("case", ["jsd-0", "jsd-0.5", "jsd-1", "jsd-none", "jsd-mean", "logprob", "ddo", "ddo-masked"])
 def test_gradcheck(case):
     s, t, y = streams((3, 2, 6), torch.float64)

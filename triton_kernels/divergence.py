@@ -2,6 +2,9 @@
 
 With P the teacher's and Q the student's softmax(logits / τ) and M = βP + (1 - β)Q, a row's loss is β KL(P‖M) +
 (1 - β) KL(Q‖M); for β = 0 it is KL(P‖Q), for β = 1 KL(Q‖P). Streams: student, teacher, and the student's gradient.
+
+A cross-entropy of labels may be added at τ = 1, where its softmax is Q: of its gradient Q - onehot the map adds Q, and
+a kernel of one element a row writes the labels' columns after it.
 """
 
 from __future__ import annotations
@@ -14,18 +17,32 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import scalar
-from .scalar import NEAR, divide, expm1_near, log2_fast, number
+from . import rowwise, scalar
+from .scalar import NEAR, divide, expm1, expm1_near, log2_fast, number, rounded
 from .sweep import LOG2E, LogitRows, SweepFormula, SweepFunctions, sweep, sweep_map
+from .tiles import both, row_start
 
 LN2 = tl.constexpr(math.log(2))
 NEAR2 = tl.constexpr(NEAR.value / math.log(2))
 TERMS = 5
+ROWS_AT_ONCE = 128  # of a program that writes one element a row
+
+
+class HardLabels(NamedTuple):
+    """What finds the labels' logits, and their cross-entropy's weight."""
+
+    data: tuple[Tensor, ...]
+    places: tuple[Any, ...]
+    inner: int
+    size: int
+    weight: Any
 
 
 class DivergenceArgs(NamedTuple):
     labels: Tensor | None
     ignore: int
+    hard: HardLabels | None
+    cross_entropy: Tensor | None
     factor: Tensor | None  # of the call, one number
     grad: Tensor | None  # of the rows
     loss: Tensor | None
@@ -50,16 +67,24 @@ def mixture_terms(beta: float) -> list[float]:
 
 
 def _args(
-    dtype: torch.dtype,
+    rows: LogitRows,
     labels: Tensor | None,
     ignore_index: int,
+    cross_entropy_weight: float,
     factor: Tensor | None,
     grad: Tensor | None,
     loss: Tensor | None,
+    cross_entropy: Tensor | None,
     stats: Tensor,
     beta: float,
     temperature: float,
 ) -> DivergenceArgs:
+    dtype, hard = rows.dtype, None
+    if cross_entropy_weight != 0:
+        if labels is None or temperature != 1 or rows.size != rows.first.shape[-1]:
+            raise ValueError("generalized_jsd: a cross-entropy wants labels, temperature 1 and a teacher as wide")
+        weight = scalar.argument(cross_entropy_weight, dtype)
+        hard = HardLabels(rows.data[:2], rows.places[:2], rows.inner, rows.size, weight)
     numbers = [scalar.argument(x, dtype) for x in (1 / temperature, LOG2E.value / temperature, temperature)]
     mixture: tuple[Any, ...] = (None, None, None, None, None)
     if beta not in (0, 1):
@@ -68,7 +93,8 @@ def _args(
         mixture = tuple(scalar.argument(x, dtype) for x in numbers_of_beta)
         mixture += (tuple(scalar.argument(x, dtype) for x in mixture_terms(min(beta, 1 - beta))),)
     labels = None if labels is None else labels.contiguous()
-    return DivergenceArgs(labels, ignore_index, factor, grad, loss, stats.contiguous(), *numbers, *mixture)
+    of_rows = factor, grad, loss, stats.contiguous()
+    return DivergenceArgs(labels, ignore_index, hard, cross_entropy, *of_rows, *numbers, *mixture)
 
 
 @triton.jit
@@ -77,6 +103,21 @@ def _ignored(args, row):
         return tl.full((), 0, tl.int1)
     else:
         return tl.load(args.labels + row) == args.ignore
+
+
+@triton.jit
+def _label(labels, hard, row, read, T: tl.constexpr):
+    """The label's column, whether there is one, and what its cross-entropy is times in the gradient: 0 outside."""
+    label = tl.load(labels + row)
+    inside = both((label >= 0) & (label < hard.size), read)
+    return label, inside, tl.where(inside, number(hard.weight, T), 0.0)
+
+
+@triton.jit
+def _label_logit(hard, stream: tl.constexpr, row, label, inside, T: tl.constexpr):
+    """The student's logit of a label, or the teacher's."""
+    start = row_start(hard.places[stream], row, hard.inner)
+    return tl.load(hard.data[stream] + start + label, mask=inside, other=0.0).to(T)
 
 
 @triton.jit
@@ -113,7 +154,9 @@ def _row(args, rows, row, normals, read, T: tl.constexpr):
     """(norms, numbers of the element, unit of the loss, what the gradient is times, center, normals).
 
     Logarithms of KL divergences are natural, those of mixtures of base 2, as is the center."""
-    center = tl.zeros((), T)
+    center, hard = tl.zeros((), T), None
+    if args.hard is not None:
+        hard = _label(args.labels, args.hard, row, read, T)[2]
     if normals is None:
         stats = args.stats + row
         normals = (tl.load(stats), tl.load(stats + rows)), (tl.load(stats + 2 * rows), tl.load(stats + 3 * rows))
@@ -121,7 +164,7 @@ def _row(args, rows, row, normals, read, T: tl.constexpr):
             (normals[0][0], tl.where(read, normals[0][1], 1.0)),
             (normals[1][0], tl.where(read, normals[1][1], 1.0)),
         )
-        center = tl.load(stats + 4 * rows)
+        center = tl.load(stats + 4 * rows) - _of_center(args, hard, T)
     slope, scale, temperature = number(args.slope, T), number(args.scale, T), number(args.temperature, T)
     factor = slope
     if args.grad is not None:
@@ -138,7 +181,19 @@ def _row(args, rows, row, normals, read, T: tl.constexpr):
         return norms, numbers, beta * LN2, factor * rest * LN2, center / LN2, normals
     else:
         norms = _norms(normals[0], normals[1], temperature, slope, 1.0, 1.0, T)
-        return norms, (scale, slope), tl.full((), 1.0, T), factor, center, normals
+        return norms, (scale, slope, hard), tl.full((), 1.0, T), factor, center, normals
+
+
+@triton.jit
+def _of_center(args, hard, T: tl.constexpr):
+    """What is taken from the center for the map to add Q of a cross-entropy, as Q (a - center) + Q h is
+    Q (a - (center - h)). The forward divergence has no center: its elements add it."""
+    if hard is None:
+        return 0.0
+    elif args.beta is None:
+        return hard
+    else:
+        return divide(hard, number(args.rest, T))
 
 
 @triton.jit
@@ -164,8 +219,11 @@ def _kl_pair(constants, v):
 
 @triton.jit
 def _forward_element(constants, v):
-    _, p, d, difference = _kl_pair(constants, v)
-    return (difference,), (tl.where(p == 0.0, 0.0, p * d) + difference,)
+    q, p, d, difference = _kl_pair(constants, v)
+    part = difference
+    if constants[1][2] is not None:
+        part += constants[1][2] * q
+    return (part,), (tl.where(p == 0.0, 0.0, p * d) + difference,)
 
 
 @triton.jit
@@ -196,7 +254,13 @@ def _mixed_element(constants, v):
 @triton.jit
 def _epilogue(args, rows, row, constants, sums, read, T: tl.constexpr):
     norms, numbers, unit, factor, center, normals = constants
-    loss = sums[0] * unit
+    loss, cross_entropy = sums[0] * unit, tl.zeros((), T)
+    if args.hard is not None:
+        label, inside, _weight = _label(args.labels, args.hard, row, read, T)
+        logit = _label_logit(args.hard, 0, row, label, inside, T)
+        cross_entropy = tl.where(inside, tl.log(normals[0][1]) - (logit - normals[0][0]), float("nan"))
+        loss += number(args.hard.weight, T) * cross_entropy
+    tl.store(args.cross_entropy + row, tl.where(read, cross_entropy, 0.0))
     if args.factor is not None:
         loss *= tl.load(args.factor)
     tl.store(args.loss + row, tl.where(read, loss, 0.0))
@@ -205,6 +269,10 @@ def _epilogue(args, rows, row, constants, sums, read, T: tl.constexpr):
         center, stored = sums[1], sums[1]
     if args.beta is not None:
         stored = center * LN2
+    if args.hard is not None:
+        center = stored - _of_center(args, _label(args.labels, args.hard, row, read, T)[2], T)
+        if args.beta is not None:
+            center /= LN2
     stored = (normals[0][0], normals[0][1], normals[1][0], normals[1][1], stored)
     for i in tl.static_range(5):
         tl.store(args.stats + i * rows + row, tl.where(read, stored[i], 0.0))
@@ -219,6 +287,25 @@ def _forward_map(constants, parts):
 @triton.jit
 def _map(constants, parts):
     return parts[0] * (parts[1] - constants[4]) * constants[3]
+
+
+@triton.jit
+def _write_labels(functions, out, args, hard, rows, T: tl.constexpr, ROWS: tl.constexpr):
+    """The labels' columns of the gradient, which the map has without their -1. `args` has no cross-entropy."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    last = row < rows
+    row = tl.minimum(row, rows - 1)
+    label, inside, weight = _label(args.labels, hard, row, both(_ignored(args, row) == 0, last), T)
+    constants = functions.row(args, rows, row, None, inside, T)
+    v = [_label_logit(hard, 0, row, label, inside, T), _label_logit(hard, 1, row, label, inside, T)]
+    parts, _ = functions.element(constants, v)
+    if args.grad is not None:
+        weight *= tl.load(args.grad + row)
+    if args.factor is not None:
+        weight *= tl.load(args.factor)
+    largest, total = constants[5][0]
+    value = functions.map(constants, parts) + weight * expm1(v[0] - largest - tl.log(total))
+    tl.store(out + row * hard.size + label, rounded(value, out.dtype.element_ty), mask=inside)
 
 
 FORWARD = SweepFormula(
@@ -238,6 +325,27 @@ def _rows(student: Tensor, teacher: Tensor, out: Tensor | None) -> LogitRows:
     return LogitRows(student[..., :size], teacher[..., :size], out=out)
 
 
+def _add_labels(formula: SweepFormula, rows: LogitRows, args: DivergenceArgs, out: Tensor) -> None:
+    """After the map, what it cannot know of the labels' columns."""
+    if args.hard is None or rows.count == 0:
+        return
+    T = tl.float64 if rows.dtype == torch.float64 else tl.float32
+    plain, programs = args._replace(hard=None), triton.cdiv(rows.count, ROWS_AT_ONCE)
+    rowwise.launch(
+        _write_labels,
+        programs,
+        rows.first,
+        formula.functions,
+        out,
+        plain,
+        args.hard,
+        rows.count,
+        T=T,
+        ROWS=ROWS_AT_ONCE,
+        num_warps=ROWS_AT_ONCE // 32,
+    )
+
+
 def generalized_jsd(
     student: Tensor,
     teacher: Tensor,
@@ -247,21 +355,25 @@ def generalized_jsd(
     beta: float,
     temperature: float,
     ignore_index: int,
+    cross_entropy_weight: float,
     reduction: str,
     with_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    if normals is not None and with_grad:
-        raise ValueError("generalized_jsd: the gradient of a slice waits for the sums of all slices")
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if normals is not None and (with_grad or cross_entropy_weight != 0):
+        raise ValueError("generalized_jsd: of a slice there are sums alone, which wait for those of all slices")
     grad = student.new_empty(student.shape if with_grad else (0,))
     rows = _rows(student, teacher, grad if with_grad else None)
     shape = student.shape[:-1]
-    loss, stats = rows.new_vector(*shape), rows.new_vector(5, *shape)
+    loss, hard, stats = rows.new_vector(*shape), rows.new_vector(*shape), rows.new_vector(5, *shape)
     factor = None if scale is None else scale.to(rows.dtype)
     if normals is not None:  # where the row function looks for them
         stats[:4], stats[4] = normals, 0
-    args = _args(rows.dtype, labels, ignore_index, factor, None, loss, stats, beta, temperature)
-    sweep(_formula(beta), rows, args, normalized=normals is not None)
-    return loss if reduction == "none" else loss.sum(), stats, grad
+    of_labels = labels, ignore_index, cross_entropy_weight
+    formula, args = _formula(beta), _args(rows, *of_labels, factor, None, loss, hard, stats, beta, temperature)
+    sweep(formula, rows, args, normalized=normals is not None)
+    if with_grad:
+        _add_labels(formula, rows, args, grad)
+    return loss if reduction == "none" else loss.sum(), hard, stats, grad
 
 
 def generalized_jsd_backward(
@@ -273,9 +385,12 @@ def generalized_jsd_backward(
     beta: float,
     temperature: float,
     ignore_index: int,
+    cross_entropy_weight: float,
 ) -> Tensor:
     out = student.new_empty(student.shape)
     rows = _rows(student, teacher, out)
-    args = _args(rows.dtype, labels, ignore_index, None, rows.scalars(grad), None, stats, beta, temperature)
-    sweep_map(_formula(beta), rows, args)
+    of_labels, grad = (labels, ignore_index, cross_entropy_weight), rows.scalars(grad)
+    formula, args = _formula(beta), _args(rows, *of_labels, None, grad, None, None, stats, beta, temperature)
+    sweep_map(formula, rows, args)
+    _add_labels(formula, rows, args, out)
     return out

@@ -149,6 +149,27 @@ CASES = (
         )
         for beta in (0.0, 0.3)
     ),
+    *(
+        case(f"generalized_jsd_loss-hard-{beta}", LABELLED, "student_logits", beta=beta, cross_entropy_weight=0.7)
+        for beta in (0.0, 0.3, 1.0)
+    ),
+    case(
+        "generalized_jsd_loss-hard-none",
+        LABELLED | {"weight": row_weights},
+        "student_logits",
+        beta=0.8,
+        scaled=True,
+        reduction="none",
+        cross_entropy_weight=2.0,
+    ),
+    case(
+        "generalized_jsd_loss-hard-hot",
+        LABELLED,
+        "student_logits",
+        beta=0.0,
+        temperature=4.0,
+        cross_entropy_weight=0.5,
+    ),
     case("generalized_jsd_loss-weighted", MODELS | WEIGHTED, "student_logits", scaled=True, reduction="sum"),
     *(
         case(
@@ -201,6 +222,13 @@ CASES = (
         scaled=True,
         temperature=2.0,
         reduction="none",
+    ),
+    case(
+        "linear_generalized_jsd_loss-hard",
+        STUDENT | TEACHER | {"labels": tokens},
+        "student_hidden student_weight student_bias",
+        beta=0.2,
+        cross_entropy_weight=0.7,
     ),
     case(
         "linear_generalized_jsd_loss-weighted",

@@ -11,7 +11,7 @@ from . import operators, reference
 from .layout import Layout, layout_of, whole_call
 from .operators import IGNORE_INDEX
 from .options import check_plain
-from .tokens import divided_logprob, tokens_of
+from .tokens import logprob_of, tokens_of
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -165,7 +165,7 @@ def sequence_ddo_loss(
     else:
         tokens = tokens_of(layout, tokens, mask, IGNORE_INDEX)
         logprob, ref_logprob = (
-            divided_logprob(backend, layout, t, tokens, 1.0, IGNORE_INDEX) for t in (logits, ref_logits.detach())
+            logprob_of(backend, layout, t, tokens, 1.0, IGNORE_INDEX) for t in (logits, ref_logits.detach())
         )
         is_real = _sequences_of(layout, is_real)
     loss, delta = operators.sequence_ddo_loss(

@@ -11,7 +11,18 @@ from ..triton_kernels.layout import arithmetic_dtype
 from . import operators, parallel, reference
 from .layout import layout_of, whole_call
 from .operators import IGNORE_INDEX
-from .options import Reduction, check_divergence, check_rows, labels_of, reduced, scale_of, spread_rows
+from .options import (
+    Reduction,
+    check_cross_entropy,
+    check_divergence,
+    check_rows,
+    labels_of,
+    reduced,
+    scale_of,
+    spread_rows,
+    unscaled,
+)
+from .tokens import logprob_of
 
 
 @overload
@@ -29,6 +40,8 @@ def generalized_jsd_loss(
     num_items: float | Tensor | None = ...,
     ignore_index: int = ...,
     return_entropy: Literal[False] = ...,
+    cross_entropy_weight: float = ...,
+    return_cross_entropy: Literal[False] = ...,
     vocab_group: Any = ...,
 ) -> Tensor: ...
 @overload
@@ -45,9 +58,11 @@ def generalized_jsd_loss(
     reduction: Reduction = ...,
     num_items: float | Tensor | None = ...,
     ignore_index: int = ...,
-    return_entropy: Literal[True],
+    return_entropy: bool = ...,
+    cross_entropy_weight: float = ...,
+    return_cross_entropy: bool = ...,
     vocab_group: Any = ...,
-) -> tuple[Tensor, Tensor]: ...
+) -> Any: ...
 def generalized_jsd_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -62,8 +77,10 @@ def generalized_jsd_loss(
     num_items: float | Tensor | None = None,
     ignore_index: int = IGNORE_INDEX,
     return_entropy: bool = False,
+    cross_entropy_weight: float = 0.0,
+    return_cross_entropy: bool = False,
     vocab_group: Any = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """The divergences of knowledge distillation and GKD (arXiv 2306.13649) between a teacher P and a student Q.
 
     With P and Q the softmax of ``logits / τ`` and M = β P + (1 - β) Q, for each token::
@@ -114,11 +131,17 @@ def generalized_jsd_loss(
         ignore_index: see `labels`.
         return_entropy: also return the entropy [...] in nats of the student's softmax(logits / τ), for logging: without
             gradient, 0 for rows that do not count. It reads the student's logits twice more.
+        cross_entropy_weight: ≥ 0: adds this times the cross-entropy of the student and the labels, which must then be
+            tokens, at temperature 1, to each token's loss: Hinton's hard targets. Where τ = 1 too, and the vocabulary
+            is not divided, that takes no pass over the logits of its own.
+        return_cross_entropy: also return that cross-entropy [...], not times its weight, for logging: without gradient,
+            0 for rows that do not count.
         vocab_group: a ``torch.distributed`` process group whose ranks have equal slices of the vocabulary, in their
             order, and the same rows: both logits are a rank's slices, of the same columns.
 
     Returns:
-        The loss, float32 (float64 if an input is), or ``(loss, entropy)``. Once differentiable. No rows, or none valid,
+        The loss, float32 (float64 if an input is), or a tuple of it and what else is asked for: ``(loss, entropy,
+        cross_entropy)``. Once differentiable. No rows, or none valid,
         give 0 and gradients 0.
         Masked entries (-inf) count as probability 0, and 0 log 0 = 0; where the student has probability and the teacher
         none, reverse KL is inf and its gradient not finite, as is forward KL's value the other way round: mask both, or
@@ -142,6 +165,7 @@ def generalized_jsd_loss(
     checks.logits(student_logits=student_logits, teacher_logits=teacher_logits)
     check_rows(student_logits, labels, mask, weight, reduction, num_items, ignore_index)
     check_divergence(beta, scaled, temperature)
+    cross_entropy_weight = check_cross_entropy(labels, cross_entropy_weight, return_cross_entropy)
     beta, temperature = float(beta), float(temperature)
     layout = layout_of(vocab_group, student_logits=student_logits, teacher_logits=teacher_logits)
     backend = dispatch.backend_for("generalized_jsd", student_logits.device.type)
@@ -161,6 +185,8 @@ def generalized_jsd_loss(
             num_items=num_items,
             ignore_index=ignore_index,
             return_entropy=return_entropy,
+            cross_entropy_weight=cross_entropy_weight,
+            return_cross_entropy=return_cross_entropy,
         )
     vocabulary = min(student_logits.shape[-1], teacher_logits.shape[-1])
     if layout is not None:
@@ -169,13 +195,18 @@ def generalized_jsd_loss(
     labels = labels_of(student_logits, labels, mask, ignore_index)
     dtype = arithmetic_dtype(student_logits, teacher_logits)
     scale = scale_of(student_logits, dtype, labels, reduction, num_items, ignore_index, vocabulary, beta, scaled)
+    # What the sum is multiplied by because of `scaled` is the divergence's alone.
+    hard_weight, divided = cross_entropy_weight * unscaled(beta, scaled), layout is not None
+    sizes = student_logits.shape[-1], teacher_logits.shape[-1]
+    apart = hard_weight > 0 and not operators.has_cross_entropy(temperature, *sizes, divided)
     options: dict[str, Any] = {"beta": beta, "temperature": temperature, "ignore_index": ignore_index}
+    options["cross_entropy_weight"] = 0.0 if apart else hard_weight
     if layout is not None:
         logits = {"student": student_logits, "teacher": teacher_logits.detach()}
-        rows = parallel.of_rows(operators.generalized_jsd, backend, layout, logits, {"labels": labels}, **options)
-        loss = reduced(rows, labels, weight, scale, reduction, ignore_index)
+        found = parallel.of_rows(operators.generalized_jsd, backend, layout, logits, {"labels": labels}, **options)
+        loss, hard = reduced(found[0], labels, weight, scale, reduction, ignore_index), found[1]
     else:
-        loss = operators.generalized_jsd(
+        loss, hard = operators.generalized_jsd(
             backend,
             student=student_logits,
             teacher=teacher_logits,
@@ -187,9 +218,18 @@ def generalized_jsd_loss(
         )
         if weight is not None:
             loss = reduced(loss, labels, weight, None, reduction, ignore_index)
-    if not return_entropy:
-        return loss
-    of_entropy = student_logits, labels, temperature, ignore_index
-    if layout is not None:
-        return loss, parallel.entropy_of_rows(backend, layout, *of_entropy)
-    return loss, operators.entropy(backend, *of_entropy)
+    if apart:
+        assert labels is not None
+        hard = -logprob_of(backend, layout, student_logits, labels, 1.0, ignore_index)
+        loss = loss + reduced(hard_weight * hard, labels, weight, scale, reduction, ignore_index)
+    others = []
+    if return_entropy:
+        of_entropy = student_logits, labels, temperature, ignore_index
+        others.append(
+            operators.entropy(backend, *of_entropy)
+            if layout is None
+            else parallel.entropy_of_rows(backend, layout, *of_entropy)
+        )
+    if return_cross_entropy:
+        others.append(hard.detach())
+    return (loss, *others) if others else loss

@@ -6,7 +6,7 @@ Rows are taken in chunks; the products are torch's (``head.py``), the row operat
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,7 +59,7 @@ class LinearLoss:
                 grad_logits = self.gradient(backend, given, of_rows, stats)
             if grad_logits is not None:
                 grad_logits = self.of_head(grad_logits, given, arguments)
-            found.append((results.stats, *self.returned(results), *entropy))
+            found.append((results.stats, *self.loss.returned(results), *entropy))
             given.clear()  # the logits, before anything else is made
             del results
             if gradients is not None and grad_logits is not None:
@@ -86,9 +86,6 @@ class LinearLoss:
             del grad_logits
         return gradients.all()
 
-    def returned(self, results: Any) -> tuple[Tensor, ...]:
-        return self.loss.returned(results)
-
     def head(self, arguments: Mapping[str, Any], prefix: str) -> Head:
         return Head(*(arguments[f"{prefix}{name}"] for name in Head._fields))
 
@@ -106,8 +103,7 @@ class LinearLoss:
         # Ranks take the same chunks: they meet at each.
         columns = {n: head.weight.shape[0] if slices is None else slices.most for n, head in heads.items()}
         row_bytes = {name: columns[name] * dtypes[name].itemsize for name in heads}
-        gradients = (2 if arguments.get("cross_entropy_weight") else 1) if with_grad else 0
-        total = sum(row_bytes.values()) + gradients * row_bytes[first]
+        total = sum(row_bytes.values()) + (self.gradients_of_logits(arguments) if with_grad else 0) * row_bytes[first]
         for rows in chunks_of(heads[first], total, max_bytes):
             with no_autocast(heads[first].weight):
                 given: dict[str, Any] = {
@@ -120,6 +116,10 @@ class LinearLoss:
                     given[name] = None if arguments[name] is None else arguments[name][rows]
                 given.update({name: arguments[name] for name in (*self.settings, "slices")})
                 yield rows, given
+
+    def gradients_of_logits(self, arguments: Mapping[str, Any]) -> int:
+        """How many there are at once, of a chunk."""
+        return 1
 
     def of_logits(self, backend: str, given: Mapping[str, Any], with_grad: bool) -> Any:
         if given["slices"] is not None:
@@ -147,28 +147,33 @@ class LinearLoss:
         return found
 
 
-class WithCrossEntropy(NamedTuple):
-    """Of :class:`Distillation`, where there is a cross-entropy; its stats end with the token's."""
-
-    loss: Tensor
-    stats: Tensor
-    grad_student: Tensor
-    cross_entropy: Tensor
-
-
 class Distillation(LinearLoss):
-    """A divergence, and `cross_entropy_weight` times the cross-entropy of the labels from the same logits."""
+    """A divergence, and `cross_entropy_weight` times the cross-entropy of the labels from the same logits.
 
-    def __init__(self, loss: FusedLoss, logits: Mapping[str, str], per_row: tuple[str, ...]) -> None:
-        super().__init__(loss, logits, per_row)
-        self.settings = (*self.settings, "cross_entropy_weight")
-        self.options = (*self.options, "cross_entropy_weight")
+    The operator has it where both have one softmax, of rows that are whole. Elsewhere it is one of its own here, and
+    the stats end with the token's.
+    """
+
+    def apart(self, arguments: Mapping[str, Any]) -> bool:
+        """Whether there is a cross-entropy that the operator does not have."""
+        if arguments["cross_entropy_weight"] == 0:
+            return False
+        student, teacher = (
+            arguments[name].shape[-1] if name in arguments else arguments[f"{prefix}weight"].shape[0]
+            for name, prefix in self.logits.items()
+        )
+        return not operators.has_cross_entropy(
+            arguments["temperature"], student, teacher, arguments["slices"] is not None
+        )
+
+    def gradients_of_logits(self, arguments: Mapping[str, Any]) -> int:
+        return 2 if self.apart(arguments) else 1
 
     def of_logits(self, backend: str, given: Mapping[str, Any], with_grad: bool) -> Any:
-        results, weight = super().of_logits(backend, given, with_grad), given["cross_entropy_weight"]
-        if weight == 0:
-            return results
-        tokens = self._of_tokens(given)
+        if not self.apart(given):
+            return super().of_logits(backend, given, with_grad)
+        weight, tokens = given["cross_entropy_weight"], self._of_tokens(given)
+        results = super().of_logits(backend, {**given, "cross_entropy_weight": 0.0}, with_grad)
         if given["slices"] is not None:
             found = parallel.token_logprob.found(backend, given["slices"], tokens)
         else:
@@ -178,19 +183,15 @@ class Distillation(LinearLoss):
             of_rows = results.stats.new_full(entropy.shape, -weight)
             results.grad_student.add_(self._token_gradient(backend, given, of_rows, found.stats))
         stats = torch.cat([results.stats, found.stats.to(results.stats.dtype)])
-        return WithCrossEntropy(results.loss + weight * entropy, stats, results.grad_student, entropy)
-
-    def returned(self, results: Any) -> tuple[Tensor, ...]:
-        if isinstance(results, WithCrossEntropy):
-            return results.loss, results.cross_entropy
-        return super().returned(results)
+        return results._replace(loss=results.loss + weight * entropy, cross_entropy=entropy, stats=stats)
 
     def gradient(self, backend: str, given: Mapping[str, Any], grad: Tensor, stats: Tensor) -> Tensor:
-        weight = given["cross_entropy_weight"]
-        if weight == 0:
+        if not self.apart(given):
             return super().gradient(backend, given, grad, stats)
-        found = super().gradient(backend, given, grad, stats[:-2])
-        return found.add_(self._token_gradient(backend, given, -weight * grad, stats[-2:]))
+        plain = {**given, "cross_entropy_weight": 0.0}
+        found = super().gradient(backend, plain, grad, stats[:-2])
+        of_rows = -given["cross_entropy_weight"] * grad
+        return found.add_(self._token_gradient(backend, given, of_rows, stats[-2:]))
 
     def _of_tokens(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments of `token_logprob`: a cross-entropy has no temperature."""
@@ -317,7 +318,7 @@ def run_divided(
         **options,
     )
     rows = parts[0].hidden.shape[:-1]
-    results = [found.view(rows) if reduction == "none" else found, *(t.view(*t.shape[:-1], *rows) for t in others)]
+    results = [found.view(rows) if reduction == "none" else found, *(t.view((*t.shape[:-1], *rows)) for t in others)]
     if layout is None:
         return results
     sums = reduction == "sum"

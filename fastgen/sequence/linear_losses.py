@@ -14,6 +14,7 @@ from .layout import Head, layout_of_heads, whole_call
 from .operators import IGNORE_INDEX
 from .options import (
     Reduction,
+    check_cross_entropy,
     check_divergence,
     check_plain,
     check_rounding,
@@ -23,6 +24,7 @@ from .options import (
     labels_of,
     scale_of,
     spread_rows,
+    unscaled,
 )
 
 __all__ = ["linear_generalized_jsd_loss", "linear_token_logprob"]
@@ -355,11 +357,7 @@ def linear_generalized_jsd_loss(
     check_rows(student_hidden, labels, mask, token_weight, reduction, num_items, ignore_index, "token_weight")
     check_divergence(beta, scaled, temperature)
     check_rounding(round_logits, "student_hidden", student_hidden)
-    cross_entropy_weight = checks.number("cross_entropy_weight", cross_entropy_weight, low=0)
-    if labels is None and (cross_entropy_weight > 0 or return_cross_entropy):
-        raise ValueError("labels must be the tokens where cross_entropy_weight or return_cross_entropy asks for them")
-    if return_cross_entropy and cross_entropy_weight == 0:
-        raise ValueError("return_cross_entropy needs a cross_entropy_weight > 0: without one there is none")
+    cross_entropy_weight = check_cross_entropy(labels, cross_entropy_weight, return_cross_entropy)
     max_chunk_bytes = chunk_bytes(max_chunk_bytes, student_hidden)
     beta, temperature = float(beta), float(temperature)
     heads = {
@@ -407,8 +405,6 @@ def linear_generalized_jsd_loss(
     labels = labels_of(student_hidden, labels, mask, ignore_index)
     dtype = arithmetic_dtype(student_hidden, teacher_hidden)
     scale = scale_of(student_hidden, dtype, labels, reduction, num_items, ignore_index, vocabulary, beta, scaled)
-    # What the sum is divided by because of `scaled` is the divergence's alone.
-    apart = beta * (1 - beta) if scaled and 0 < beta < 1 else 1.0
     loss, *others = linear.run_divided(
         linear.generalized_jsd,
         backend,
@@ -424,11 +420,11 @@ def linear_generalized_jsd_loss(
         ignore_index=ignore_index,
         reduction="none" if reduction == "none" else "sum",
         entropy=return_entropy,
-        cross_entropy_weight=cross_entropy_weight * apart,
+        cross_entropy_weight=cross_entropy_weight * unscaled(beta, scaled),
         transform=transform,
         round_logits=round_logits,
         max_chunk_bytes=max_chunk_bytes,
     )
-    cross_entropy = others.pop(0) if cross_entropy_weight > 0 else None
-    results = (loss, *others, *((cross_entropy,) if return_cross_entropy and cross_entropy is not None else ()))
+    cross_entropy = others.pop(0)
+    results = (loss, *others, *((cross_entropy,) if return_cross_entropy else ()))
     return results if len(results) > 1 else loss

@@ -51,6 +51,7 @@ class DivergenceOutputs(NamedTuple):
     """Of :func:`generalized_jsd`."""
 
     loss: Loss
+    cross_entropy: PerRow
     stats: DivergenceStats
     grad_student: Gradient
 
@@ -116,11 +117,12 @@ def generalized_jsd_backward(
     beta: float,
     temperature: float,
     ignore_index: int,
+    cross_entropy_weight: float,
 ) -> Gradient:
     """The student's gradient from one number per row, which may be expanded; 0 in ignored rows."""
 
 
-@differentiable(generalized_jsd_backward, "student", slope="scale")
+@differentiable(generalized_jsd_backward, "student", slope="scale", returns=("loss", "cross_entropy"))
 @operator
 def generalized_jsd(
     student: Logits,
@@ -131,18 +133,28 @@ def generalized_jsd(
     beta: float,
     temperature: float,
     ignore_index: int,
+    cross_entropy_weight: float,
     reduction: Reduction,
     with_grad: bool,
 ) -> DivergenceOutputs:
     """The divergence of each row, or their sum, and the gradients, all times the 0-dimensional `scale`.
 
+    Where `cross_entropy_weight` is not 0 that times the cross-entropy of the labels is added to each row's divergence:
+    at temperature 1, whose softmax is the same, and with a teacher of no fewer columns. It is also a result itself, 0
+    elsewhere and in ignored rows.
+
     Where `normals` are given the logits are a slice of the vocabulary, and loss and center those sums over it of which
-    those of all slices are the sums; there is no gradient without them.
+    those of all slices are the sums; there is no gradient without them, and no cross-entropy.
 
     The vocabularies may differ: columns that one of the two lacks are left out, and have gradient 0. stats [5, ...]:
     the student's m and sum, the teacher's, and the row's center: 0, KL(Q‖P) or KL(Q‖M) for
     beta = 0, 1 and between.
     """
+
+
+def has_cross_entropy(temperature: float, student_size: int, teacher_size: int, divided: bool) -> bool:
+    """Whether :func:`generalized_jsd` can add a cross-entropy: its softmax is the divergence's, of whole rows."""
+    return temperature == 1 and student_size <= teacher_size and not divided
 
 
 @operator
@@ -202,6 +214,7 @@ def entropy(backend: str, logits: Tensor, labels: Tensor | None, temperature: fl
         beta=1.0,
         temperature=temperature,
         ignore_index=ignore_index,
+        cross_entropy_weight=0.0,
         reduction="none",
         with_grad=False,
     ).loss

@@ -66,6 +66,16 @@ def check_divergence(beta: float, scaled: bool, temperature: float) -> None:
     checks.number("temperature", temperature, low=0, open_low=True)
 
 
+def check_cross_entropy(labels: Tensor | None, cross_entropy_weight: float, return_cross_entropy: bool) -> float:
+    """The weight of the labels' cross-entropy in a divergence."""
+    weight = checks.number("cross_entropy_weight", cross_entropy_weight, low=0)
+    if labels is None and (weight > 0 or return_cross_entropy):
+        raise ValueError("labels must be the tokens where cross_entropy_weight or return_cross_entropy asks for them")
+    if return_cross_entropy and weight == 0:
+        raise ValueError("return_cross_entropy needs a cross_entropy_weight > 0: without one there is none")
+    return weight
+
+
 def check_transform(prefix: str, logit_scale: float, softcap: float | None) -> LogitTransform:
     """What a model does with the output of its head."""
     logit_scale = checks.number(f"{prefix}logit_scale", logit_scale, low=0, open_low=True)
@@ -100,6 +110,11 @@ def labels_of(rows: Tensor, labels: Tensor | None, mask: Tensor | None, ignore_i
     return torch.where(mask.expand(rows.shape[:-1]), int(ignore_index == 0), ignore_index)
 
 
+def unscaled(beta: float, scaled: bool) -> float:
+    """What `scaled` divides a divergence by, and nothing that is added to one."""
+    return beta * (1 - beta) if scaled and 0 < beta < 1 else 1.0
+
+
 def scale_of(
     rows: Tensor,
     dtype: torch.dtype,
@@ -112,7 +127,7 @@ def scale_of(
     scaled: bool,
 ) -> Tensor | None:
     """What the sum over rows is multiplied by, 0-dimensional: no value on the device is read."""
-    factor = 1 / (beta * (1 - beta)) if scaled and 0 < beta < 1 else 1.0
+    factor = 1 / unscaled(beta, scaled)
     if reduction == "mean":
         factor /= vocabulary
     if num_items is None and reduction in ("sum", "none"):

@@ -119,14 +119,15 @@ def _generalized_jsd(backend: str, slices: Slices, given: Arguments) -> Divergen
 
 
 def _divergence_sums(backend: str, slices: Slices, given: Arguments, normals: Tensor) -> DivergenceOutputs:
+    given = {**given, "cross_entropy_weight": 0.0}
     own = operators.generalized_jsd.operator.choose(backend, given, normals=normals, **ROWS)
     loss, center = _sum(gathered(torch.stack([own.loss, own.stats[4]]), slices))
     stats = torch.cat([normals.to(center.dtype), center.unsqueeze(0)])
-    return DivergenceOutputs(loss, stats, own.grad_student)
+    return DivergenceOutputs(loss, own.cross_entropy, stats, own.grad_student)
 
 
 def _jsd_gradient(backend: str, slices: Slices, given: Arguments) -> Tensor:
-    return _tensor(operators.generalized_jsd_backward.choose(backend, given))
+    return _tensor(operators.generalized_jsd_backward.choose(backend, given, cross_entropy_weight=0.0))
 
 
 def _sparse_divergence(backend: str, slices: Slices, given: Arguments) -> SparseOutputs:
@@ -224,7 +225,7 @@ def of_rows(
     else:
         found = SLICED[loss.name](backend, **given, **options, slices=layout.slices)
     results = found if isinstance(found, tuple) else (found,)
-    spread = [layout.rows(t, shape, stacked=i > 0) for i, t in enumerate(results)]
+    spread = [layout.rows(t, shape, stacked=t.dim() > len(shape)) for t in results]
     return tuple(spread) if isinstance(found, tuple) else spread[0]
 
 

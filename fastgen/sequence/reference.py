@@ -94,14 +94,24 @@ def generalized_jsd_loss(
     num_items: float | Tensor | None = None,
     ignore_index: int = IGNORE_INDEX,
     return_entropy: bool = False,
+    cross_entropy_weight: float = 0.0,
+    return_cross_entropy: bool = False,
 ) -> Any:
     """``beta KL(P‖M) + (1 - beta) KL(Q‖M)``, ``M = beta P + (1 - beta) Q``; KL(P‖Q) at beta = 0, KL(Q‖P) at 1."""
     vocabulary = min(student_logits.shape[-1], teacher_logits.shape[-1])
     log_q, log_p = (log_softmax(t[..., :vocabulary], temperature) for t in (student_logits, teacher_logits.detach()))
     rows = _divergence(log_q, log_p, beta, scaled)
-    counted = _counted(rows, labels, mask, ignore_index)
+    counted, others = _counted(rows, labels, mask, ignore_index), []
+    if return_entropy:
+        others.append(entropy(student_logits, counted, temperature))
+    if cross_entropy_weight != 0:
+        assert labels is not None
+        hard = -picked_logprob(student_logits, labels, 1.0, ignore_index)
+        rows = rows + cross_entropy_weight * hard
+        if return_cross_entropy:
+            others.append(hard.detach())
     loss = _reduced(rows, counted, weight, num_items, reduction, vocabulary)
-    return (loss, entropy(student_logits, counted, temperature)) if return_entropy else loss
+    return (loss, *others) if others else loss
 
 
 def _divergence(log_q: Tensor, log_p: Tensor, beta: float, scaled: bool) -> Tensor:
@@ -223,31 +233,17 @@ def linear_generalized_jsd_loss(
     teacher_softcap: float | None = None,
     token_weight: Tensor | None = None,
     num_valid: int | None = None,
-    cross_entropy_weight: float = 0.0,
-    return_cross_entropy: bool = False,
     round_logits: bool = False,
     max_chunk_bytes: int = 0,
     **options: Any,
 ) -> Any:
-    """`generalized_jsd_loss` of the logits ``hidden weightᵀ + bias``, and their cross-entropy with the labels."""
+    """`generalized_jsd_loss` of the logits ``hidden weightᵀ + bias``."""
     with torch.no_grad():
         teacher_logits = linear_logits(teacher_hidden, teacher_weight, teacher_bias, round_logits)
         teacher_logits = transformed(teacher_logits, teacher_logit_scale, teacher_softcap)
     student_logits = linear_logits(student_hidden, student_weight, student_bias, round_logits)
     student_logits = transformed(student_logits, logit_scale, softcap)
-    found = generalized_jsd_loss(student_logits, teacher_logits, labels, weight=token_weight, **options)
-    if cross_entropy_weight == 0:
-        return found
-    assert labels is not None
-    ignore_index = options.get("ignore_index", IGNORE_INDEX)
-    tokens = masked(labels, options.get("mask"), ignore_index)
-    rows = -token_logprob(student_logits, tokens, ignore_index=ignore_index)
-    reduction, vocabulary = options.get("reduction", "batchmean"), min(student_weight.shape[0], teacher_weight.shape[0])
-    counted = tokens != ignore_index
-    entropy = _reduced(rows, counted, token_weight, options.get("num_items"), reduction, vocabulary)
-    loss, *others = found if isinstance(found, tuple) else (found,)
-    results = (loss + cross_entropy_weight * entropy, *others, *((rows.detach(),) if return_cross_entropy else ()))
-    return results if len(results) > 1 else results[0]
+    return generalized_jsd_loss(student_logits, teacher_logits, labels, weight=token_weight, **options)
 
 
 def linear_sparse_divergence_loss(

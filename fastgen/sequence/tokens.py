@@ -115,14 +115,12 @@ def token_logprob(
         )
     if layout is None:
         tokens = reference.masked(tokens, mask, ignore_index)
-        logprob = operators.token_logprob(
-            backend, logits=logits, tokens=tokens, temperature=temperature, ignore_index=ignore_index
-        )
+        logprob = logprob_of(backend, None, logits, tokens, temperature, ignore_index)
         if not return_entropy:
             return logprob
         return logprob, operators.entropy(backend, logits, tokens, temperature, ignore_index)
     tokens = tokens_of(layout, tokens, mask, ignore_index)
-    logprob = divided_logprob(backend, layout, logits, tokens, temperature, ignore_index)
+    logprob = logprob_of(backend, layout, logits, tokens, temperature, ignore_index)
     if not return_entropy:
         return logprob
     return logprob, parallel.entropy_of_rows(backend, layout, logits, tokens, temperature, ignore_index)
@@ -136,12 +134,15 @@ def tokens_of(layout: Layout, tokens: Tensor, mask: Tensor | None, ignore_index:
     return reference.masked(spread, mask, ignore_index)
 
 
-def divided_logprob(
-    backend: str, layout: Layout, logits: Tensor, tokens: Tensor, temperature: float, ignore_index: int
+def logprob_of(
+    backend: str, layout: Layout | None, logits: Tensor, tokens: Tensor, temperature: float, ignore_index: int
 ) -> Tensor:
     options: dict[str, Any] = {"temperature": temperature, "ignore_index": ignore_index}
-    found = parallel.of_rows(
-        operators.token_logprob, backend, layout, {"logits": logits}, {"tokens": tokens}, **options
-    )
+    if layout is None:
+        found = operators.token_logprob(backend, logits=logits, tokens=tokens, **options)
+    else:
+        found = parallel.of_rows(
+            operators.token_logprob, backend, layout, {"logits": logits}, {"tokens": tokens}, **options
+        )
     assert isinstance(found, Tensor)
     return found
