@@ -2,13 +2,16 @@
 
     python examples/fashion ddgan
 
-The generator guesses x0 from x_t, noise and the class, `posterior_sample` draws x_{t-1} from the guess, and a
+The generator guesses x0 from x_t, a latent z and the class, `posterior_sample` draws x_{t-1} from the guess, and a
 discriminator that knows t and the class tells these pairs (x_{t-1}, x_t) from those of `diffuse_pair`. With one step
-that is an ordinary GAN. Both train for as many steps, with `discriminator_loss`, `generator_loss` and lazy
-`r1_penalty`.
+that is an ordinary GAN. Both generators start as the base, which guesses the mean of all x0 that x_t may come from, and
+is so blurred as it needs many steps: what the discriminator teaches is to guess one of them. Both train for as many
+steps, with `discriminator_loss`, `generator_loss` and lazy `r1_penalty`.
 """
 
 from __future__ import annotations
+
+import copy
 
 import torch
 from common import Table, Trainer
@@ -16,25 +19,31 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fashion.data import CLASSES, SIDE
-from fashion.networks import UNet
+from fashion.networks import HIGHEST, Denoiser, zero
 from fashion.study import IN_PICTURES, Panels, Study, options
 from fastgen import NoiseSchedule, diffuse_pair, discriminator_loss, generator_loss, posterior_sample, r1_penalty
 
-STEPS, BATCH, LR, EMA, GAMMA, EVERY = 500, 64, 5e-4, 0.99, 0.1, 8
+STEPS, BATCH, EMA, GAMMA, EVERY, LATENT = 400, 32, 0.98, 1.0, 8, 32
+LR, CRITIC_LR, ALONE = 2e-5, 5e-4, 0.25  # of the steps the discriminator, which starts from nothing, learns alone
 TITLE = "Samples against the test split"
 
 
 class Generator(nn.Module):
-    """x0 = G(x_t, z, t, class), with a second image of noise for z."""
+    """x0 = G(x_t, z, t, class): the base, where a small network maps z to a part of what conditions all blocks."""
 
-    def __init__(self, steps: int) -> None:
+    def __init__(self, base: Denoiser, schedule: NoiseSchedule, steps: int) -> None:
         super().__init__()
-        self.net, self.steps = UNet(inputs=2, width=32), steps
-        for parameter in self.net.out[2].parameters():
-            nn.init.normal_(parameter, std=0.02)  # not 0: all images would begin the same
+        self.denoiser = copy.deepcopy(base)
+        self.map = nn.Sequential(nn.Linear(LATENT, 128), nn.SiLU(), nn.Linear(128, 128))
+        zero(self.map[2])
+        t = torch.arange(steps + 1)
+        alpha, self.sigma = schedule.alpha_t(t).float(), schedule.sigma_t(t).float()
+        self.level = (self.sigma / alpha).clamp(max=HIGHEST)  # beyond it the base has seen none
 
     def forward(self, x_t: Tensor, z: Tensor, t: Tensor, label: Tensor) -> Tensor:
-        return torch.tanh(self.net(torch.cat([x_t, z], 1), t / self.steps, label)[0])
+        level, sigma = (v.to(t.device)[t] for v in (self.level, self.sigma))
+        noisy = x_t * (level / sigma)[:, None, None, None]
+        return self.denoiser.with_features(noisy, level, label, self.map(z))[0].clamp(-1, 1)
 
 
 class Discriminator(nn.Module):
@@ -60,13 +69,14 @@ class DenoisingGAN:
         torch.manual_seed(seed)  # for the initial weights; all else draws from an explicit generator
         self.steps, self.gen, self.schedule = steps, torch.Generator().manual_seed(seed), NoiseSchedule.ddgan(steps)
         betas = (0.5, 0.9)
-        self.generator = Trainer(Generator(steps).to(study.device), LR, 1, EMA, betas)
+        start = Generator(study.base, self.schedule, steps).to(study.device)
+        self.generator = Trainer(start, LR, 10, EMA, betas, decay_steps=study.steps(round(STEPS * (1 - ALONE))))
         self.discriminator = Discriminator(steps).to(study.device)
-        self.opt = torch.optim.Adam(self.discriminator.parameters(), lr=LR, betas=betas)
+        self.opt = torch.optim.Adam(self.discriminator.parameters(), lr=CRITIC_LR, betas=betas)
 
     def denoise(self, generator: nn.Module, x_t: Tensor, t: Tensor, label: Tensor, gen: torch.Generator) -> Tensor:
         """x_{t-1} from the generator's guess of x0; the last step is the guess itself."""
-        z = torch.randn(x_t.shape, generator=gen).to(x_t.device)
+        z = torch.randn(len(x_t), LATENT, generator=gen).to(x_t.device)
         noise = torch.randn(x_t.shape, generator=gen).to(x_t.device)
         return posterior_sample(self.schedule, generator(x_t, z, t, label), x_t, t, noise=noise)
 
@@ -75,7 +85,8 @@ class DenoisingGAN:
         first, second = (torch.randn(x0.shape, generator=self.gen).to(x0.device) for _ in range(2))
         return *diffuse_pair(self.schedule, x0, t, noise=(first, second)), t
 
-    def step(self, number: int, x0: Tensor, label: Tensor) -> None:
+    def step(self, number: int, x0: Tensor, label: Tensor, alone: bool) -> None:
+        """Of the discriminator, and of the generator where that is not `alone`."""
         x_s, x_t, t = self.pairs(x0)
         with torch.no_grad():
             fake = self.denoise(self.generator.model, x_t, t, label, self.gen)
@@ -88,6 +99,8 @@ class DenoisingGAN:
         self.opt.zero_grad()
         loss.backward()
         self.opt.step()
+        if alone:
+            return
         _, x_t, t = self.pairs(x0)
         fake = self.denoise(self.generator.model, x_t, t, label, self.gen)
         critic.requires_grad_(False)
@@ -112,9 +125,13 @@ def main(argv: list[str] | None = None) -> dict[str, Table]:
         shown: Panels = {"test images": study.real_panel()}
         for steps, name in ((1, "GAN, 1 step"), (4, "DDGAN, 4 steps")):
             gan = DenoisingGAN(steps, study, 100 * seed + steps)
-            for number in tqdm(range(study.steps(STEPS)), desc=name):
+            start = f"base, {name.partition(', ')[2]}"
+            table[start] = study.test.scores(gan.sample(wanted, seed), wanted)
+            shown[start] = gan.sample(IN_PICTURES.to(study.device), 0)
+            total = study.steps(STEPS)
+            for number in tqdm(range(total), desc=name):
                 rows = study.data.train.draw(study.batch(BATCH), gan.gen)
-                gan.step(number, rows.images, rows.labels)
+                gan.step(number, rows.images, rows.labels, number < ALONE * total)
             table[name] = study.test.scores(gan.sample(wanted, seed), wanted)
             shown[name] = gan.sample(IN_PICTURES.to(study.device), 0)
         if not panels:

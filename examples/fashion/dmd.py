@@ -197,8 +197,8 @@ def main(argv: list[str] | None = None) -> dict[str, Table]:
     methods = {
         "DMD, 1 step": Method(),
         "DMD2, 1 step": Method(adversarial=0.003),
-        "DMD2, 2 steps": Method(LEVELS[2], 240, adversarial=0.003),
-        "DMD2, 4 steps": Method(LEVELS[4], 240, adversarial=0.003),
+        "DMD2, 2 steps": Method(LEVELS[2], adversarial=0.003, lr=5e-5, ema=0.98),
+        "DMD2, 4 steps": Method(LEVELS[4], adversarial=0.003, lr=5e-5, ema=0.98),
     }
     study = Study(options("Distil a diffusion model of Fashion-MNIST into generators of few steps."), argv)
     return compare(study, methods, (1.0,), "Generators of few steps against the test split", "dmd")

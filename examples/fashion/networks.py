@@ -64,14 +64,15 @@ class UNet(nn.Module):
         # On a CPU a quarter faster in sampling, and what a GPU's convolutions like.
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def condition(self, level: Tensor, label: Tensor) -> Tensor:
-        """From any number that tells the noise level, of order 1, and the class."""
+    def condition(self, level: Tensor, label: Tensor, latent: Tensor | None = None) -> Tensor:
+        """From any number that tells the noise level, of order 1, the class, and what else there is [B, condition]."""
         angles = level[:, None] * self.frequencies
-        return F.silu(self.embed_noise(torch.cat([angles.cos(), angles.sin()], dim=1)) + self.embed_class(label))
+        found = self.embed_noise(torch.cat([angles.cos(), angles.sin()], dim=1)) + self.embed_class(label)
+        return F.silu(found if latent is None else found + latent)
 
-    def forward(self, x: Tensor, level: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, level: Tensor, label: Tensor, latent: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The output, and the 7x7 level's last features [B, 2 width, 7, 7]."""
-        condition = self.condition(level, label)
+        condition = self.condition(level, label, latent)
         early = self.before(self.inp(F.pixel_unshuffle(x, 2).contiguous(memory_format=torch.channels_last)), condition)
         h = self.down(early)
         for block in self.middle:
@@ -89,11 +90,13 @@ class Denoiser(nn.Module):
     def forward(self, noisy: Tensor, sigma: Tensor, label: Tensor) -> Tensor:
         return self.with_features(noisy, sigma, label)[0]
 
-    def with_features(self, noisy: Tensor, sigma: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+    def with_features(
+        self, noisy: Tensor, sigma: Tensor, label: Tensor, latent: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Also what a discriminator on this network sees, [B, 96, 7, 7]."""
         s = sigma[:, None, None, None]
         norm = (s**2 + SIGMA_DATA**2).sqrt()
-        out, features = self.net(noisy / norm, sigma.log() / 2, label)
+        out, features = self.net(noisy / norm, sigma.log() / 2, label, latent)
         return noisy * (SIGMA_DATA / norm) ** 2 + out * (s * SIGMA_DATA / norm), features
 
 

@@ -203,10 +203,11 @@ def generalized_jsd_loss(
     options["cross_entropy_weight"] = 0.0 if apart else hard_weight
     if layout is not None:
         logits = {"student": student_logits, "teacher": teacher_logits.detach()}
-        found = parallel.of_rows(operators.generalized_jsd, backend, layout, logits, {"labels": labels}, **options)
-        loss, hard = reduced(found[0], labels, weight, scale, reduction, ignore_index), found[1]
+        rows = parallel.of_rows(operators.generalized_jsd, backend, layout, logits, {"labels": labels}, **options)
+        loss = reduced(rows, labels, weight, scale, reduction, ignore_index)
     else:
-        loss, hard = operators.generalized_jsd(
+        shows = return_cross_entropy and not apart
+        found = (operators.jsd_and_cross_entropy if shows else operators.generalized_jsd)(
             backend,
             student=student_logits,
             teacher=teacher_logits,
@@ -216,6 +217,7 @@ def generalized_jsd_loss(
             reduction="none" if reduction == "none" or weight is not None else "sum",
             **options,
         )
+        loss, hard = found if shows else (found, None)
         if weight is not None:
             loss = reduced(loss, labels, weight, None, reduction, ignore_index)
     if apart:
@@ -231,5 +233,6 @@ def generalized_jsd_loss(
             else parallel.entropy_of_rows(backend, layout, *of_entropy)
         )
     if return_cross_entropy:
+        assert hard is not None
         others.append(hard.detach())
     return (loss, *others) if others else loss

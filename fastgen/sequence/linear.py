@@ -225,7 +225,7 @@ def run(loss: LinearLoss, backend: str, *heads: Head, **arguments: Any) -> Any:
 
 token_logprob = LinearLoss(operators.token_logprob, {"logits": "student_"}, ("tokens",))
 generalized_jsd = Distillation(
-    operators.generalized_jsd, {"student": "student_", "teacher": "teacher_"}, ("labels", "weight")
+    operators.jsd_and_cross_entropy, {"student": "student_", "teacher": "teacher_"}, ("labels", "weight")
 )
 sparse_divergence = LinearLoss(
     operators.sparse_divergence, {"student": "student_"}, ("teacher_logprobs", "teacher_ids", "labels", "weight")
