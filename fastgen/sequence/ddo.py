@@ -87,6 +87,9 @@ def sequence_ddo_loss(
     2410.09347) where "real" are images with their own label, "fake" the same images with another one, and rows whose
     label was dropped, or is the right one by chance, count as real.
 
+    Where the model still is the reference, fakes drawn from it (at temperature 1, unguided) have no mean gradient, and
+    the loss pulls by β / 2 of what NLL does: it starts with nothing to gain over a model that NLL cannot improve.
+
     Logits that a layer of bfloat16 has rounded are off by up to 0.016 nats a token where they spread with a standard
     deviation of 3, and Δ adds that up; take them from a float32 layer, or Δ from :func:`linear_token_logprob`.
 
