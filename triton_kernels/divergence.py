@@ -154,9 +154,7 @@ def _row(args, rows, row, normals, read, T: tl.constexpr):
     """(norms, numbers of the element, unit of the loss, what the gradient is times, center, normals).
 
     Logarithms of KL divergences are natural, those of mixtures of base 2, as is the center."""
-    center, hard = tl.zeros((), T), None
-    if args.hard is not None:
-        hard = _label(args.labels, args.hard, row, read, T)[2]
+    center = tl.zeros((), T)
     if normals is None:
         stats = args.stats + row
         normals = (tl.load(stats), tl.load(stats + rows)), (tl.load(stats + 2 * rows), tl.load(stats + 3 * rows))
@@ -164,7 +162,7 @@ def _row(args, rows, row, normals, read, T: tl.constexpr):
             (normals[0][0], tl.where(read, normals[0][1], 1.0)),
             (normals[1][0], tl.where(read, normals[1][1], 1.0)),
         )
-        center = tl.load(stats + 4 * rows) - _of_center(args, hard, T)
+        center = tl.load(stats + 4 * rows) - _of_center(args, row, read, T)
     slope, scale, temperature = number(args.slope, T), number(args.scale, T), number(args.temperature, T)
     factor = slope
     if args.grad is not None:
@@ -181,19 +179,23 @@ def _row(args, rows, row, normals, read, T: tl.constexpr):
         return norms, numbers, beta * LN2, factor * rest * LN2, center / LN2, normals
     else:
         norms = _norms(normals[0], normals[1], temperature, slope, 1.0, 1.0, T)
-        return norms, (scale, slope, hard), tl.full((), 1.0, T), factor, center, normals
+        numbers = scale, slope
+        if args.hard is not None:
+            numbers = scale, slope, _label(args.labels, args.hard, row, read, T)[2]
+        return norms, numbers, tl.full((), 1.0, T), factor, center, normals
 
 
 @triton.jit
-def _of_center(args, hard, T: tl.constexpr):
+def _of_center(args, row, read, T: tl.constexpr):
     """What is taken from the center for the map to add Q of a cross-entropy, as Q (a - center) + Q h is
     Q (a - (center - h)). The forward divergence has no center: its elements add it."""
-    if hard is None:
-        return 0.0
-    elif args.beta is None:
-        return hard
+    if args.hard is None:
+        return tl.zeros((), T)
     else:
-        return divide(hard, number(args.rest, T))
+        hard = _label(args.labels, args.hard, row, read, T)[2]
+        if args.beta is not None:
+            hard = divide(hard, number(args.rest, T))
+        return hard
 
 
 @triton.jit
@@ -221,7 +223,7 @@ def _kl_pair(constants, v):
 def _forward_element(constants, v):
     q, p, d, difference = _kl_pair(constants, v)
     part = difference
-    if constants[1][2] is not None:
+    if len(constants[1]) > 2:
         part += constants[1][2] * q
     return (part,), (tl.where(p == 0.0, 0.0, p * d) + difference,)
 
@@ -270,7 +272,7 @@ def _epilogue(args, rows, row, constants, sums, read, T: tl.constexpr):
     if args.beta is not None:
         stored = center * LN2
     if args.hard is not None:
-        center = stored - _of_center(args, _label(args.labels, args.hard, row, read, T)[2], T)
+        center = stored - _of_center(args, row, read, T)
         if args.beta is not None:
             center /= LN2
     stored = (normals[0][0], normals[0][1], normals[1][0], normals[1][1], stored)
