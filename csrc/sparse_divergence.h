@@ -5,7 +5,7 @@
 // is `outside` times its probability, but for the entries' own columns, which a scatter writes after the map.
 #pragma once
 
-#include "sequence.h"
+#include "generalized_jsd.h"
 
 namespace fastgen {
 
@@ -16,7 +16,7 @@ enum class Tail : int64_t { bucket, renormalize, none };
 constexpr double kRoundedMass = 1.0 / 32;
 
 // One category of two distributions: Q - P, Q, the slope h (of log Q in the sum that the divergence is, up to what
-// cancels) and the loss, as JsdElement of sequence.h has them.
+// cancels) and the loss, as JsdElement of generalized_jsd.h has them.
 template <class T>
 struct Category {
   T difference, q, slope, loss;

@@ -33,7 +33,7 @@ one_report, one_emulator = pytest.mark.xdist_group("report"), pytest.mark.xdist_
 def report(request):
     if request.param == "every":
         return aot_cuda.cuda_report()
-    return aot_cuda.cuda_report(("90a",), "^(elbo|sequence)")
+    return aot_cuda.cuda_report(("90a",), "^(elbo|sequence|generalized_jsd)")
 
 
 def registers(kernel):

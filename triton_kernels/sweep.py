@@ -1,6 +1,6 @@
 """The skeleton for rows of logits: sweeps over long rows in 16-byte pieces, and an online log-sum-exp.
 
-The counterpart of ``csrc/sequence.h`` and ``csrc/skeleton/sweep.h``. A family brings ``@triton.jit`` functions:
+The counterpart of ``csrc/skeleton/sweep.h``. A family brings ``@triton.jit`` functions:
 
     ignored(args, row) -> bool                      the row is not read; its output is 0
     row(args, rows, row, normals, read, T) -> constants         of a row
