@@ -3,9 +3,9 @@
 Logits are [..., V]; what there is one of per row (tokens, labels, log-probabilities) has the shape before V. The last
 dimension is dense or copied once; leading dimensions may have any strides, and a gradient is always contiguous. Scalars
 of rows are float32 (float64 where logits are). The kernels are in ``csrc/sequence.h``, ``csrc/generalized_jsd.h``,
-``csrc/sparse_divergence.h`` and ``triton_kernels/sequence.py``. With m the maximum of a row's logits, its ``stats`` are m
-and ``sum = Σ exp((logit - m) / temperature)``: m plus the logarithm of the sum would round what logits of 10 000 leave
-after the comma. Rows that are ignored are not read; their results, stats and gradients are 0.
+``csrc/sparse_divergence.h`` and ``triton_kernels/sequence.py``. With m the maximum of a row's logits, its ``stats``
+are m and ``sum = Σ exp((logit - m) / temperature)``: m plus the logarithm of the sum would round what logits of 10 000
+leave after the comma. Rows that are ignored are not read; their results, stats and gradients are 0.
 """
 
 from __future__ import annotations
