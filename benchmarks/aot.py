@@ -99,6 +99,7 @@ class Launch:
     moved_bytes: int = 0
     floor_bytes: int = 0
     steps: str = ""  # of a sweep over logits
+    element_bytes: int = 0  # the same: of all inputs
 
     @staticmethod
     def of(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> Launch:
@@ -117,7 +118,8 @@ class Launch:
         if not sweeps:
             return Launch(kernel, steps=steps)
         moved, floor = _bytes(inputs) * sweeps + _bytes(written), _bytes((*inputs, *outs))
-        return Launch(kernel, S.LANES * S.TILES * S.WIDTH, inputs * sweeps, written, moved, floor, steps)
+        tile = S.LANES * S.TILES * S.WIDTH
+        return Launch(kernel, tile, inputs * sweeps, written, moved, floor, steps, _bytes(inputs))
 
     @staticmethod
     def _rowwise(kernel: Any, name: str, args: tuple[Any, ...], constants: dict[str, Any]) -> Launch:
@@ -130,11 +132,29 @@ class Launch:
         tile = constants["BLOCK"] * (constants["RANKS"] if name == "held_groups" else 1)
         return Launch(kernel, tile, wide, written, _bytes((*reads, *written)), _bytes((*streams, *outs)))
 
-    def narrow(self, accesses: dict[int, int], tensors: Streams) -> int:
-        """Of the bytes per element of one sweep over each of `tensors`, those that 16-byte accesses do not move."""
+    def turns(self, function: sass.Function) -> list[sass.Loop]:
+        """The loops over the tiles of a row; code without one, which sees each element once, as a whole. Of a sweep
+        over logits those that most elements take: not those of a block that is not full."""
+        turns = [turn for turn in function.loops if turn.loads or turn.stores] or [function.whole]
+        full = [turn for turn in turns if turn.loads and not turn.guarded]
+        return full if self.element_bytes and full else turns
+
+    def elements(self, turn: sass.Loop) -> float:
+        """Of a thread, in one turn of a loop: the compiler may have unrolled it."""
+        if self.element_bytes and turn.loads:
+            return sum(width * n for width, n in turn.loads.items()) / self.element_bytes
+        return self.tile / (32 * self.kernel.metadata.num_warps)
+
+    def narrow(self, function: sass.Function, accesses: dict[int, int], what: str) -> int:
+        """Of the bytes per element of one sweep over each tensor that it `what`, "loads" or "stores", those that
+        16-byte accesses do not move."""
         if not self.tile:
             return 0
+        if self.element_bytes:
+            narrow = [w * n for turn in self.turns(function) for w, n in getattr(turn, what).items() if w < 16]
+            return sum(narrow)
         moved = sum(width * n for width, n in accesses.items() if width >= 16)
+        tensors = self.reads if what == "loads" else self.writes
         return _bytes(tensors) - moved * 32 * self.kernel.metadata.num_warps // self.tile
 
 
@@ -315,8 +335,8 @@ def _report(launch: Launch, variant: str, arch: int) -> Report:
         instructions=len(function.code),
         loads=loads,
         stores=stores,
-        narrow_reads=launch.narrow(loads, launch.reads),
-        narrow_writes=launch.narrow(stores, launch.writes) if launch.writes else 0,
+        narrow_reads=launch.narrow(function, loads, "loads"),
+        narrow_writes=launch.narrow(function, stores, "stores") if launch.writes else 0,
         moved_bytes=launch.moved_bytes,
         floor_bytes=launch.floor_bytes,
         resident_threads=sass.resident_threads(usage["REG"], 32 * kernel.metadata.num_warps, kernel.metadata.shared),
@@ -327,12 +347,10 @@ def _report(launch: Launch, variant: str, arch: int) -> Report:
 
 
 def _loops(function: sass.Function, launch: Launch) -> list[tuple[float, float, float, float]]:
-    """For every loop over the tiles of a row, and for code without one, which sees each element once, as a whole."""
     if not launch.tile:
         return []
-    each = launch.tile / (32 * launch.kernel.metadata.num_warps)  # elements of a thread
-    turns = [turn for turn in function.loops if turn.loads or turn.stores] or [function.whole]
-    return [(t.issued / each, t.special / each, t.conversions / each, t.long / each) for t in turns]
+    turns = [(turn, launch.elements(turn)) for turn in launch.turns(function)]
+    return [(t.issued / n, t.special / n, t.conversions / n, t.long / n) for t, n in turns]
 
 
 def _columns(accesses: dict[int, int]) -> str:

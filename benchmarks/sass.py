@@ -53,9 +53,10 @@ class Loop:
     special: int  # MUFU: exponentials, logarithms, reciprocals, roots
     conversions: int
     long: int  # of 64-bit integers
-    loads: dict[int, int]  # width in bytes -> global loads; predicated ones among them
+    loads: dict[int, int]  # width in bytes -> global loads, predicated ones among them
     shared: int  # bytes a thread reads of shared memory
     stores: dict[int, int]
+    guarded: bool  # a global load is predicated: of a block that is not full
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,7 @@ class Function:
             widths("LDG"),
             sum(w * n for w, n in widths("LDS").items()),
             widths("STG"),
+            any(i.opcode.startswith("LDG") and i.predicate is not None for i in turn),
         )
 
 

@@ -31,13 +31,14 @@ Found = dict[str, dict[str, float]]  # workload -> candidate -> microseconds
 
 
 def _loss(name: str, inputs: Inputs) -> None:
-    p, q, y = inputs[0].detach().requires_grad_(), inputs[1], inputs[2]
+    p, q, y, is_real, tokens = inputs
+    p = p.detach().requires_grad_()
     if name == "ddo":
-        loss = fastgen.ddo_loss(p, q, y, torch.arange(len(p), device=p.device) % 2 == 0)
+        loss = fastgen.ddo_loss(p, q, y, is_real)
     elif name == "jsd":
         loss = fastgen.generalized_jsd_loss(p, q)
     else:
-        loss = fastgen.token_logprob(p, torch.arange(len(p), device=p.device)).sum()
+        loss = fastgen.token_logprob(p, tokens).sum()
     loss.backward()
 
 
@@ -58,7 +59,12 @@ WORK: dict[str, tuple[Callable[[Inputs], None], tuple[int, ...]]] = {
 
 def _microseconds(name: str, dtype: torch.dtype) -> float:
     work, shape = WORK[name]
-    pool = input_pool(lambda: [torch.randn(shape, device="cuda").to(dtype) for _ in range(3)], "cuda")
+    number = torch.arange(shape[0], device="cuda")
+
+    def make() -> list[Tensor]:
+        return [torch.randn(shape, device="cuda").to(dtype) for _ in range(3)] + [number % 2 == 0, number]
+
+    pool = input_pool(make, "cuda")
     return measure({name: work}, pool, "cuda", rounds=7)[name].median * 1e6
 
 

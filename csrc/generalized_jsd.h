@@ -32,8 +32,8 @@ struct JsdRow {
   T student_offset, teacher_offset;  // one of them is 0
   Origin<T> student, teacher;
   T shift;   // of log P - log Q: maxima without the offsets / temperature + the logarithms of the sums
-  T student_share, teacher_share;  // what exponentials are times
-  T coefficient, center;  // of the gradient; center: to the base of d
+  T student_share, teacher_share;  // what exponentials are times: of a row's sums and of its map, all at once
+  T coefficient, center;  // of the gradient, with its share; center: to the base of d
   T hard;                 // with labels: times Q in the forward one's
 };
 
@@ -61,14 +61,16 @@ FASTGEN_HD T exact_offset(T high, T low, T inverse_temperature) {
 //
 // kWithLabels: the forward one's gradient has a multiple of Q besides, of a cross-entropy (Labels).
 //
-// In the loss Q - P, which sums to 0, makes every summand non-negative and cancels what the rounding of the sums adds.
-// 0 log 0 = 0. Between the ends of beta all logarithms are to the device's base. There log M is taken over that of the
+// In the loss Q - P, which sums to 0, makes what belongs to an element non-negative and cancels what the rounding of the
+// sums adds. 0 log 0 = 0. Between the ends of beta all logarithms are to the device's base. There log M is taken over that of the
 // two which weighs more, as d then is: log M over the other is a difference from d, of which a small weight leaves much.
 template <class T, Divergence D, bool kWithLabels = false>
 struct JsdElement {
-  static constexpr int kParts = D == Divergence::forward ? 1 : 2;  // Q - P; or Q and a
+  static constexpr int kParts = D == Divergence::forward ? 1 : 2;  // Q - P; or Q's exponential and a
+  static constexpr int kSums = 2;  // Σ P d and Σ Q - P; Σ Q a and that; Σ P (d + a) and Σ Q a; of exponentials
   static constexpr bool kMixed = D == Divergence::mixed;
   static constexpr double kLog = kMixed ? Base::kLog : 1;  // of what logarithms here are to
+  static constexpr T kFar = T(1e20);  // beyond any of a probability, and products with what gradients are times
   T beta, rest, odds;  // (1 - beta) / beta, as the loss is summed over beta
   LogMixture<T> mixture;
   T sign, of_teacher, of_student;  // of d; whether log M is over P, as 0 and 1; whether over Q
@@ -96,39 +98,48 @@ struct JsdElement {
     const T student_offset = teacher_moves ? T(0) : -above, teacher_offset = teacher_moves ? above : T(0);
     s -= student_offset, t -= teacher_offset;
     const T shift = (t - s) * scale_of_d + sign * std::log(teacher.sum / student.sum) * T(1 / kLog);
-    return {student_offset, teacher_offset, of_s, of_t, shift, student_share, teacher_share, coefficient * T(kLog),
-            center * T(1 / kLog), T(0)};
+    const T of_map = D == Divergence::forward ? T(1) : student_share;
+    return {student_offset, teacher_offset, of_s, of_t, shift, student_share, teacher_share,
+            coefficient * T(kLog) * of_map, center * T(1 / kLog), T(0)};
   }
 
   FASTGEN_HD void element(const JsdRow<T>& row, const T* v, T* parts, T* sums) const {
-    const T q = Base::power(row.student.from(v[0])) * row.student_share;
-    const T p = Base::power(row.teacher.from(v[1])) * row.teacher_share;
+    const T of_q = Base::power(row.student.from(v[0])), of_p = Base::power(row.teacher.from(v[1]));
     const T d = ((v[1] - row.teacher_offset) - (v[0] - row.student_offset)) * scale_of_d - row.shift;
     if constexpr (kMixed) {
       // NaN too, of two logits of -inf. What is beyond has as good as no probability in one of the two, and would round
       // the logarithm of the other's.
       const T bounded = at_most(at_least(d, -Base::kMost<T>), Base::kMost<T>);
-      const T m = mixture.log(bounded), a = of_teacher * bounded - m, of_q = q * a;
-      parts[0] = q, parts[1] = a;
-      sums[0] += p * (of_student * bounded - m) + odds * of_q, sums[1] += of_q;
+      const T m = mixture.log(bounded), a = of_teacher * bounded - m;
+      parts[0] = of_q, parts[1] = a;
+      sums[0] += of_p * (of_student * bounded - m), sums[1] += of_q * a;
     } else {
-      const T difference = std::abs(d) < T(kNear) ? -q * expm1_near(d) : q - p;  // Q - P
+      const T q = of_q * row.student_share;
+      const T difference = std::abs(d) < T(kNear) ? -q * expm1_near(d) : q - of_p * row.teacher_share;  // Q - P
+      sums[1] += difference;
       if constexpr (D == Divergence::forward) {
         parts[0] = kWithLabels ? difference + row.hard * q : difference;
-        sums[0] += p == T(0) ? difference : p * d + difference;
+        sums[0] += of_p * at_least(d, -kFar);  // not -inf, nor NaN of two logits of -inf
       } else {
-        const T a = q == T(0) ? T(0) : -d;
-        parts[0] = q, parts[1] = a;
-        sums[0] += q * a - difference, sums[1] += q * a;
+        const T a = -at_most(d, kFar);
+        parts[0] = of_q, parts[1] = a;
+        sums[0] += of_q * a;
       }
     }
   }
 
-  FASTGEN_HD T loss(const T* sums) const { return (kMixed ? beta * T(kLog) : T(1)) * sums[0]; }
+  FASTGEN_HD T center(const JsdRow<T>& row, const T* sums) const {
+    return D == Divergence::forward ? T(0) : row.student_share * sums[kMixed ? 1 : 0];
+  }
+  FASTGEN_HD T loss(const JsdRow<T>& row, const T* sums) const {
+    if constexpr (kMixed) return beta * T(kLog) * (row.teacher_share * sums[0] + odds * center(row, sums));
+    else if constexpr (D == Divergence::forward) return row.teacher_share * sums[0] + sums[1];
+    else return center(row, sums) - sums[1];
+  }
 
   FASTGEN_HD T gradient(const JsdRow<T>& row, const T* parts) const {
     if constexpr (D == Divergence::forward) return row.coefficient * parts[0];
-    else return row.coefficient * (parts[0] * (parts[1] - row.center));
+    else return parts[0] * (parts[1] * row.coefficient - row.center * row.coefficient);  // the latter once a row
   }
 
   FASTGEN_HD T gradient_scale() const { return (kMixed ? rest : T(1)) * inverse_temperature; }
@@ -191,7 +202,7 @@ struct Labels {
 
 template <class T, Divergence D, bool kWithLabels>
 struct GeneralizedJsd {
-  static constexpr int kStreams = 2, kSums = JsdElement<T, D>::kParts, kParts = kSums;
+  static constexpr int kStreams = 2, kSums = JsdElement<T, D>::kSums, kParts = JsdElement<T, D>::kParts;
   static constexpr bool kNormalizes = true, kMapsAtOnce = D == Divergence::forward;
   struct Row {
     JsdRow<T> of;
@@ -216,9 +227,9 @@ struct GeneralizedJsd {
   }
   FASTGEN_HD void element(const Row& row, const T* v, T* parts, T* sums) const { of.element(row.of, v, parts, sums); }
   FASTGEN_HD void epilogue(int64_t row, Row& constants, const T* sums) const {
-    constants.of.center = D == Divergence::forward ? T(0) : sums[1];
+    constants.of.center = of.center(constants.of, sums);
     const T hard = labels.cross_entropy(row, constants.student);
-    results.loss[row] = (scale ? *scale : T(1)) * (of.loss(sums) + labels.weight * hard);
+    results.loss[row] = (scale ? *scale : T(1)) * (of.loss(constants.of, sums) + labels.weight * hard);
     results.cross_entropy[row] = hard;
     results.stats.store(row, constants.student, constants.teacher, constants.of.center * T(of.kLog));
     if constexpr (D != Divergence::forward) of.add_labels(constants.of, labels.weight_of(row));

@@ -18,12 +18,13 @@ import triton.language as tl
 from torch import Tensor
 
 from . import rowwise, scalar
-from .scalar import NEAR, divide, expm1, expm1_near, log2_fast, number, rounded
+from .scalar import NEAR, divide, expm1, expm1_near, fused, log2_fast, number, origin, rounded
 from .sweep import LOG2E, LogitRows, SweepFormula, SweepFunctions, sweep, sweep_map
 from .tiles import both, row_start
 
 LN2 = tl.constexpr(math.log(2))
 NEAR2 = tl.constexpr(NEAR.value / math.log(2))
+FAR = tl.constexpr(1e20)  # beyond any logarithm of a probability, and products with what gradients are times
 TERMS = 5
 ROWS_AT_ONCE = 128  # of a program that writes one element a row
 
@@ -53,8 +54,9 @@ class DivergenceArgs(NamedTuple):
     beta: Any  # None at the ends
     rest: Any  # 1 - β
     odds: Any  # that / β: a mixed loss is summed over β
-    over_p: Any  # 1 where log M is taken over P, which weighs more, and d with it; else 0, and it is over Q
+    over_p: Any  # True where log M is taken over P, which weighs more, and d with it; else None, and it is over Q
     terms: Any  # of log2 M/Q in log2 P/Q, near 0; or of M/P in Q/P
+    narrow: bool | None  # True where two logits' difference is exact in float32, but for tiny ones beside large ones
 
 
 def mixture_terms(beta: float) -> list[float]:
@@ -88,13 +90,15 @@ def _args(
     numbers = [scalar.argument(x, dtype) for x in (1 / temperature, LOG2E.value / temperature, temperature)]
     mixture: tuple[Any, ...] = (None, None, None, None, None)
     if beta not in (0, 1):
+        mixture = tuple(scalar.argument(x, dtype) for x in (beta, 1 - beta, (1 - beta) / beta))
         # Of the other's logarithm over M, a difference from d, a small weight leaves much.
-        numbers_of_beta = beta, 1 - beta, (1 - beta) / beta, float(beta > 0.5)
-        mixture = tuple(scalar.argument(x, dtype) for x in numbers_of_beta)
+        mixture += (True if _over_p(beta) else None,)
         mixture += (tuple(scalar.argument(x, dtype) for x in mixture_terms(min(beta, 1 - beta))),)
     labels = None if labels is None else labels.contiguous()
     of_rows = factor, grad, loss, stats.contiguous()
-    return DivergenceArgs(labels, ignore_index, hard, cross_entropy, *of_rows, *numbers, *mixture)
+    narrow = all(t.element_size() == 2 for t in rows.data[:2])
+    args = labels, ignore_index, hard, cross_entropy, *of_rows, *numbers, *mixture
+    return DivergenceArgs(*args, True if narrow else None)
 
 
 @triton.jit
@@ -130,28 +134,32 @@ def _exact_offset(high, low, temperature):
 
 
 @triton.jit
-def _norms(student, teacher, temperature, unit, sign, LOG: tl.constexpr, T: tl.constexpr):
-    """Of two normalizers, what :func:`_pair` takes: offset, largest logit and 1 / sum, of Q then of P, and how much
-    smaller log P, times `sign`, is for equal logits without the offsets, where a logit counts `unit` and logarithms are
-    over LOG.
+def _norms(student, teacher, scale, temperature, unit, sign, LOG: tl.constexpr, NARROW: tl.constexpr, T: tl.constexpr):
+    """Of two normalizers, what :func:`_pair` takes, and what exponentials of Q and of P are times, 1 / sum. Logarithms
+    of probabilities count `unit` a logit, `sign` times what they are over LOG.
 
-    What the one row lies above the other means nothing. The offsets, of which one is 0, take it from the row of the
-    larger logits. Of the sums it takes one logarithm: the difference of two of some 10 would round it.
+    What the one row lies above the other means nothing. It is taken from the row of the larger logits; of two rows of
+    16 bits (NARROW) from the differences, which are as exact. Of the sums it takes one logarithm: the difference of two
+    of some 10 would round it.
     """
     of_teacher = tl.abs(teacher[0]) > tl.abs(student[0])
     above = _exact_offset(teacher[0], student[0], temperature)
     s, t = tl.where(of_teacher, 0.0, -above), tl.where(of_teacher, above, 0.0)
     shift = ((teacher[0] - t) - (student[0] - s)) * unit - sign * tl.log(divide(student[1], teacher[1])) / LOG
-    one = tl.full((), 1.0, T)
-    t_share = divide(one, teacher[1])
-    # NaN with the teacher's. Origins: of a row of -inf, 0.
-    s_share = divide(one, student[1]) + (t_share - t_share)
-    return s, student[0], s_share, t, teacher[0], t_share, shift
+    offsets = s, t
+    if NARROW:
+        offsets = (above,)
+    s_scale, s_base, s_factor = origin(student[0], scale)
+    t_scale, t_base, t_factor = origin(teacher[0], scale)
+    t_share = divide(t_factor, teacher[1])
+    s_share = divide(s_factor, student[1]) + (t_share - t_share)  # NaN with the teacher's
+    return (s_scale, s_base, t_scale, t_base, unit, shift, offsets), (s_share, t_share)
 
 
 @triton.jit
 def _row(args, rows, row, normals, read, T: tl.constexpr):
-    """(norms, numbers of the element, unit of the loss, what the gradient is times, center, normals).
+    """(what makes pairs, shares, numbers of the element, unit of the loss, what the gradient is times, center,
+    normals).
 
     Logarithms of KL divergences are natural, those of mixtures of base 2, as is the center."""
     center = tl.zeros((), T)
@@ -170,19 +178,19 @@ def _row(args, rows, row, normals, read, T: tl.constexpr):
     if args.factor is not None:
         factor *= tl.load(args.factor)
     if args.beta is not None:
-        beta, rest, odds = number(args.beta, T), number(args.rest, T), number(args.odds, T)
-        over_p = number(args.over_p, T)
-        sign = 1.0 - 2.0 * over_p
-        norms = _norms(normals[0], normals[1], temperature, scale * sign, sign, LN2, T)
+        beta, rest = number(args.beta, T), number(args.rest, T)
+        sign = 1.0 if args.over_p is None else -1.0
+        unit = scale * sign
+        pair, shares = _norms(normals[0], normals[1], scale, temperature, unit, sign, LN2, args.narrow is not None, T)
         terms = [number(args.terms[i], T) for i in (0, 1, 2, 3, 4)]
-        numbers = scale, scale * sign, tl.minimum(beta, rest), tl.maximum(beta, rest), odds, over_p, terms
-        return norms, numbers, beta * LN2, factor * rest * LN2, center / LN2, normals
+        numbers = tl.minimum(beta, rest), tl.maximum(beta, rest), terms
+        return pair, shares, numbers, beta * LN2, factor * rest * LN2, center / LN2, normals
     else:
-        norms = _norms(normals[0], normals[1], temperature, slope, 1.0, 1.0, T)
-        numbers = scale, slope
+        pair, shares = _norms(normals[0], normals[1], scale, temperature, slope, 1.0, 1.0, args.narrow is not None, T)
+        numbers = ()
         if args.hard is not None:
-            numbers = scale, slope, _label(args.labels, args.hard, row, read, T)[2]
-        return norms, numbers, tl.full((), 1.0, T), factor, center, normals
+            numbers = (_label(args.labels, args.hard, row, read, T)[2],)
+        return pair, shares, numbers, tl.full((), 1.0, T), factor, center, normals
 
 
 @triton.jit
@@ -199,64 +207,107 @@ def _of_center(args, row, read, T: tl.constexpr):
 
 
 @triton.jit
-def _pair(norms, scale, unit, v):
-    """Q, P and d = log P - log Q of a pair of logits, or -d where `unit` is negative. Where |d| is small no digits
-    cancel: logits of close models subtract exactly. Q and P have exponentials of their own, for nothing to overflow."""
-    s_offset, s_largest, s_share, t_offset, t_largest, t_share, shift = norms
-    q = tl.exp2((v[0] - s_largest) * scale) * s_share
-    p = tl.exp2((v[1] - t_largest) * scale) * t_share
-    return q, p, ((v[1] - t_offset) - (v[0] - s_offset)) * unit - shift
+def _pair(pair, v):
+    """Exponentials of a pair of logits, which their shares make Q and P, and d = log P - log Q, or -d where its unit is
+    negative. Where |d| is small no digits cancel: logits of close models subtract exactly. Q and P have exponentials of
+    their own, for nothing to overflow."""
+    s_scale, s_base, t_scale, t_base, unit, shift, _ = pair
+    d = fused(_gap(pair, v), unit, -shift)
+    return tl.exp2(fused(v[0], s_scale, -s_base)), tl.exp2(fused(v[1], t_scale, -t_base)), d
 
 
 @triton.jit
-def _kl_pair(constants, v):
-    """Q, P, d and Q - P, which sums to 0, makes every share of a KL divergence non-negative and cancels what the
-    rounding of the sums adds."""
-    q, p, d = _pair(constants[0], constants[1][0], constants[1][1], v)
-    difference = q - p
+def _gap(pair, v):
+    """What the teacher's logit lies above the student's, less what its row does."""
+    offsets = pair[6]
+    if len(offsets) == 1:
+        return (v[1] - v[0]) - offsets[0]
+    else:
+        return (v[1] - offsets[1]) - (v[0] - offsets[0])
+
+
+@triton.jit
+def _difference(shares, of_q, of_p, d):
+    """(Q, Q - P), which sums to 0, makes every share of a KL divergence non-negative and cancels what the rounding of
+    the sums adds."""
+    q = of_q * shares[0]
+    difference = fused(of_p, -shares[1], q)
     if d.dtype != tl.float64:
         difference = tl.where(tl.abs(d) < NEAR, -q * expm1_near(d), difference)
-    return q, p, d, difference
+    return q, difference
 
 
 @triton.jit
 def _forward_element(constants, v):
-    q, p, d, difference = _kl_pair(constants, v)
+    of_q, of_p, d = _pair(constants[0], v)
+    q, difference = _difference(constants[1], of_q, of_p, d)
     part = difference
-    if len(constants[1]) > 2:
-        part += constants[1][2] * q
-    return (part,), (tl.where(p == 0.0, 0.0, p * d) + difference,)
+    if len(constants[2]) > 0:
+        part += constants[2][0] * q
+    # Not -inf, nor NaN of two logits of -inf: a probability of 0 counts nothing.
+    return (part,), (of_p * tl.maximum(d, -FAR), difference)
 
 
 @triton.jit
 def _reverse_element(constants, v):
-    q, _, d, difference = _kl_pair(constants, v)
-    a = tl.where(q == 0.0, 0.0, -d)
-    return (q, a), (q * a - difference, q * a)
+    of_q, of_p, d = _pair(constants[0], v)
+    # Nor are these.
+    return (of_q, tl.minimum(_gap(constants[0], v), FAR)), (
+        of_q * tl.minimum(d, FAR),
+        _difference(constants[1], of_q, of_p, d)[1],
+    )
 
 
 @triton.jit
-def _mixed_element(constants, v):
-    scale, unit, less, more, odds, over_p, terms = constants[1]
-    q, p, d = _pair(constants[0], scale, unit, v)
+def _mixed_pair(constants, v):
+    """The exponentials, d, and log2 M/Q; or M/P, where d is log2 Q/P."""
+    less, more, terms = constants[2]
+    of_q, of_p, d = _pair(constants[0], v)
     # NaN too, of two logits of -inf. What is beyond has as good as no probability in one of the two, and would round
     # the logarithm of the other's.
     most = 126.0 if d.dtype == tl.float64 else 36.0
     d = tl.minimum(tl.maximum(d, -most), most)
-    power = tl.exp2(d)
-    mixture = log2_fast(power * less + more)  # M / Q, or M / P
+    mixture = log2_fast(fused(tl.exp2(d), less, more))
     if d.dtype != tl.float64:
         near = (((terms[4] * d + terms[3]) * d + terms[2]) * d + terms[1]) * d + terms[0]
         mixture = tl.where(tl.abs(d) < NEAR2, near * d, mixture)
-    a = over_p * d - mixture  # log2 Q/M
-    from_q = q * a
-    return (q, a), (p * ((1.0 - over_p) * d - mixture) + odds * from_q, from_q)
+    return of_q, of_p, d, mixture
 
 
 @triton.jit
-def _epilogue(args, rows, row, constants, sums, read, T: tl.constexpr):
-    norms, numbers, unit, factor, center, normals = constants
-    loss, cross_entropy = sums[0] * unit, tl.zeros((), T)
+def _mixed_element(constants, v):
+    of_q, of_p, d, mixture = _mixed_pair(constants, v)
+    return (of_q, mixture), (of_p * (d - mixture), of_q * mixture)
+
+
+@triton.jit
+def _mixed_element_over_p(constants, v):
+    of_q, of_p, d, mixture = _mixed_pair(constants, v)
+    return (of_q, mixture - d), (of_p * -mixture, of_q * (mixture - d))
+
+
+@triton.jit
+def _forward_epilogue(args, rows, row, constants, sums, read, T: tl.constexpr):
+    return _finish(args, rows, row, constants, constants[1][1] * sums[0] + sums[1], constants[5], read, T)
+
+
+@triton.jit
+def _reverse_epilogue(args, rows, row, constants, sums, read, T: tl.constexpr):
+    center = -constants[1][0] * sums[0]
+    return _finish(args, rows, row, constants, center - sums[1], center, read, T)
+
+
+@triton.jit
+def _mixed_epilogue(args, rows, row, constants, sums, read, T: tl.constexpr):
+    center = -constants[1][0] * sums[1]
+    loss = constants[1][1] * sums[0] + number(args.odds, T) * center
+    return _finish(args, rows, row, constants, loss, center, read, T)
+
+
+@triton.jit
+def _finish(args, rows, row, constants, loss, center, read, T: tl.constexpr):
+    pair, shares, numbers, unit, factor, _, normals = constants
+    loss, cross_entropy = loss * unit, tl.zeros((), T)
     if args.hard is not None:
         label, inside, _weight = _label(args.labels, args.hard, row, read, T)
         logit = _label_logit(args.hard, 0, row, label, inside, T)
@@ -267,8 +318,6 @@ def _epilogue(args, rows, row, constants, sums, read, T: tl.constexpr):
         loss *= tl.load(args.factor)
     tl.store(args.loss + row, tl.where(read, loss, 0.0))
     stored = center
-    if len(sums) > 1:
-        center, stored = sums[1], sums[1]
     if args.beta is not None:
         stored = center * LN2
     if args.hard is not None:
@@ -278,17 +327,26 @@ def _epilogue(args, rows, row, constants, sums, read, T: tl.constexpr):
     stored = (normals[0][0], normals[0][1], normals[1][0], normals[1][1], stored)
     for i in tl.static_range(5):
         tl.store(args.stats + i * rows + row, tl.where(read, stored[i], 0.0))
-    return norms, numbers, unit, factor, center, normals
+    return pair, shares, numbers, unit, factor, center, normals
 
 
 @triton.jit
 def _forward_map(constants, parts):
-    return parts[0] * constants[3]
+    return parts[0] * constants[4]
 
 
 @triton.jit
-def _map(constants, parts):
-    return parts[0] * (parts[1] - constants[4]) * constants[3]
+def _reverse_map(constants, parts):
+    """Of gaps, for d takes one operation more."""
+    _, _, _, _, unit, shift, _ = constants[0]
+    factor = constants[4] * constants[1][0]
+    return parts[0] * fused(parts[1], -unit * factor, (shift - constants[5]) * factor)
+
+
+@triton.jit
+def _mixed_map(constants, parts):
+    factor = -constants[4] * constants[1][0]  # Q's share too, of all elements at once
+    return parts[0] * fused(parts[1], factor, constants[5] * factor)
 
 
 @triton.jit
@@ -305,20 +363,27 @@ def _write_labels(functions, out, args, hard, rows, T: tl.constexpr, ROWS: tl.co
         weight *= tl.load(args.grad + row)
     if args.factor is not None:
         weight *= tl.load(args.factor)
-    largest, total = constants[5][0]
+    largest, total = constants[6][0]
     value = functions.map(constants, parts) + weight * expm1(v[0] - largest - tl.log(total))
     tl.store(out + row * hard.size + label, rounded(value, out.dtype.element_ty), mask=inside)
 
 
 FORWARD = SweepFormula(
-    SweepFunctions(_ignored, _row, _forward_element, _epilogue, _forward_map), sums=1, maps_at_once=True
+    SweepFunctions(_ignored, _row, _forward_element, _forward_epilogue, _forward_map), sums=2, maps_at_once=True
 )
-REVERSE = SweepFormula(SweepFunctions(_ignored, _row, _reverse_element, _epilogue, _map), sums=2)
-MIXED = SweepFormula(SweepFunctions(_ignored, _row, _mixed_element, _epilogue, _map), sums=2)
+REVERSE = SweepFormula(SweepFunctions(_ignored, _row, _reverse_element, _reverse_epilogue, _reverse_map), sums=2)
+MIXED = SweepFormula(SweepFunctions(_ignored, _row, _mixed_element, _mixed_epilogue, _mixed_map), sums=2)
+MIXED_OVER_P = SweepFormula(SweepFunctions(_ignored, _row, _mixed_element_over_p, _mixed_epilogue, _mixed_map), sums=2)
+
+
+def _over_p(beta: float) -> bool:
+    return beta > 0.5
 
 
 def _formula(beta: float) -> SweepFormula:
-    return FORWARD if beta == 0 else REVERSE if beta == 1 else MIXED
+    if beta in (0, 1):
+        return REVERSE if beta else FORWARD
+    return MIXED_OVER_P if _over_p(beta) else MIXED
 
 
 def _rows(student: Tensor, teacher: Tensor, out: Tensor | None) -> LogitRows:

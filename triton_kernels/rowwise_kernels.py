@@ -87,8 +87,11 @@ def _map_row(
     UNIT: tl.constexpr,
     T: tl.constexpr,
 ):
+    """Backwards: what the sums have read last is what the caches still hold."""
     cols = tl.arange(0, BLOCK)
-    for start in range(begin, end, BLOCK):
+    blocks = (end - begin + BLOCK - 1) // BLOCK
+    for block in range(0, blocks):
+        start = begin + (blocks - 1 - block) * BLOCK
         mask = cols < size - start
         v = [
             _load(streams[s], strides[s], row, start, cols, mask, UNIT, T) if streams[s] is not None else ABSENT
@@ -197,7 +200,7 @@ def looped_groups(
     slope = functions.epilogue(args, group, totals, T)
     if MAP_STREAMS > 0:
         for r in range(0, group_rows):
-            rank = zero + r
+            rank = zero + (group_rows - 1 - r)
             row = group * group_stride + rank * row_stride
             constants = functions.row(args, row, rank, T)
             coefficient = functions.coefficient(args, row, rank, constants, slope, T)

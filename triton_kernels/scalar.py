@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # knows nothing of libdevice, nor of assembly
 NEAR = tl.constexpr(0.175)  # how far from 0 series are used; elsewhere nothing cancels
 
 
@@ -31,6 +32,17 @@ def number(value, T: tl.constexpr):
 
 
 @triton.jit
+def widened(x, T: tl.constexpr):
+    """`x` in the arithmetic type. Of bfloat16, whose bits are the upper half of float32's, one instruction an element:
+    of the upper of two in a register the compiler makes two."""
+    if INTERPRETED or x.dtype != tl.bfloat16 or T != tl.float32:
+        return x.to(T)
+    else:
+        both_halves: tl.constexpr = "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;"
+        return tl.inline_asm_elementwise(both_halves, "=r,=r,r", [x], dtype=tl.float32, is_pure=True, pack=2)
+
+
+@triton.jit
 def rounded(value, D: tl.constexpr):
     """`value` in the dtype of an output. From float64 to 16 bits by way of float32, as in C++: there is no such
     instruction, and the interpreter gets it wrong."""
@@ -46,6 +58,17 @@ def divide(a, b):
         return a / b
     else:
         return tl.div_rn(a, b)
+
+
+@triton.jit
+def fused(x, y, z):
+    """x y + z, rounded once."""
+    if not INTERPRETED:
+        return tl.fma(x, y, z)
+    elif z.dtype == tl.float64:
+        return x * y + z
+    else:
+        return (x.to(tl.float64) * y + z).to(z.dtype)
 
 
 @triton.jit
@@ -68,7 +91,40 @@ def log1p(x):
     return tl.where(lost, x, tl.log(u) * divide(x, tl.where(lost, 1.0, u - 1.0)))
 
 
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # which knows nothing of libdevice
+@triton.jit
+def enormous_from(T: tl.constexpr):
+    """Half the last place of such a logarithm is 64, or more: what it may be rounded by is beyond any power."""
+    return 2.0**60 if T == tl.float64 else 2.0**31
+
+
+@triton.jit
+def is_enormous(v, scale):
+    """Of a finite logit, scaled."""
+    return (tl.abs(v * scale) >= enormous_from(scale.dtype)) & (tl.abs(v) < float("inf"))
+
+
+@triton.jit
+def origin(largest, scale):
+    """(scale, base, factor) with which 2^(v scale - base) factor is 2^((v - largest) scale) for all v of a row: one
+    rounded operation a number, for what rounding the base loses is a factor of the whole row.
+
+    Where that is enormous, the next smaller number is so far below the largest that only what equals it counts; then
+    a power of two stands for the scale, for nothing to be lost.
+    """
+    WIDE: tl.constexpr = scale.dtype == tl.float64
+    nothing = largest == float("-inf")
+    beyond = tl.abs(largest * scale) >= enormous_from(scale.dtype)
+    if WIDE:
+        power = (scale.to(tl.int64, bitcast=True) & 0x7FF0000000000000).to(tl.float64, bitcast=True)
+    else:
+        power = (scale.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    power *= tl.where(tl.abs(largest * power) < 1e37, 1.0, 2.0**-40)
+    scale = tl.where(beyond, power, scale)
+    base = tl.where(nothing, -1e37, largest * scale)
+    lost = tl.where(nothing, 0.0, fused(largest, scale, -base)) * -0.6931471805599453
+    # The series is of float32, but what float64 loses is smaller than its square.
+    near = lost if WIDE else expm1_near(lost)
+    return scale, base, tl.where(tl.abs(lost) < NEAR, 1.0 + near, tl.exp(lost))
 
 
 @triton.jit

@@ -42,6 +42,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import layout, rowwise
+from .normalizers import add, add_enormous, any_enormous, combined, settled, start, total_of
 from .plan import SweepPlan, offsets_type, plan_map, plan_sweep
 from .scalar import number, rounded
 from .tiles import both, edge_elements, load_edge, load_tiles, row_span, row_start, segment_of, store_tiles
@@ -221,72 +222,49 @@ def _zeros(LANES: tl.constexpr, T: tl.constexpr):
 
 
 @triton.jit
-def normalizer_start(LANES: tl.constexpr, T: tl.constexpr):
-    """An online log-sum-exp: (largest logit, sum of 2^(scale (logit - largest))), with scale > 0."""
-    return tl.full((LANES,), float("-inf"), T), tl.zeros((LANES,), T)
-
-
-@triton.jit
-def _origin(largest):
-    """What to subtract where nothing is finite yet: -inf minus -inf would be NaN."""
-    return tl.where(largest == float("-inf"), 0.0, largest)
-
-
-@triton.jit
-def normalizer_add(normalizer, tiles, scale):
-    """Adds tiles [LANES, …] of logits. -inf adds nothing; NaN and +inf make the sum NaN."""
-    largest = normalizer[0]
-    for i in tl.static_range(len(tiles)):
-        largest = tl.maximum(largest, tl.max(tiles[i], axis=1))
-    origin = _origin(largest)
-    total = normalizer[1] * tl.exp2((normalizer[0] - origin) * scale)
-    for i in tl.static_range(len(tiles)):
-        total += tl.sum(tl.exp2((tiles[i] - origin[:, None]) * scale), axis=1)
-    return largest, total
-
-
-@triton.jit
-def normalizer_total(normalizer, scale, read):
-    """The normalizer of all lanes. Their sums are added in float64: its error would be one of all elements at once.
-    Of a row that is not read, numbers that make zeros."""
-    largest = tl.max(normalizer[0], axis=0)
-    totals = normalizer[1] * tl.exp2((normalizer[0] - _origin(largest)) * scale)
-    total = tl.sum(totals.to(tl.float64), axis=0).to(normalizer[1].dtype)
-    return tl.where(read, largest, 0.0), tl.where(read, total, 1.0)
-
-
-@triton.jit
-def combined_normalizer(part, segments, scale, read, SEGMENTS: tl.constexpr, STREAMS: tl.constexpr):
-    """The normalizer of a row from those of its segments, of which the first lies at `part`."""
-    segment = tl.arange(0, SEGMENTS)
-    part, mask = part + segment * 2 * STREAMS, segment < segments
-    largest = tl.load(part, mask=mask, other=float("-inf"))
-    return normalizer_total((largest, tl.load(part + 1, mask=mask, other=0.0)), scale, read)
-
-
-# -- Steps
-
-
-@triton.jit
-def _load(data, starts, first, end, AGAIN: tl.constexpr, S: tl.constexpr):
+def _load(data, starts, first, end, MASKED: tl.constexpr, AGAIN: tl.constexpr, TILES: tl.constexpr, S: tl.constexpr):
     """The tiles of every stream."""
     return [
-        load_tiles(data[s], starts[s], first, end, AGAIN, S.LANES, S.TILES, S.WIDTH, S.T) for s in (0, 1)[: S.STREAMS]
+        load_tiles(data[s], starts[s], first, end, MASKED, AGAIN, S.LANES, TILES, S.WIDTH, S.T)
+        for s in (0, 1)[: S.STREAMS]
     ]
+
+
+@triton.jit
+def _end_of_blocks(begin, end, read, BLOCK: tl.constexpr):
+    """Where the last whole block of chunks [begin, end) ends: of a row that is not read, at their begin."""
+    return begin + tl.where(read, (end - begin) // BLOCK, 0) * BLOCK
 
 
 @triton.jit
 def _normalizers(data, starts, span, begin, end, read, edge, scale, AGAIN: tl.constexpr, S: tl.constexpr):
     """(largest, total) of each stream over chunks [begin, end) and, where `edge`, the edges."""
-    normalizers = [normalizer_start(S.LANES, S.T) for _ in (0, 1)[: S.STREAMS]]
-    for chunk in range(begin, tl.where(read, end, begin), S.LANES * S.TILES):
-        tiles = _load(data, starts, chunk, end, AGAIN, S)
-        normalizers = [normalizer_add(normalizers[s], tiles[s], scale) for s in (0, 1)[: S.STREAMS]]
+    normalizers = [start(S.LANES, S.T) for _ in (0, 1)[: S.STREAMS]]
+    TILES: tl.constexpr = max(2, S.TILES)  # there are registers for them
+    BLOCK: tl.constexpr = S.LANES * TILES
+    rest = _end_of_blocks(begin, end, read, BLOCK)
+    for chunk in range(begin, rest, BLOCK):
+        tiles = _load(data, starts, chunk, end, False, AGAIN, TILES, S)
+        normalizers = [add(normalizers[s], tiles[s], scale) for s in (0, 1)[: S.STREAMS]]
+    for chunk in range(rest, tl.where(read, end, rest), S.LANES * S.TILES):
+        tiles = _load(data, starts, chunk, end, True, AGAIN, S.TILES, S)
+        normalizers = [add(normalizers[s], tiles[s], scale) for s in (0, 1)[: S.STREAMS]]
+    element, mask = edge_elements(span, S.LANES, S.WIDTH)
     if S.EDGES:
-        element, mask = edge_elements(span, S.LANES, S.WIDTH)
-        tiles = [load_edge(data[s], starts[s], element, both(mask, read & edge), S.T) for s in (0, 1)[: S.STREAMS]]
-        normalizers = [normalizer_add(normalizers[s], tiles[s], scale) for s in (0, 1)[: S.STREAMS]]
-    return [normalizer_total(normalizers[s], scale, read) for s in (0, 1)[: S.STREAMS]]
+        edges = [load_edge(data[s], starts[s], element, both(mask, read & edge), S.T) for s in (0, 1)[: S.STREAMS]]
+        normalizers = [add(normalizers[s], edges[s], scale) for s in (0, 1)[: S.STREAMS]]
+    largest = [tl.max(normalizers[s][0], axis=0) for s in (0, 1)[: S.STREAMS]]
+    # Rows of enormous logits once more.
+    again = any_enormous(largest, scale, S.STREAMS)
+    normalizers = [settled(normalizers[s], again, scale) for s in (0, 1)[: S.STREAMS]]
+    for chunk in range(begin, tl.where(read & again, end, begin), S.LANES * S.TILES):
+        tiles = _load(data, starts, chunk, end, True, AGAIN, S.TILES, S)
+        normalizers = [add_enormous(normalizers[s], tiles[s], scale) for s in (0, 1)[: S.STREAMS]]
+    if S.EDGES:
+        mask = both(mask, read & edge & again)
+        edges = [load_edge(data[s], starts[s], element, mask, S.T) for s in (0, 1)[: S.STREAMS]]
+        normalizers = [add_enormous(normalizers[s], edges[s], scale) for s in (0, 1)[: S.STREAMS]]
+    return [total_of(normalizers[s], largest[s], scale, read) for s in (0, 1)[: S.STREAMS]]
 
 
 @triton.jit
@@ -306,6 +284,33 @@ def _elements(
                 value = tl.where(column + i * stride == picked[0], picked[1], value)
             values = values + (rounded(value, OUT),)
     return sums, values
+
+
+@triton.jit
+def _block(
+    functions,
+    row,
+    chunk,
+    end,
+    stop,
+    constants,
+    picked,
+    sums,
+    MASKED: tl.constexpr,
+    AGAIN: tl.constexpr,
+    SUM: tl.constexpr,
+    OUT: tl.constexpr,
+    S: tl.constexpr,
+):
+    """The sums with those of the tiles at `chunk`, whose map is stored. Chunks from `stop` on are not read."""
+    data, starts, span = row
+    tiles = _load(data, starts, chunk, stop, MASKED, AGAIN, S.TILES, S)
+    lane = tl.arange(0, S.LANES)[:, None] * S.WIDTH + tl.arange(0, S.WIDTH)[None, :]
+    column = span[0] + chunk * S.WIDTH + lane
+    sums, values = _elements(functions, constants, tiles, sums, column, S.LANES * S.WIDTH, picked, SUM, OUT, S)
+    if OUT is not None:
+        store_tiles(data[S.STREAMS], starts[S.STREAMS], chunk, end, values, MASKED, S.LANES, S.TILES, S.WIDTH)
+    return sums
 
 
 @triton.jit
@@ -329,18 +334,23 @@ def _pass(
     """The sums of chunks [begin, end) and, where `edge`, the edges (SUM), and their map (MAPS).
 
     A row that is not to be read counts as -inf, whose probability is 0."""
-    stop = tl.where(read, end, begin)
-    lane = tl.arange(0, S.LANES)[:, None] * S.WIDTH + tl.arange(0, S.WIDTH)[None, :]
-    sums = [_zeros(S.LANES, S.T) for _ in (0, 1)[: S.SUMS]]
     OUT: tl.constexpr = data[S.STREAMS].dtype.element_ty if MAPS else None
-    blocks = tl.cdiv(end - begin, S.LANES * S.TILES)
-    for block in range(0, blocks):
-        chunk = begin + (blocks - 1 - block if BACKWARDS else block) * (S.LANES * S.TILES)
-        tiles = _load(data, starts, chunk, stop, AGAIN, S)
-        column = span[0] + chunk * S.WIDTH + lane
-        sums, values = _elements(functions, constants, tiles, sums, column, S.LANES * S.WIDTH, picked, SUM, OUT, S)
-        if MAPS:
-            store_tiles(data[S.STREAMS], starts[S.STREAMS], chunk, end, values, S.LANES, S.TILES, S.WIDTH)
+    stop = tl.where(read, end, begin)
+    BLOCK: tl.constexpr = S.LANES * S.TILES
+    rest = _end_of_blocks(begin, end, read, BLOCK)
+    row = data, starts, span
+    sums = [_zeros(S.LANES, S.T) for _ in (0, 1)[: S.SUMS]]
+    # What fills no block comes last, or first.
+    if BACKWARDS:
+        for chunk in range(rest, end, BLOCK):
+            sums = _block(functions, row, chunk, end, stop, constants, picked, sums, True, AGAIN, SUM, OUT, S)
+        for chunk in range(rest - BLOCK, begin - 1, -BLOCK):
+            sums = _block(functions, row, chunk, end, stop, constants, picked, sums, False, AGAIN, SUM, OUT, S)
+    else:
+        for chunk in range(begin, rest, BLOCK):
+            sums = _block(functions, row, chunk, end, stop, constants, picked, sums, False, AGAIN, SUM, OUT, S)
+        for chunk in range(rest, end, BLOCK):
+            sums = _block(functions, row, chunk, end, stop, constants, picked, sums, True, AGAIN, SUM, OUT, S)
     if S.EDGES:
         element, mask = edge_elements(span, S.LANES, S.WIDTH)
         tiles = [load_edge(data[s], starts[s], element, both(mask, read & edge), S.T) for s in (0, 1)[: S.STREAMS]]
@@ -351,7 +361,7 @@ def _pass(
 
 
 @triton.jit
-def _picked(functions, args, data, start, size, row, read, T: tl.constexpr):
+def _picked(functions, args, data, start, size, row, read, INDEX: tl.constexpr, T: tl.constexpr):
     """The column that is picked, -1 if none is, and its element, NaN if none is."""
     if functions.picked is None:
         return -1, 0.0
@@ -359,7 +369,7 @@ def _picked(functions, args, data, start, size, row, read, T: tl.constexpr):
         column = functions.picked(args, row)
         inside = both((column >= 0) & (column < size), read)
         v = tl.load(data + start + column, mask=inside, other=float("nan")).to(T)
-        return tl.where(inside, column, -1), v
+        return tl.where(inside, column, -1).to(INDEX), v
 
 
 @triton.jit(do_not_specialize=PLAIN)
@@ -397,9 +407,7 @@ def _sweep(
         normals = _normalizers(data, starts, span, begin, end, read, edge, scale, S.SUMS > 0, S)
     elif FIRST != MAP and not NORMALIZED:
         part = split[0] + row * segments * 2 * S.STREAMS
-        normals = [
-            combined_normalizer(part + 2 * s, segments, scale, read, SEGMENTS, S.STREAMS) for s in (0, 1)[: S.STREAMS]
-        ]
+        normals = [combined(part + 2 * s, segments, scale, read, SEGMENTS, S.STREAMS) for s in (0, 1)[: S.STREAMS]]
     if LAST == NORMALIZERS:
         STREAMS: tl.constexpr = S.STREAMS
         for s in tl.static_range(STREAMS):
@@ -408,7 +416,7 @@ def _sweep(
             tl.store(part + 1, normals[s][1])
     else:
         constants = functions.row(args, rows, row, normals, read, S.T)
-        picked = _picked(functions, args, data[0], starts[0], size, row, read, S.T)
+        picked = _picked(functions, args, data[0], starts[0], size, row, read, S.INDEX, S.T)
         LATER: tl.constexpr = LAST == MAP and not (AT_ONCE and FIRST == NORMALIZERS)
         sums = ()
         if S.SUMS > 0 and FIRST <= SUMS:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .scalar import widened
+
 
 @triton.jit
 def row_start(place, row, inner):
@@ -29,38 +31,51 @@ def load_tiles(
     start,
     first,
     end,
+    MASKED: tl.constexpr,
     AGAIN: tl.constexpr,
     LANES: tl.constexpr,
     TILES: tl.constexpr,
     WIDTH: tl.constexpr,
     T: tl.constexpr,
 ):
-    """Chunks [first, end) of the row at `start`, as far as the tiles go; -inf from there. AGAIN: not the last read."""
+    """Chunks [first, end) of the row at `start`, as far as the tiles go; -inf from there (MASKED), where they are fewer
+    than the tiles'. AGAIN: not the last read."""
+    POLICY: tl.constexpr = "" if AGAIN else "evict_first"
     base = data + (start + (WIDTH - 1)) // WIDTH * WIDTH  # the compiler cannot know that this divides the start
     lanes = tl.arange(0, LANES)
     tiles = ()
     for i in tl.static_range(TILES):
         chunk = first + i * LANES + lanes
         element = chunk[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-        tile = tl.load(
-            base + element,
-            mask=(chunk < end)[:, None],
-            other=float("-inf"),
-            eviction_policy="" if AGAIN else "evict_first",
-        )
-        tiles = tiles + (tile.to(T),)
+        if MASKED:
+            mask = (chunk < end)[:, None]
+            tile = tl.load(base + element, mask=mask, other=float("-inf"), eviction_policy=POLICY)
+        else:
+            tile = tl.load(base + element, eviction_policy=POLICY)
+        tiles = tiles + (widened(tile, T),)
     return tiles
 
 
 @triton.jit
-def store_tiles(data, start, first, end, tiles, LANES: tl.constexpr, TILES: tl.constexpr, WIDTH: tl.constexpr):
+def store_tiles(
+    data,
+    start,
+    first,
+    end,
+    tiles,
+    MASKED: tl.constexpr,
+    LANES: tl.constexpr,
+    TILES: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     """Past the caches as far as that goes: they are for rows that are read again."""
     base = data + (start + (WIDTH - 1)) // WIDTH * WIDTH
     lanes = tl.arange(0, LANES)
     for i in tl.static_range(TILES):
         chunk = first + i * LANES + lanes
         element = chunk[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-        tl.store(base + element, tiles[i], mask=(chunk < end)[:, None], cache_modifier=".cs")
+        mask = (chunk < end)[:, None] if MASKED else None
+        tl.store(base + element, tiles[i], mask=mask, cache_modifier=".cs")
 
 
 @triton.jit

@@ -19,6 +19,7 @@ constexpr int kOwn = 96;      // columns k that a block of threads makes final
 constexpr int kHalo = kRows;  // and those before them, which it computes too: a row lends its column to the next row's
                               // next column, so after kRows rows as many columns at the left are wrong
 constexpr int kFinishThreads = kOwn + kHalo;
+constexpr int kAhead = 8;     // rows whose gathered values are on their way, as rows follow one another
 constexpr int kTile = 64;     // rows and columns of extend_rows's tile: 4 x 4 values a thread
 constexpr int kExtendThreads = 256;
 constexpr int kScanThreads = 256;
@@ -62,19 +63,30 @@ __global__ void __launch_bounds__(kFinishThreads) finish_rows(const Tables<Costs
       rows[i * kFinishThreads + here] = value;
       if (k == 0) tables.paths[tables.row(problem, t0 + i)] = value;
     }
+  const auto at = [&](int i) { return tables.row(problem, t0 + i) + k; };
+  const bool gathers = k >= 0 && k < t0 && k < edges_most;
+  const auto gathered = [&](int i) { return gathers && i < count ? tables.best[at(i)] : kInfinity<T>; };
+  T ahead[kAhead];
+#pragma unroll
+  for (int u = 0; u < kAhead; ++u) ahead[u] = gathered(u);
   __syncthreads();
-  for (int i = 0; i < count; ++i) {
-    const int64_t at = tables.row(problem, t0 + i) + k;
-    T least = k >= 0 && k < t0 && k < edges_most ? tables.best[at] : kInfinity<T>;
-    for (int j = 0; j < i; ++j) {
-      T path;
-      Cost::extend(rows[j * kFinishThreads + here], edges[i * kRows + j], path);
-      least = path < least ? path : least;
+  for (int first = 0; first < count; first += kAhead) {
+#pragma unroll
+    for (int u = 0; u < kAhead; ++u) {
+      const int i = first + u;
+      if (i >= count) break;
+      T least = ahead[u];
+      ahead[u] = gathered(i + kAhead);
+      for (int j = 0; j < i; ++j) {
+        T path;
+        Cost::extend(rows[j * kFinishThreads + here], edges[i * kRows + j], path);
+        least = path < least ? path : least;
+      }
+      least = cost.finish(least, t0 + i);
+      if (k >= 0 && here + 1 < kFinishThreads) rows[i * kFinishThreads + here + 1] = least;
+      if (here >= kHalo && k < edges_most) tables.paths[at(i) + 1] = least;
+      __syncthreads();
     }
-    least = cost.finish(least, t0 + i);
-    if (k >= 0 && here + 1 < kFinishThreads) rows[i * kFinishThreads + here + 1] = least;
-    if (here >= kHalo && k < edges_most) tables.paths[at + 1] = least;
-    __syncthreads();
   }
 }
 

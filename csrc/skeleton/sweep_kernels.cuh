@@ -229,15 +229,17 @@ struct Sweep {
   struct Powers {
     T most = -static_cast<T>(INFINITY), base = T(-1e37), sum = T(0);
 
-    __device__ __forceinline__ void add(const T (&x)[kWidth<T>], int n, T scale) {
+    // The first n of each vector.
+    template <int kVectors>
+    __device__ __forceinline__ void add(const T (&x)[kVectors][kWidth<T>], int n, T scale) {
       T top = most, more = T(0);
 #pragma unroll
-      for (int j = 0; j < kWidth<T>; ++j)
-        if (j < n) top = at_least(x[j], top);
+      for (int i = 0; i < kVectors * kWidth<T>; ++i)
+        if (i % kWidth<T> < n) top = at_least(x[i / kWidth<T>][i % kWidth<T>], top);
       const Origin<T> origin(top, scale);
 #pragma unroll
-      for (int j = 0; j < kWidth<T>; ++j)
-        if (j < n) more += Base::power(origin.from(x[j]));
+      for (int i = 0; i < kVectors * kWidth<T>; ++i)
+        if (i % kWidth<T> < n) more += Base::power(origin.from(x[i / kWidth<T>][i % kWidth<T>]));
       sum = sum * origin.carries(base, most == top) + more;
       most = top, base = origin.base;
     }
@@ -250,31 +252,33 @@ struct Sweep {
     const T scale = Base::scale(job.formula.inverse_temperature);
     Powers powers[N];
     Slot at = first_slot();
-    const auto take = [&](int v, const Raw (&raw)[N]) {
+    const auto take = [&]<int kVectors>(int v, const Raw (&raw)[kVectors][N]) {
 #pragma unroll
       for (int s = 0; s < N; ++s) {
-        if (plan.slots > 0) at.store(piece(s), bytes(s), raw[s]);
-        T x[kWidth<T>];
-        unpack<T, false>(raw[s], dtype(s), x);
+        T x[kVectors][kWidth<T>];
+#pragma unroll
+        for (int i = 0; i < kVectors; ++i) {
+          if (plan.slots > 0) Slot{at.first + i * plan.slot, at.threads}.store(piece(s), bytes(s), raw[i][s]);
+          unpack<T, false>(raw[i][s], dtype(s), x[i]);
+        }
         powers[s].add(x, count(v), scale);
       }
-      at.first += plan.slot;
+      at.first += kVectors * plan.slot;
     };
     int v = first + threadIdx.x;
-    if constexpr (access == Access::wide) {  // two vectors of each stream in flight
+    if constexpr (access == Access::wide) {  // two vectors of each stream in flight, with one origin
 #pragma unroll 1
       for (; v + plan.threads < last; v += 2 * plan.threads) {
-        Raw raw[N], second[N];
-        load<Use::again>(v, raw);
-        load<Use::again>(v + plan.threads, second);
+        Raw raw[2][N];
+        load<Use::again>(v, raw[0]);
+        load<Use::again>(v + plan.threads, raw[1]);
         take(v, raw);
-        take(v + plan.threads, second);
       }
     }
 #pragma unroll 1
     for (; v < last; v += plan.threads) {
-      Raw raw[N];
-      load<Use::again>(v, raw);
+      Raw raw[1][N];
+      load<Use::again>(v, raw[0]);
       take(v, raw);
     }
     double totals[N];
