@@ -67,7 +67,7 @@ FASTGEN_HD T exact_offset(T high, T low, T inverse_temperature) {
 template <class T, Divergence D, bool kWithLabels = false>
 struct JsdElement {
   static constexpr int kParts = D == Divergence::forward ? 1 : 2;  // Q - P; or Q's exponential and a
-  static constexpr int kSums = 2;  // Σ P d and Σ Q - P; Σ Q a and that; Σ P (d + a) and Σ Q a; of exponentials
+  static constexpr int kSums = kParts;  // the loss; Σ Q a and Σ Q - P; of exponentials, Σ P (d + a) and Σ Q a
   static constexpr bool kMixed = D == Divergence::mixed;
   static constexpr double kLog = kMixed ? Base::kLog : 1;  // of what logarithms here are to
   static constexpr T kFar = T(1e20);  // beyond any of a probability, and products with what gradients are times
@@ -114,27 +114,26 @@ struct JsdElement {
       parts[0] = of_q, parts[1] = a;
       sums[0] += of_p * (of_student * bounded - m), sums[1] += of_q * a;
     } else {
-      const T q = of_q * row.student_share;
-      const T difference = std::abs(d) < T(kNear) ? -q * expm1_near(d) : q - of_p * row.teacher_share;  // Q - P
-      sums[1] += difference;
+      const T q = of_q * row.student_share, p = of_p * row.teacher_share;
+      const T difference = std::abs(d) < T(kNear) ? -q * expm1_near(d) : q - p;  // Q - P
       if constexpr (D == Divergence::forward) {
         parts[0] = kWithLabels ? difference + row.hard * q : difference;
-        sums[0] += of_p * at_least(d, -kFar);  // not -inf, nor NaN of two logits of -inf
+        sums[0] += p * at_least(d, -kFar) + difference;  // not -inf, nor NaN of two logits of -inf
       } else {
         const T a = -at_most(d, kFar);
         parts[0] = of_q, parts[1] = a;
-        sums[0] += of_q * a;
+        sums[0] += q * a, sums[1] += difference;
       }
     }
   }
 
   FASTGEN_HD T center(const JsdRow<T>& row, const T* sums) const {
-    return D == Divergence::forward ? T(0) : row.student_share * sums[kMixed ? 1 : 0];
+    return kMixed ? row.student_share * sums[1] : D == Divergence::forward ? T(0) : sums[0];
   }
   FASTGEN_HD T loss(const JsdRow<T>& row, const T* sums) const {
     if constexpr (kMixed) return beta * T(kLog) * (row.teacher_share * sums[0] + odds * center(row, sums));
-    else if constexpr (D == Divergence::forward) return row.teacher_share * sums[0] + sums[1];
-    else return center(row, sums) - sums[1];
+    else if constexpr (D == Divergence::forward) return sums[0];
+    else return sums[0] - sums[1];
   }
 
   FASTGEN_HD T gradient(const JsdRow<T>& row, const T* parts) const {

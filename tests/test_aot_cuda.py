@@ -74,8 +74,8 @@ def test_kernels_spill_nothing_and_stay_within_their_registers(report):
 
 
 # Instructions an element, or a pair, over all passes of a row that stays on chip.
-INSTRUCTIONS = {"TokenLogprob": 8, "forward, true": 44, "forward": 43, "mixed": 50, "reverse": 49}
-SUMS = {"forward": 26, "mixed": 28, "reverse": 26}  # of the one pass over a slice of a vocabulary
+INSTRUCTIONS = {"TokenLogprob": 8, "forward, true": 45, "forward": 44, "mixed": 50, "reverse": 49}
+SUMS = {"forward": 27, "mixed": 28, "reverse": 26}  # of the one pass over a slice of a vocabulary
 
 
 @needs_nvcc

@@ -234,6 +234,27 @@ def test_masks_as_large_as_numbers_go_are_no_offsets(beta, least, backend, devic
         torch.testing.assert_close(grad.double(), expected[1], **close)
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.3, 0.7, 1.0])
+def test_most_of_a_long_row_may_be_masked_or_enormous(beta, backend, device):
+    """Threads that see nothing but masks; rows whose scaled logits no float32 tells apart; one logit above all."""
+    s, t, _ = streams((4, 4099), device=device)
+    masked = torch.finfo(torch.float32).min
+    s[0, :4000], t[0, 50:4070] = masked, masked
+    s[1], t[1], t[1, :2000] = 4e9, 4e9, -4e9
+    s[2], t[2] = s[2] + 4e9, t[2] - 4e9
+    s[3, 1234], t[3, 1234] = 3e38, 2e38
+    value, grad = value_and_grad(lambda x: fastgen.generalized_jsd_loss(x, t, beta=beta, reduction="none"), s)
+    x, y = s.double(), t.double()
+    expected = value_and_grad(lambda x: reference.generalized_jsd_loss(x, y, beta=beta, reduction="none"), x)
+    torch.testing.assert_close(value.double(), expected[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(grad.double(), expected[1], rtol=1e-5, atol=1e-6)
+    tokens = torch.tensor([4050, 7, 4098, 1234], device=device)
+    logprob, grad = value_and_grad(lambda x: fastgen.token_logprob(x, tokens), s)
+    expected = value_and_grad(lambda x: reference.token_logprob(x, tokens), x)
+    torch.testing.assert_close(logprob.double(), expected[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(grad.double(), expected[1], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("beta", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_a_cross_entropy_is_one_of_its_own(beta, temperature, backend, device):

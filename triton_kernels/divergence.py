@@ -227,35 +227,34 @@ def _gap(pair, v):
 
 
 @triton.jit
-def _difference(shares, of_q, of_p, d):
-    """(Q, Q - P), which sums to 0, makes every share of a KL divergence non-negative and cancels what the rounding of
-    the sums adds."""
-    q = of_q * shares[0]
-    difference = fused(of_p, -shares[1], q)
+def _difference(q, p, d):
+    """Q - P, which sums to 0, makes every share of a KL divergence non-negative and cancels what the rounding of the
+    sums adds."""
+    difference = q - p
     if d.dtype != tl.float64:
         difference = tl.where(tl.abs(d) < NEAR, -q * expm1_near(d), difference)
-    return q, difference
+    return difference
 
 
 @triton.jit
 def _forward_element(constants, v):
     of_q, of_p, d = _pair(constants[0], v)
-    q, difference = _difference(constants[1], of_q, of_p, d)
+    q, p = of_q * constants[1][0], of_p * constants[1][1]
+    difference = _difference(q, p, d)
     part = difference
     if len(constants[2]) > 0:
         part += constants[2][0] * q
     # Not -inf, nor NaN of two logits of -inf: a probability of 0 counts nothing.
-    return (part,), (of_p * tl.maximum(d, -FAR), difference)
+    return (part,), (p * tl.maximum(d, -FAR) + difference,)
 
 
 @triton.jit
 def _reverse_element(constants, v):
     of_q, of_p, d = _pair(constants[0], v)
+    q, p = of_q * constants[1][0], of_p * constants[1][1]
     # Nor are these.
-    return (of_q, tl.minimum(_gap(constants[0], v), FAR)), (
-        of_q * tl.minimum(d, FAR),
-        _difference(constants[1], of_q, of_p, d)[1],
-    )
+    parts = of_q, tl.minimum(_gap(constants[0], v), FAR)
+    return parts, (q * tl.minimum(d, FAR), _difference(q, p, d))
 
 
 @triton.jit
@@ -288,13 +287,12 @@ def _mixed_element_over_p(constants, v):
 
 @triton.jit
 def _forward_epilogue(args, rows, row, constants, sums, read, T: tl.constexpr):
-    return _finish(args, rows, row, constants, constants[1][1] * sums[0] + sums[1], constants[5], read, T)
+    return _finish(args, rows, row, constants, sums[0], constants[5], read, T)
 
 
 @triton.jit
 def _reverse_epilogue(args, rows, row, constants, sums, read, T: tl.constexpr):
-    center = -constants[1][0] * sums[0]
-    return _finish(args, rows, row, constants, center - sums[1], center, read, T)
+    return _finish(args, rows, row, constants, -sums[0] - sums[1], -sums[0], read, T)
 
 
 @triton.jit
@@ -369,7 +367,7 @@ def _write_labels(functions, out, args, hard, rows, T: tl.constexpr, ROWS: tl.co
 
 
 FORWARD = SweepFormula(
-    SweepFunctions(_ignored, _row, _forward_element, _forward_epilogue, _forward_map), sums=2, maps_at_once=True
+    SweepFunctions(_ignored, _row, _forward_element, _forward_epilogue, _forward_map), sums=1, maps_at_once=True
 )
 REVERSE = SweepFormula(SweepFunctions(_ignored, _row, _reverse_element, _reverse_epilogue, _reverse_map), sums=2)
 MIXED = SweepFormula(SweepFunctions(_ignored, _row, _mixed_element, _mixed_epilogue, _mixed_map), sums=2)
