@@ -138,7 +138,7 @@ struct JsdElement {
 
   FASTGEN_HD T gradient(const JsdRow<T>& row, const T* parts) const {
     if constexpr (D == Divergence::forward) return row.coefficient * parts[0];
-    else return parts[0] * (parts[1] * row.coefficient - row.center * row.coefficient);  // the latter once a row
+    else return row.coefficient * (parts[0] * (parts[1] - row.center));
   }
 
   FASTGEN_HD T gradient_scale() const { return (kMixed ? rest : T(1)) * inverse_temperature; }

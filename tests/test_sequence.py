@@ -255,6 +255,19 @@ def test_most_of_a_long_row_may_be_masked_or_enormous(beta, backend, device):
     torch.testing.assert_close(grad.double(), expected[1], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.05, 0.5, 0.95, 1.0])
+def test_a_token_that_has_all_probability_has_no_gradient(beta, kernel_backend, device):
+    """Its share of the loss is the center, however far the teacher is away, and cancels it."""
+    s, t, _ = streams((16, 40), device=device)
+    s[:, 3] += 60 + torch.arange(16, device=device)
+    t[:, 5] += 50
+    grad = value_and_grad(lambda x: fastgen.generalized_jsd_loss(x, t, beta=beta, reduction="sum"), s)[1]
+    exact = value_and_grad(
+        lambda x: reference.generalized_jsd_loss(x, t.double(), beta=beta, reduction="sum"), s.double()
+    )[1]
+    torch.testing.assert_close(grad.double(), exact, rtol=1e-5, atol=5e-7)
+
+
 @pytest.mark.parametrize("beta", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_a_cross_entropy_is_one_of_its_own(beta, temperature, backend, device):

@@ -211,19 +211,10 @@ def _pair(pair, v):
     """Exponentials of a pair of logits, which their shares make Q and P, and d = log P - log Q, or -d where its unit is
     negative. Where |d| is small no digits cancel: logits of close models subtract exactly. Q and P have exponentials of
     their own, for nothing to overflow."""
-    s_scale, s_base, t_scale, t_base, unit, shift, _ = pair
-    d = fused(_gap(pair, v), unit, -shift)
+    s_scale, s_base, t_scale, t_base, unit, shift, offsets = pair
+    gap = (v[1] - v[0]) - offsets[0] if len(offsets) == 1 else (v[1] - offsets[1]) - (v[0] - offsets[0])
+    d = fused(gap, unit, -shift)
     return tl.exp2(fused(v[0], s_scale, -s_base)), tl.exp2(fused(v[1], t_scale, -t_base)), d
-
-
-@triton.jit
-def _gap(pair, v):
-    """What the teacher's logit lies above the student's, less what its row does."""
-    offsets = pair[6]
-    if len(offsets) == 1:
-        return (v[1] - v[0]) - offsets[0]
-    else:
-        return (v[1] - offsets[1]) - (v[0] - offsets[0])
 
 
 @triton.jit
@@ -252,9 +243,8 @@ def _forward_element(constants, v):
 def _reverse_element(constants, v):
     of_q, of_p, d = _pair(constants[0], v)
     q, p = of_q * constants[1][0], of_p * constants[1][1]
-    # Nor are these.
-    parts = of_q, tl.minimum(_gap(constants[0], v), FAR)
-    return parts, (q * tl.minimum(d, FAR), _difference(q, p, d))
+    d_below = tl.minimum(d, FAR)  # nor is this
+    return (of_q, d_below), (q * d_below, _difference(q, p, d))
 
 
 @triton.jit
@@ -335,14 +325,13 @@ def _forward_map(constants, parts):
 
 @triton.jit
 def _reverse_map(constants, parts):
-    """Of gaps, for d takes one operation more."""
-    _, _, _, _, unit, shift, _ = constants[0]
-    factor = constants[4] * constants[1][0]
-    return parts[0] * fused(parts[1], -unit * factor, (shift - constants[5]) * factor)
+    """Of a row with one probability near 1 the center is nearly its d, and cancels it."""
+    return parts[0] * (parts[1] + constants[5]) * (-constants[4] * constants[1][0])
 
 
 @triton.jit
 def _mixed_map(constants, parts):
+    """There d is small: one operation for the center and what the gradient is times."""
     factor = -constants[4] * constants[1][0]  # Q's share too, of all elements at once
     return parts[0] * fused(parts[1], factor, constants[5] * factor)
 
