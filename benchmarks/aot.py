@@ -347,6 +347,7 @@ def _report(launch: Launch, variant: str, arch: int) -> Report:
 
 
 def _loops(function: sass.Function, launch: Launch) -> list[tuple[float, float, float, float]]:
+    """Instructions an element of each of the launch's turns."""
     if not launch.tile:
         return []
     turns = [(turn, launch.elements(turn)) for turn in launch.turns(function)]

@@ -243,7 +243,8 @@ def _forward_element(constants, v):
 def _reverse_element(constants, v):
     of_q, of_p, d = _pair(constants[0], v)
     q, p = of_q * constants[1][0], of_p * constants[1][1]
-    d_below = tl.minimum(d, FAR)  # nor is this
+    # Not inf, nor NaN of two logits of -inf: a probability of 0 counts nothing.
+    d_below = tl.minimum(d, FAR)
     return (of_q, d_below), (q * d_below, _difference(q, p, d))
 
 

@@ -2,7 +2,7 @@
 
 A normalizer is (largest logit, sum of 2^(scale (logit - largest))), with scale > 0. While tiles are added it is
 relative to a *base* instead, what the largest logit is scaled, rounded: then one operation takes a logit there. Rows of
-logits so large that this rounding could be beyond any power are swept once more, by :func:`add_enormous`.
+logits so large that this rounding could be beyond any power are swept once more, by :func:`normalizer_add_enormous`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .scalar import enormous_from, fused, is_enormous, origin
 
 
 @triton.jit
-def start(LANES: tl.constexpr, T: tl.constexpr):
+def normalizer_start(LANES: tl.constexpr, T: tl.constexpr):
     """(largest logit, base, sum of 2^(scale logit - base)) of none."""
     return tl.full((LANES,), float("-inf"), T), tl.full((LANES,), -enormous_from(T), T), tl.zeros((LANES,), T)
 
@@ -33,7 +33,7 @@ def _largest(largest, tiles):
 
 
 @triton.jit
-def add(normalizer, tiles, scale):
+def normalizer_add(normalizer, tiles, scale):
     """Adds tiles [LANES, …] of logits. The base is what the largest one is scaled, rounded, so that one operation takes
     a logit there; those that are enormous below 0 are nothing beside others. -inf adds nothing; NaN and +inf make the
     sum NaN."""
@@ -46,7 +46,7 @@ def add(normalizer, tiles, scale):
 
 
 @triton.jit
-def add_enormous(normalizer, tiles, scale):
+def normalizer_add_enormous(normalizer, tiles, scale):
     """Adds tiles to a sum that is relative to the largest logit itself, whose product with the scale is not rounded."""
     largest = _largest(normalizer[0], tiles)
     zero_at = _origin(largest)
@@ -57,7 +57,7 @@ def add_enormous(normalizer, tiles, scale):
 
 
 @triton.jit
-def settled(normalizer, again, scale):
+def normalizer_settled(normalizer, again, scale):
     """The sum relative to the largest logit itself; the start where it is to be found `again`."""
     total = normalizer[2] * origin(normalizer[0], scale)[2]
     return tl.where(again, float("-inf"), normalizer[0]), tl.where(again, 0.0, total)
@@ -73,7 +73,7 @@ def any_enormous(largest, scale, STREAMS: tl.constexpr):
 
 
 @triton.jit
-def total_of(normalizer, largest, scale, read):
+def normalizer_total(normalizer, largest, scale, read):
     """The normalizer of all lanes, given their largest logit. Their sums are added in float64: its error would be one
     of all elements at once. Of a row that is not read, numbers that make zeros."""
     totals = normalizer[1] * tl.exp2((normalizer[0] - _origin(largest)) * scale)
@@ -82,9 +82,9 @@ def total_of(normalizer, largest, scale, read):
 
 
 @triton.jit
-def combined(part, segments, scale, read, SEGMENTS: tl.constexpr, STREAMS: tl.constexpr):
+def combined_normalizer(part, segments, scale, read, SEGMENTS: tl.constexpr, STREAMS: tl.constexpr):
     """The normalizer of a row from those of its segments, of which the first lies at `part`."""
     segment = tl.arange(0, SEGMENTS)
     part, mask = part + segment * 2 * STREAMS, segment < segments
     largest = tl.load(part, mask=mask, other=float("-inf"))
-    return total_of((largest, tl.load(part + 1, mask=mask, other=0.0)), tl.max(largest, axis=0), scale, read)
+    return normalizer_total((largest, tl.load(part + 1, mask=mask, other=0.0)), tl.max(largest, axis=0), scale, read)

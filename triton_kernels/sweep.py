@@ -42,7 +42,15 @@ import triton.language as tl
 from torch import Tensor
 
 from . import layout, rowwise
-from .normalizers import add, add_enormous, any_enormous, combined, settled, start, total_of
+from .normalizers import (
+    any_enormous,
+    combined_normalizer,
+    normalizer_add,
+    normalizer_add_enormous,
+    normalizer_settled,
+    normalizer_start,
+    normalizer_total,
+)
 from .plan import SweepPlan, offsets_type, plan_map, plan_sweep
 from .scalar import number, rounded
 from .tiles import both, edge_elements, load_edge, load_tiles, row_span, row_start, segment_of, store_tiles
@@ -239,32 +247,32 @@ def _end_of_blocks(begin, end, read, BLOCK: tl.constexpr):
 @triton.jit
 def _normalizers(data, starts, span, begin, end, read, edge, scale, AGAIN: tl.constexpr, S: tl.constexpr):
     """(largest, total) of each stream over chunks [begin, end) and, where `edge`, the edges."""
-    normalizers = [start(S.LANES, S.T) for _ in (0, 1)[: S.STREAMS]]
+    normalizers = [normalizer_start(S.LANES, S.T) for _ in (0, 1)[: S.STREAMS]]
     TILES: tl.constexpr = max(2, S.TILES)  # there are registers for them
     BLOCK: tl.constexpr = S.LANES * TILES
     rest = _end_of_blocks(begin, end, read, BLOCK)
     for chunk in range(begin, rest, BLOCK):
         tiles = _load(data, starts, chunk, end, False, AGAIN, TILES, S)
-        normalizers = [add(normalizers[s], tiles[s], scale) for s in (0, 1)[: S.STREAMS]]
+        normalizers = [normalizer_add(normalizers[s], tiles[s], scale) for s in (0, 1)[: S.STREAMS]]
     for chunk in range(rest, tl.where(read, end, rest), S.LANES * S.TILES):
         tiles = _load(data, starts, chunk, end, True, AGAIN, S.TILES, S)
-        normalizers = [add(normalizers[s], tiles[s], scale) for s in (0, 1)[: S.STREAMS]]
+        normalizers = [normalizer_add(normalizers[s], tiles[s], scale) for s in (0, 1)[: S.STREAMS]]
     element, mask = edge_elements(span, S.LANES, S.WIDTH)
     if S.EDGES:
         edges = [load_edge(data[s], starts[s], element, both(mask, read & edge), S.T) for s in (0, 1)[: S.STREAMS]]
-        normalizers = [add(normalizers[s], edges[s], scale) for s in (0, 1)[: S.STREAMS]]
+        normalizers = [normalizer_add(normalizers[s], edges[s], scale) for s in (0, 1)[: S.STREAMS]]
     largest = [tl.max(normalizers[s][0], axis=0) for s in (0, 1)[: S.STREAMS]]
     # Rows of enormous logits once more.
     again = any_enormous(largest, scale, S.STREAMS)
-    normalizers = [settled(normalizers[s], again, scale) for s in (0, 1)[: S.STREAMS]]
+    normalizers = [normalizer_settled(normalizers[s], again, scale) for s in (0, 1)[: S.STREAMS]]
     for chunk in range(begin, tl.where(read & again, end, begin), S.LANES * S.TILES):
         tiles = _load(data, starts, chunk, end, True, AGAIN, S.TILES, S)
-        normalizers = [add_enormous(normalizers[s], tiles[s], scale) for s in (0, 1)[: S.STREAMS]]
+        normalizers = [normalizer_add_enormous(normalizers[s], tiles[s], scale) for s in (0, 1)[: S.STREAMS]]
     if S.EDGES:
         mask = both(mask, read & edge & again)
         edges = [load_edge(data[s], starts[s], element, mask, S.T) for s in (0, 1)[: S.STREAMS]]
-        normalizers = [add_enormous(normalizers[s], edges[s], scale) for s in (0, 1)[: S.STREAMS]]
-    return [total_of(normalizers[s], largest[s], scale, read) for s in (0, 1)[: S.STREAMS]]
+        normalizers = [normalizer_add_enormous(normalizers[s], edges[s], scale) for s in (0, 1)[: S.STREAMS]]
+    return [normalizer_total(normalizers[s], largest[s], scale, read) for s in (0, 1)[: S.STREAMS]]
 
 
 @triton.jit
@@ -407,7 +415,9 @@ def _sweep(
         normals = _normalizers(data, starts, span, begin, end, read, edge, scale, S.SUMS > 0, S)
     elif FIRST != MAP and not NORMALIZED:
         part = split[0] + row * segments * 2 * S.STREAMS
-        normals = [combined(part + 2 * s, segments, scale, read, SEGMENTS, S.STREAMS) for s in (0, 1)[: S.STREAMS]]
+        normals = [
+            combined_normalizer(part + 2 * s, segments, scale, read, SEGMENTS, S.STREAMS) for s in (0, 1)[: S.STREAMS]
+        ]
     if LAST == NORMALIZERS:
         STREAMS: tl.constexpr = S.STREAMS
         for s in tl.static_range(STREAMS):
