@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import rowwise, scalar
-from .scalar import NEAR, divide, expm1, expm1_near, fused, log2_fast, number, origin, rounded
+from .scalar import NEAR, divide, expm1, expm1_near, log2_fast, number, origin, rounded
 from .sweep import LOG2E, LogitRows, SweepFormula, SweepFunctions, sweep, sweep_map
 from .tiles import both, row_start
 
@@ -54,9 +54,9 @@ class DivergenceArgs(NamedTuple):
     beta: Any  # None at the ends
     rest: Any  # 1 - β
     odds: Any  # that / β: a mixed loss is summed over β
-    over_p: Any  # True where log M is taken over P, which weighs more, and d with it; else None, and it is over Q
+    over_p: Any  # 1 where log M is taken over P, which weighs more, and d with it; else None, and it is over Q
     terms: Any  # of log2 M/Q in log2 P/Q, near 0; or of M/P in Q/P
-    narrow: bool | None  # True where two logits' difference is exact in float32, but for tiny ones beside large ones
+    narrow: int | None  # 1 where two logits' difference is exact in float32, but for tiny ones beside large ones
 
 
 def mixture_terms(beta: float) -> list[float]:
@@ -92,13 +92,13 @@ def _args(
     if beta not in (0, 1):
         mixture = tuple(scalar.argument(x, dtype) for x in (beta, 1 - beta, (1 - beta) / beta))
         # Of the other's logarithm over M, a difference from d, a small weight leaves much.
-        mixture += (True if _over_p(beta) else None,)
+        mixture += (1 if _over_p(beta) else None,)
         mixture += (tuple(scalar.argument(x, dtype) for x in mixture_terms(min(beta, 1 - beta))),)
     labels = None if labels is None else labels.contiguous()
     of_rows = factor, grad, loss, stats.contiguous()
     narrow = all(t.element_size() == 2 for t in rows.data[:2])
     args = labels, ignore_index, hard, cross_entropy, *of_rows, *numbers, *mixture
-    return DivergenceArgs(*args, True if narrow else None)
+    return DivergenceArgs(*args, 1 if narrow else None)
 
 
 @triton.jit
@@ -213,8 +213,8 @@ def _pair(pair, v):
     their own, for nothing to overflow."""
     s_scale, s_base, t_scale, t_base, unit, shift, offsets = pair
     gap = (v[1] - v[0]) - offsets[0] if len(offsets) == 1 else (v[1] - offsets[1]) - (v[0] - offsets[0])
-    d = fused(gap, unit, -shift)
-    return tl.exp2(fused(v[0], s_scale, -s_base)), tl.exp2(fused(v[1], t_scale, -t_base)), d
+    d = tl.fma(gap, unit, -shift)
+    return tl.exp2(tl.fma(v[0], s_scale, -s_base)), tl.exp2(tl.fma(v[1], t_scale, -t_base)), d
 
 
 @triton.jit
@@ -257,7 +257,7 @@ def _mixed_pair(constants, v):
     # the logarithm of the other's.
     most = 126.0 if d.dtype == tl.float64 else 36.0
     d = tl.minimum(tl.maximum(d, -most), most)
-    mixture = log2_fast(fused(tl.exp2(d), less, more))
+    mixture = log2_fast(tl.fma(tl.exp2(d), less, more))
     if d.dtype != tl.float64:
         near = (((terms[4] * d + terms[3]) * d + terms[2]) * d + terms[1]) * d + terms[0]
         mixture = tl.where(tl.abs(d) < NEAR2, near * d, mixture)
@@ -334,7 +334,7 @@ def _reverse_map(constants, parts):
 def _mixed_map(constants, parts):
     """There d is small: one operation for the center and what the gradient is times."""
     factor = -constants[4] * constants[1][0]  # Q's share too, of all elements at once
-    return parts[0] * fused(parts[1], factor, constants[5] * factor)
+    return parts[0] * tl.fma(parts[1], factor, constants[5] * factor)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .scalar import enormous_from, fused, is_enormous, origin
+from .scalar import enormous_from, is_enormous, origin
 
 
 @triton.jit
@@ -41,7 +41,7 @@ def normalizer_add(normalizer, tiles, scale):
     base = tl.maximum(largest * scale, -enormous_from(scale.dtype))
     total = normalizer[2] * tl.exp2(normalizer[1] - base)
     for i in tl.static_range(len(tiles)):
-        total += tl.sum(tl.exp2(fused(tiles[i], scale, -base[:, None])), axis=1)
+        total += tl.sum(tl.exp2(tl.fma(tiles[i], scale, -base[:, None])), axis=1)
     return largest, base, total
 
 

@@ -61,17 +61,6 @@ def divide(a, b):
 
 
 @triton.jit
-def fused(x, y, z):
-    """x y + z, rounded once."""
-    if not INTERPRETED:
-        return tl.fma(x, y, z)
-    elif z.dtype == tl.float64:
-        return x * y + z
-    else:
-        return (x.to(tl.float64) * y + z).to(z.dtype)
-
-
-@triton.jit
 def exp_negative(x):
     """exp(x) for x <= 0. The hardware's 2^y alone would lose a relative 1e-7 for every unit of -x."""
     if x.dtype == tl.float64:
@@ -121,7 +110,7 @@ def origin(largest, scale):
     power *= tl.where(tl.abs(largest * power) < 1e37, 1.0, 2.0**-40)
     scale = tl.where(beyond, power, scale)
     base = tl.where(nothing, -1e37, largest * scale)
-    lost = tl.where(nothing, 0.0, fused(largest, scale, -base)) * -0.6931471805599453
+    lost = tl.where(nothing, 0.0, tl.fma(largest, scale, -base)) * -0.6931471805599453
     # The series is of float32, but what float64 loses is smaller than its square.
     near = lost if WIDE else expm1_near(lost)
     return scale, base, tl.where(tl.abs(lost) < NEAR, 1.0 + near, tl.exp(lost))
