@@ -41,7 +41,7 @@ fashion: $(VENV)/ready
 	$(PY) examples/fashion --jobs 2
 
 test: $(VENV)/ready
-	$(PY) -m pytest -n auto --dist loadgroup
+	$(PY) -m pytest -n auto
 
 # Versions of Triton differ in what they compile, and a new one is what an installation gets.
 aot: $(VENV)/ready

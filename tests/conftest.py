@@ -32,6 +32,19 @@ settings.register_profile(
 settings.load_profile("fastgen")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Tests of one class run in one worker, as what they share takes minutes to make; all others anywhere."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Classes(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            scope = nodeid.partition("[")[0].rpartition("::")[0]
+            return scope if "::" in scope else nodeid
+
+    return Classes(config, log)
+
+
 def backends() -> list[str]:
     return [b for b in ("native", "triton", "reference") if dispatch.missing("elbo_error", b, DEVICE) is None]
 

@@ -24,10 +24,6 @@ needs_nvcc = pytest.mark.skipif(aot_cuda.cuda_home() is None, reason="no CUDA to
 needs_compiler = pytest.mark.skipif(shutil.which(COMPILER) is None, reason="no C++ compiler")
 
 
-# What takes minutes to make is made by one worker (--dist loadgroup).
-one_report, one_emulator = pytest.mark.xdist_group("report"), pytest.mark.xdist_group("emulator")
-
-
 # The sources of both skeletons' most used formulas say whether a skeleton is well; all families take ten minutes.
 @pytest.fixture(scope="module", params=["typical", pytest.param("every", marks=pytest.mark.slow)])
 def report(request):
@@ -62,53 +58,47 @@ def test_no_unit_defines_what_another_does():
             )
 
 
-@needs_nvcc
-@one_report
-def test_kernels_spill_nothing_and_stay_within_their_registers(report):
-    for row in report:
-        budget = registers(row["kernel"])
-        assert row["spill_bytes"] == row["stack_bytes"] == 0, row
-        assert row["registers"] <= budget, row
-        many_sums = re.search("Decoupled|Nft|sweep_rows", row["kernel"])
-        assert row["static_shared_bytes"] <= (2976 if many_sums else 1280), row
-
-
 # Instructions an element, or a pair, over all passes of a row that stays on chip.
 INSTRUCTIONS = {"TokenLogprob": 8, "forward, true": 45, "forward": 44, "mixed": 51, "reverse": 50}
 SUMS = {"forward": 27, "mixed": 28, "reverse": 26}  # of the one pass over a slice of a vocabulary
 
 
 @needs_nvcc
-@one_report
-@pytest.mark.skipif(find_spec("triton") is None, reason="the disassembler is in Triton's package")
-def test_sweeps_issue_no_more_than_their_budget(report):
-    kernels = [r for r in report if r["arch"] == "sm_90a" and "<wide, bf16, float, " in r["kernel"]]
-    losses = [r for r in kernels if not re.search("Backward|Sparse|Sums", r["kernel"])]
-    assert len(losses) == len(INSTRUCTIONS)
-    for row in losses:
-        cost = aot_cuda.sweep_cost(row)
-        budget = next(n for name, n in INSTRUCTIONS.items() if name in row["kernel"])
-        assert sum(cost) <= budget, f"{row['kernel']}: {cost}"
-        assert sass.resident_threads(row["registers"], 256, 0) >= 1024, row
-    slices = [r for r in kernels if "Sums" in r["kernel"]]
-    assert len(slices) == len(SUMS)
-    for row in slices:
-        (turn,) = [t for t in row["loops"] if t["loads"].get(16) and t["special"]]
-        assert turn["issued"] / 8 <= next(n for name, n in SUMS.items() if name in row["kernel"]), row
+class TestReport:
+    def test_kernels_spill_nothing_and_stay_within_their_registers(self, report):
+        for row in report:
+            budget = registers(row["kernel"])
+            assert row["spill_bytes"] == row["stack_bytes"] == 0, row
+            assert row["registers"] <= budget, row
+            many_sums = re.search("Decoupled|Nft|sweep_rows", row["kernel"])
+            assert row["static_shared_bytes"] <= (2976 if many_sums else 1280), row
 
+    @pytest.mark.skipif(find_spec("triton") is None, reason="the disassembler is in Triton's package")
+    def test_sweeps_issue_no_more_than_their_budget(self, report):
+        kernels = [r for r in report if r["arch"] == "sm_90a" and "<wide, bf16, float, " in r["kernel"]]
+        losses = [r for r in kernels if not re.search("Backward|Sparse|Sums", r["kernel"])]
+        assert len(losses) == len(INSTRUCTIONS)
+        for row in losses:
+            cost = aot_cuda.sweep_cost(row)
+            budget = next(n for name, n in INSTRUCTIONS.items() if name in row["kernel"])
+            assert sum(cost) <= budget, f"{row['kernel']}: {cost}"
+            assert sass.resident_threads(row["registers"], 256, 0) >= 1024, row
+        slices = [r for r in kernels if "Sums" in r["kernel"]]
+        assert len(slices) == len(SUMS)
+        for row in slices:
+            (turn,) = [t for t in row["loops"] if t["loads"].get(16) and t["special"]]
+            assert turn["issued"] / 8 <= next(n for name, n in SUMS.items() if name in row["kernel"]), row
 
-@needs_nvcc
-@one_report
-def test_kernels_move_16_bytes_at_a_time_and_use_no_atomics(report):
-    wide = [row for row in report if re.search("<(wide|peeled), ", row["kernel"])]
-    assert {row["kernel"].partition("<")[2].partition(",")[0] for row in wide} == {"wide", "peeled"}
-    for row in wide:
-        assert row["wide_loads"], row
-        maps = r"map<|on_chip<.*(?<!Sequence)(?<!SequenceDdo)Loss|sweep_rows<(?!.*(TokenLogprob|Sums)<)"
-        if re.match(maps, row["kernel"]):
-            assert row["wide_stores"], row
-    for row in report:
-        assert not row["atomics"], row
+    def test_kernels_move_16_bytes_at_a_time_and_use_no_atomics(self, report):
+        wide = [row for row in report if re.search("<(wide|peeled), ", row["kernel"])]
+        assert {row["kernel"].partition("<")[2].partition(",")[0] for row in wide} == {"wide", "peeled"}
+        for row in wide:
+            assert row["wide_loads"], row
+            maps = r"map<|on_chip<.*(?<!Sequence)(?<!SequenceDdo)Loss|sweep_rows<(?!.*(TokenLogprob|Sums)<)"
+            if re.match(maps, row["kernel"]):
+                assert row["wide_stores"], row
+        for row in report:
+            assert not row["atomics"], row
 
 
 @needs_compiler
@@ -169,16 +159,12 @@ def run_emulated(script: str, *arguments: str, **environment: str) -> None:
 
 
 @needs_compiler
-@one_emulator
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the emulator needs ucontext")
-@pytest.mark.parametrize("how_many", [3, pytest.param(None, marks=pytest.mark.slow)], ids=["few", "all"])
-@pytest.mark.parametrize(("kind", "gpu"), CASES)
-def test_emulated_kernels_agree_with_the_reference(emulated, kind, gpu, how_many):
-    run_emulated("check.py", str(emulated), kind, *CASES[kind, gpu][:how_many], EMULATED_GPU=gpu)
+class TestEmulated:
+    @pytest.mark.parametrize("how_many", [3, pytest.param(None, marks=pytest.mark.slow)], ids=["few", "all"])
+    @pytest.mark.parametrize(("kind", "gpu"), CASES)
+    def test_emulated_kernels_agree_with_the_reference(self, emulated, kind, gpu, how_many):
+        run_emulated("check.py", str(emulated), kind, *CASES[kind, gpu][:how_many], EMULATED_GPU=gpu)
 
-
-@needs_compiler
-@one_emulator
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the emulator needs ucontext")
-def test_emulated_trajectories_are_the_references_to_the_bit(emulated):
-    run_emulated("check_trajectory.py", str(emulated))
+    def test_emulated_trajectories_are_the_references_to_the_bit(self, emulated):
+        run_emulated("check_trajectory.py", str(emulated))
