@@ -18,7 +18,7 @@ help:
 	@echo "make examples  run every example and write examples/README.md (about twenty minutes)"
 	@echo "make fashion   the methods on Fashion-MNIST, three seeds each, and its page (two hours)"
 	@echo "make test      build and run the tests"
-	@echo "make aot       compile the Triton kernels with the oldest Triton that is supported"
+	@echo "make aot       compile the Triton kernels with the oldest Triton that is supported, and interpret them"
 	@echo "make lint      ruff and mypy"
 	@echo "make bench     benchmarks on this machine's CPU, a table and plots in benchmarks/results"
 	@echo "make wheel     a source distribution and wheels, with CPU kernels and without, in dist; installed and verified"
@@ -46,7 +46,8 @@ test: $(VENV)/ready
 # Versions of Triton differ in what they compile, and a new one is what an installation gets.
 aot: $(VENV)/ready
 	$(PY) -m pip install --quiet --no-deps --upgrade --target build/triton-$(OLDEST_TRITON) triton==$(OLDEST_TRITON)
-	PYTHONPATH=build/triton-$(OLDEST_TRITON) $(PY) -m pytest -n auto tests/test_aot.py
+	PYTHONPATH=build/triton-$(OLDEST_TRITON) $(PY) -m pytest -n auto tests/test_aot.py tests/test_operators.py \
+		-k "test_aot or (test_matches_float64 and triton and bfloat16)"
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .
