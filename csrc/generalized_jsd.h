@@ -37,22 +37,33 @@ struct JsdRow {
   T hard;                 // with labels: times Q in the forward one's
 };
 
-// What `high` lies above `low`, rounded to a multiple of the last place of all logits of these maxima that matter (from
-// 16 temperatures below): it can be subtracted from the logits of larger magnitude without rounding them.
+// What is taken from the logits of two rows before they are subtracted, given their largest, so that what the one row
+// lies above the other rounds nothing: it means nothing.
+//
+// From the row of larger magnitude, what it lies above the other, rounded to a multiple of the last place of all logits
+// that matter (from 16 temperatures below the largest), which rounds none of them. Where that place is more than a
+// temperature, the row's logits that matter are exact multiples of it too: from each row its largest.
 template <class T>
-FASTGEN_HD T exact_offset(T high, T low, T inverse_temperature) {
-  const T largest = std::abs(high) > std::abs(low) ? std::abs(high) : std::abs(low);
-  const T reach = largest + T(16) / inverse_temperature;
-  const T grain = T(24) * (reach < T(1e29) ? reach : T(1e29));  // adding it rounds to its last place, 16 to 32 of reach's
-  return ((high - low) + grain) - grain;
+struct Offsets {
+  T student, teacher;
+};
+
+template <class T>
+FASTGEN_HD Offsets<T> offsets_of(T student, T teacher, T inverse_temperature) {
+  constexpr T kPlace = std::numeric_limits<T>::epsilon();
+  const bool teacher_moves = std::abs(teacher) > std::abs(student);
+  const T reach = (teacher_moves ? std::abs(teacher) : std::abs(student)) + T(16) / inverse_temperature;
+  const T grain = T(24) * (reach < T(1e29) ? reach : T(1e29));  // its last place is 16 to 32 of reach's
+  if (grain * kPlace * inverse_temperature > T(1)) return {student, teacher};
+  const T above = ((teacher - student) + grain) - grain;
+  return {teacher_moves ? T(0) : -above, teacher_moves ? above : T(0)};
 }
 
 // What both the loss and its backward do with a pair of logits.
 //
 // Everything follows from Q, P and d = log P - log Q. Where |d| is small no digits cancel: d is formed of the logits
-// themselves, for those of close models subtract exactly (what the one row lies above the other, which means nothing, is
-// first taken from the row of the larger logits, exactly too), and what would cancel is a series in d. Elsewhere nothing
-// overflows, for Q and P have exponentials of their own.
+// themselves, for those of close models subtract exactly (after the rows' offsets), and what would cancel is a series in
+// d. Elsewhere nothing overflows, for Q and P have exponentials of their own.
 //
 //             gradient / coefficient         loss
 //   forward   Q - P                          Σ P d + (Q - P)
@@ -62,15 +73,15 @@ FASTGEN_HD T exact_offset(T high, T low, T inverse_temperature) {
 // kWithLabels: the forward one's gradient has a multiple of Q besides, of a cross-entropy (Labels).
 //
 // In the loss Q - P, which sums to 0, makes what belongs to an element non-negative and cancels what the rounding of the
-// sums adds. 0 log 0 = 0. Between the ends of beta all logarithms are to the device's base. There log M is taken over that of the
-// two which weighs more, as d then is: log M over the other is a difference from d, of which a small weight leaves much.
+// sums adds. 0 log 0 = 0, where d may be NaN or infinite. Between the ends of beta all logarithms are to the device's
+// base. There log M is taken over that of the two which weighs more, as d then is: log M over the other is a difference
+// from d, of which a small weight leaves much.
 template <class T, Divergence D, bool kWithLabels = false>
 struct JsdElement {
   static constexpr int kParts = D == Divergence::forward ? 1 : 2;  // Q - P; or Q's exponential and a
   static constexpr int kSums = kParts;  // the loss; Σ Q a and Σ Q - P; of exponentials, Σ P (d + a) and Σ Q a
   static constexpr bool kMixed = D == Divergence::mixed;
   static constexpr double kLog = kMixed ? Base::kLog : 1;  // of what logarithms here are to
-  static constexpr T kFar = T(1e20);  // beyond any of a probability, and products with what gradients are times
   T beta, rest, odds;  // (1 - beta) / beta, as the loss is summed over beta
   LogMixture<T> mixture;
   T sign, of_teacher, of_student;  // of d; whether log M is over P, as 0 and 1; whether over Q
@@ -93,13 +104,11 @@ struct JsdElement {
     const Origin<T> of_s(s, scale), of_t(t, scale);
     const T teacher_share = of_t.factor(t) / teacher.sum;
     const T student_share = of_s.factor(s) / student.sum + (teacher_share - teacher_share);  // NaN with the teacher's
-    const T above = exact_offset(t, s, inverse_temperature);
-    const bool teacher_moves = std::abs(t) > std::abs(s);
-    const T student_offset = teacher_moves ? T(0) : -above, teacher_offset = teacher_moves ? above : T(0);
-    s -= student_offset, t -= teacher_offset;
+    const Offsets<T> offsets = offsets_of(s, t, inverse_temperature);
+    s -= offsets.student, t -= offsets.teacher;
     const T shift = (t - s) * scale_of_d + sign * std::log(teacher.sum / student.sum) * T(1 / kLog);
     const T of_map = D == Divergence::forward ? T(1) : student_share;
-    return {student_offset, teacher_offset, of_s, of_t, shift, student_share, teacher_share,
+    return {offsets.student, offsets.teacher, of_s, of_t, shift, student_share, teacher_share,
             coefficient * T(kLog) * of_map, center * T(1 / kLog), T(0)};
   }
 
@@ -118,9 +127,9 @@ struct JsdElement {
       const T difference = std::abs(d) < T(kNear) ? -q * expm1_near(d) : q - p;  // Q - P
       if constexpr (D == Divergence::forward) {
         parts[0] = kWithLabels ? difference + row.hard * q : difference;
-        sums[0] += p * at_least(d, -kFar) + difference;  // not -inf, nor NaN of two logits of -inf
+        sums[0] += p * (p == T(0) ? T(0) : d) + difference;
       } else {
-        const T a = -at_most(d, kFar);
+        const T a = of_q == T(0) ? T(0) : -d;
         parts[0] = of_q, parts[1] = a;
         sums[0] += q * a, sums[1] += difference;
       }

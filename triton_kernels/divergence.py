@@ -24,7 +24,6 @@ from .tiles import both, row_start
 
 LN2 = tl.constexpr(math.log(2))
 NEAR2 = tl.constexpr(NEAR.value / math.log(2))
-FAR = tl.constexpr(1e20)  # beyond any logarithm of a probability, and products with what gradients are times
 TERMS = 5
 ROWS_AT_ONCE = 128  # of a program that writes one element a row
 
@@ -56,7 +55,6 @@ class DivergenceArgs(NamedTuple):
     odds: Any  # that / β: a mixed loss is summed over β
     over_p: Any  # 1 where log M is taken over P, which weighs more, and d with it; else None, and it is over Q
     terms: Any  # of log2 M/Q in log2 P/Q, near 0; or of M/P in Q/P
-    narrow: int | None  # 1 where two logits' difference is exact in float32, but for tiny ones beside large ones
 
 
 def mixture_terms(beta: float) -> list[float]:
@@ -96,9 +94,7 @@ def _args(
         mixture += (tuple(scalar.argument(x, dtype) for x in mixture_terms(min(beta, 1 - beta))),)
     labels = None if labels is None else labels.contiguous()
     of_rows = factor, grad, loss, stats.contiguous()
-    narrow = all(t.element_size() == 2 for t in rows.data[:2])
-    args = labels, ignore_index, hard, cross_entropy, *of_rows, *numbers, *mixture
-    return DivergenceArgs(*args, 1 if narrow else None)
+    return DivergenceArgs(labels, ignore_index, hard, cross_entropy, *of_rows, *numbers, *mixture)
 
 
 @triton.jit
@@ -125,35 +121,36 @@ def _label_logit(hard, stream: tl.constexpr, row, label, inside, T: tl.constexpr
 
 
 @triton.jit
-def _exact_offset(high, low, temperature):
-    """What `high` lies above `low`, rounded to a multiple of the last place of all logits of these maxima that matter
-    (from 16 temperatures below): it can be subtracted from the logits of larger magnitude without rounding them."""
-    reach = tl.maximum(tl.abs(high), tl.abs(low)) + 16.0 * temperature
+def _offsets(student, teacher, temperature):
+    """What is taken from the logits of two rows before they are subtracted, given their largest, so that what the one
+    row lies above the other rounds nothing: it means nothing.
+
+    From the row of larger magnitude, what it lies above the other, rounded to a multiple of the last place of all
+    logits that matter (from 16 temperatures below the largest), which rounds none of them. Where that place is more
+    than a temperature, the row's logits that matter are exact multiples of it too: from each row its largest.
+    """
+    teacher_moves = tl.abs(teacher) > tl.abs(student)
+    reach = tl.where(teacher_moves, tl.abs(teacher), tl.abs(student)) + 16.0 * temperature
     grain = 24.0 * tl.minimum(reach, 1e29)  # adding it rounds to its last place, 16 to 32 of reach's
-    return ((high - low) + grain) - grain
+    place = grain * (2.0**-52 if grain.dtype == tl.float64 else 2.0**-23)
+    above = ((teacher - student) + grain) - grain
+    apart = place > temperature
+    of_student = tl.where(apart, student, tl.where(teacher_moves, 0.0, -above))
+    return of_student, tl.where(apart, teacher, tl.where(teacher_moves, above, 0.0))
 
 
 @triton.jit
-def _norms(student, teacher, scale, temperature, unit, sign, LOG: tl.constexpr, NARROW: tl.constexpr, T: tl.constexpr):
+def _norms(student, teacher, scale, temperature, unit, sign, LOG: tl.constexpr):
     """Of two normalizers, what :func:`_pair` takes, and what exponentials of Q and of P are times, 1 / sum. Logarithms
-    of probabilities count `unit` a logit, `sign` times what they are over LOG.
-
-    What the one row lies above the other means nothing. It is taken from the row of the larger logits; of two rows of
-    16 bits (NARROW) from the differences, which are as exact. Of the sums it takes one logarithm: the difference of two
-    of some 10 would round it.
-    """
-    of_teacher = tl.abs(teacher[0]) > tl.abs(student[0])
-    above = _exact_offset(teacher[0], student[0], temperature)
-    s, t = tl.where(of_teacher, 0.0, -above), tl.where(of_teacher, above, 0.0)
+    of probabilities count `unit` a logit, `sign` times what they are over LOG. Of the sums it takes one logarithm: the
+    difference of two of some 10 would round it."""
+    s, t = _offsets(student[0], teacher[0], temperature)
     shift = ((teacher[0] - t) - (student[0] - s)) * unit - sign * tl.log(divide(student[1], teacher[1])) / LOG
-    offsets = s, t
-    if NARROW:
-        offsets = (above,)
     s_scale, s_base, s_factor = origin(student[0], scale)
     t_scale, t_base, t_factor = origin(teacher[0], scale)
     t_share = divide(t_factor, teacher[1])
     s_share = divide(s_factor, student[1]) + (t_share - t_share)  # NaN with the teacher's
-    return (s_scale, s_base, t_scale, t_base, unit, shift, offsets), (s_share, t_share)
+    return (s_scale, s_base, t_scale, t_base, unit, shift, s, t), (s_share, t_share)
 
 
 @triton.jit
@@ -181,12 +178,12 @@ def _row(args, rows, row, normals, read, T: tl.constexpr):
         beta, rest = number(args.beta, T), number(args.rest, T)
         sign = 1.0 if args.over_p is None else -1.0
         unit = scale * sign
-        pair, shares = _norms(normals[0], normals[1], scale, temperature, unit, sign, LN2, args.narrow is not None, T)
+        pair, shares = _norms(normals[0], normals[1], scale, temperature, unit, sign, LN2)
         terms = [number(args.terms[i], T) for i in (0, 1, 2, 3, 4)]
         numbers = tl.minimum(beta, rest), tl.maximum(beta, rest), terms
         return pair, shares, numbers, beta * LN2, factor * rest * LN2, center / LN2, normals
     else:
-        pair, shares = _norms(normals[0], normals[1], scale, temperature, slope, 1.0, 1.0, args.narrow is not None, T)
+        pair, shares = _norms(normals[0], normals[1], scale, temperature, slope, 1.0, 1.0)
         numbers = ()
         if args.hard is not None:
             numbers = (_label(args.labels, args.hard, row, read, T)[2],)
@@ -211,9 +208,8 @@ def _pair(pair, v):
     """Exponentials of a pair of logits, which their shares make Q and P, and d = log P - log Q, or -d where its unit is
     negative. Where |d| is small no digits cancel: logits of close models subtract exactly. Q and P have exponentials of
     their own, for nothing to overflow."""
-    s_scale, s_base, t_scale, t_base, unit, shift, offsets = pair
-    gap = (v[1] - v[0]) - offsets[0] if len(offsets) == 1 else (v[1] - offsets[1]) - (v[0] - offsets[0])
-    d = tl.fma(gap, unit, -shift)
+    s_scale, s_base, t_scale, t_base, unit, shift, s_offset, t_offset = pair
+    d = tl.fma((v[1] - t_offset) - (v[0] - s_offset), unit, -shift)
     return tl.exp2(tl.fma(v[0], s_scale, -s_base)), tl.exp2(tl.fma(v[1], t_scale, -t_base)), d
 
 
@@ -235,17 +231,16 @@ def _forward_element(constants, v):
     part = difference
     if len(constants[2]) > 0:
         part += constants[2][0] * q
-    # Not -inf, nor NaN of two logits of -inf: a probability of 0 counts nothing.
-    return (part,), (p * tl.maximum(d, -FAR) + difference,)
+    # A probability of 0 counts nothing, where d may be NaN or infinite.
+    return (part,), (p * tl.where(p == 0.0, 0.0, d) + difference,)
 
 
 @triton.jit
 def _reverse_element(constants, v):
     of_q, of_p, d = _pair(constants[0], v)
     q, p = of_q * constants[1][0], of_p * constants[1][1]
-    # Not inf, nor NaN of two logits of -inf: a probability of 0 counts nothing.
-    d_below = tl.minimum(d, FAR)
-    return (of_q, d_below), (q * d_below, _difference(q, p, d))
+    counted = tl.where(of_q == 0.0, 0.0, d)  # a probability of 0 counts nothing, where d may be NaN or infinite
+    return (of_q, counted), (q * counted, _difference(q, p, d))
 
 
 @triton.jit
