@@ -1,6 +1,7 @@
 // The generalized Jensen-Shannon divergence of rows of logits, of the family sequence, with a cross-entropy of labels.
 #pragma once
 
+#include <limits>
 #include <tuple>
 
 #include "runtime/device.h"
@@ -37,12 +38,13 @@ struct JsdRow {
   T hard;                 // with labels: times Q in the forward one's
 };
 
-// What is taken from the logits of two rows before they are subtracted, given their largest, so that what the one row
-// lies above the other rounds nothing: it means nothing.
+// What each of two rows gives up before their logits are subtracted. A constant between the rows means nothing, and
+// must round nothing.
 //
-// From the row of larger magnitude, what it lies above the other, rounded to a multiple of the last place of all logits
-// that matter (from 16 temperatures below the largest), which rounds none of them. Where that place is more than a
-// temperature, the row's logits that matter are exact multiples of it too: from each row its largest.
+// The row of larger magnitude gives up what it lies above the other, rounded to a multiple of the last place of all its
+// logits that matter (those from 16 temperatures below the largest), which rounds none of them. Where that place is more
+// than a temperature, what is left of the constant would round the other row: then each row gives up its largest logit.
+// That is exact where a row is so large, and elsewhere rounds no more than a log-softmax does.
 template <class T>
 struct Offsets {
   T student, teacher;
@@ -50,11 +52,11 @@ struct Offsets {
 
 template <class T>
 FASTGEN_HD Offsets<T> offsets_of(T student, T teacher, T inverse_temperature) {
-  constexpr T kPlace = std::numeric_limits<T>::epsilon();
+  constexpr T kEpsilon = std::numeric_limits<T>::epsilon();
   const bool teacher_moves = std::abs(teacher) > std::abs(student);
   const T reach = (teacher_moves ? std::abs(teacher) : std::abs(student)) + T(16) / inverse_temperature;
   const T grain = T(24) * (reach < T(1e29) ? reach : T(1e29));  // its last place is 16 to 32 of reach's
-  if (grain * kPlace * inverse_temperature > T(1)) return {student, teacher};
+  if (grain * kEpsilon * inverse_temperature > T(1)) return {student, teacher};
   const T above = ((teacher - student) + grain) - grain;
   return {teacher_moves ? T(0) : -above, teacher_moves ? above : T(0)};
 }

@@ -122,16 +122,17 @@ def _label_logit(hard, stream: tl.constexpr, row, label, inside, T: tl.constexpr
 
 @triton.jit
 def _offsets(student, teacher, temperature):
-    """What is taken from the logits of two rows before they are subtracted, given their largest, so that what the one
-    row lies above the other rounds nothing: it means nothing.
+    """What each of two rows gives up before their logits are subtracted, given their largest. A constant between the
+    rows means nothing, and must round nothing.
 
-    From the row of larger magnitude, what it lies above the other, rounded to a multiple of the last place of all
-    logits that matter (from 16 temperatures below the largest), which rounds none of them. Where that place is more
-    than a temperature, the row's logits that matter are exact multiples of it too: from each row its largest.
+    The row of larger magnitude gives up what it lies above the other, rounded to a multiple of the last place of all
+    its logits that matter (those from 16 temperatures below the largest), which rounds none of them. Where that place
+    is more than a temperature, what is left of the constant would round the other row: then each row gives up its
+    largest logit. That is exact where a row is so large, and elsewhere rounds no more than a log-softmax does.
     """
     teacher_moves = tl.abs(teacher) > tl.abs(student)
     reach = tl.where(teacher_moves, tl.abs(teacher), tl.abs(student)) + 16.0 * temperature
-    grain = 24.0 * tl.minimum(reach, 1e29)  # adding it rounds to its last place, 16 to 32 of reach's
+    grain = 24.0 * tl.minimum(reach, 1e29)  # its last place is 16 to 32 of reach's
     place = grain * (2.0**-52 if grain.dtype == tl.float64 else 2.0**-23)
     above = ((teacher - student) + grain) - grain
     apart = place > temperature
@@ -141,8 +142,8 @@ def _offsets(student, teacher, temperature):
 
 @triton.jit
 def _norms(student, teacher, scale, temperature, unit, sign, LOG: tl.constexpr):
-    """Of two normalizers, what :func:`_pair` takes, and what exponentials of Q and of P are times, 1 / sum. Logarithms
-    of probabilities count `unit` a logit, `sign` times what they are over LOG. Of the sums it takes one logarithm: the
+    """Returns what :func:`_pair` takes, and what exponentials of Q and of P are multiplied by: 1 / sum. Logarithms of
+    probabilities count `unit` a logit, `sign` times what they are over LOG. One logarithm serves both sums: the
     difference of two of some 10 would round it."""
     s, t = _offsets(student[0], teacher[0], temperature)
     shift = ((teacher[0] - t) - (student[0] - s)) * unit - sign * tl.log(divide(student[1], teacher[1])) / LOG
