@@ -113,7 +113,8 @@ def _compile(nvcc: Path, source: Path, architecture: str, flags: Sequence[str]) 
                 "wide_loads": bool(re.search(r"ld\.global(\.\w+)*\.v4\.\w32", body)),
                 "wide_stores": bool(re.search(r"st\.global(\.\w+)*\.v4\.\w32", body)),
                 "loops": [asdict(t) for t in functions[m["symbol"]].loops] if functions else [],
-                "atomics": bool(re.search(r"\b(atom|red)\.", body)),
+                # Besides those that only count up to a number.
+                "atomics": bool(re.search(r"\b(atom|red)\.(?!\S*inc\.u32)", body)),
             }
         )
     return rows

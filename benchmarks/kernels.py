@@ -39,7 +39,7 @@ WORK: dict[str, tuple[int, tuple[Shape, ...]]] = {
     "dmd_loss-guided": (6, (IMAGES[1], (64, 4, 128, 128))),
     "decoupled_dmd_loss": (8, (IMAGES[1], (64, 4, 128, 128))),
     "guidance": (3, IMAGES[1:]),
-    "reverse_step-epsilon": (5, IMAGES[1:]),
+    "reverse_step_-epsilon": (5, IMAGES[1:]),  # in place: with gradients the other one is plain PyTorch
     "flow_sde_step": (3, IMAGES[1:]),
     "add_noise": (3, IMAGES[1:]),
     "ScoreMoments": (1, IMAGES[1:]),

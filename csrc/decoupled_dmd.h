@@ -155,8 +155,7 @@ distillation::Outputs decoupled_dmd(const Tensor& x, const Tensor& ca_x_t, const
                               mutable_data<T>(result.coefficients),
                               mutable_data<T>(result.stats),
                               groups};
-        Device::template rowwise<T>(formula, groups, rows, output_of(result.grad, with_grad));
-        out = result.outputs<Device, T>(option<Reduction>(reduction));
+        out = result.outputs<Device, T>(formula, groups, rows, option<Reduction>(reduction), with_grad);
       });
     });
   });

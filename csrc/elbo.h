@@ -150,22 +150,37 @@ struct ElboDifferenceLoss {
   }
   FASTGEN_HD T coefficient(int64_t, int64_t, const Row& constants, T slope) const { return -slope * constants.scale; }
   FASTGEN_HD T map(const Row&, T coefficient, const T* v) const { return coefficient * L2::slope(v[0] - v[1]); }
+  FASTGEN_HD FlagCounts<T>& flag_counts()
+    requires CountsFlags<Link>
+  {
+    return link.flag_counts();
+  }
 };
 
 // Real images: softplus(-beta m) / n_real. Fakes: alpha softplus(beta m) / n_fake. m is the mean over an image's rows.
 template <class T>
 struct DdoLink {
-  const uint8_t* is_real;  // any byte but 0
-  const T* counts;  // {n_real, n_fake}; null: no division
+  FlagCounts<T> real;  // ones where there is no division
   T alpha, beta, row_share;
   const T* alphas = nullptr;  // [groups]: instead of alpha
 
+  // What a mean divides by is `counts`, {n_real, n_fake}, or where that is not there, how many flags are set.
+  template <class Device>
+  static typename Device::template Flags<T> flags(const Tensor& is_real, const std::optional<Tensor>& counts,
+                                                  int64_t reduction) {
+    const bool mean = option<Reduction>(reduction) == Reduction::mean;
+    typename Device::template Flags<T> real(is_real, mean && !counts);
+    if (mean && counts) real.counts.counted = data_or_null<T>(counts);
+    return real;
+  }
+
+  FASTGEN_HD FlagCounts<T>& flag_counts() { return real; }
   FASTGEN_HD T share(int64_t) const { return row_share; }
   FASTGEN_HD T term(int64_t group, T m, T* slope) const {
-    const bool real = is_real[group] != 0;
+    const bool is_real = real.flags[group] != 0;
     const T of_fake = alphas ? alphas[group] : alpha;
-    const T weight = (real ? T(1) : of_fake) / (counts ? counts[real ? 0 : 1] : T(1));  // a row present is counted: > 0
-    const T signed_beta = real ? -beta : beta;
+    const T weight = (is_real ? T(1) : of_fake) / real.like(is_real);  // a row present is counted: > 0
+    const T signed_beta = is_real ? -beta : beta;
     *slope = weight * signed_beta * sigmoid(signed_beta * m);
     return weight * softplus(signed_beta * m);
   }
@@ -263,9 +278,9 @@ std::tuple<Tensor, Tensor> l1_distance(const Tensor& pred, const Tensor& target,
   return with_arithmetic(dtype, [&](auto zero) {
     using T = decltype(zero);
     const ElboErrorLoss<T, L1> formula{{nullptr, T(scale), mutable_data<T>(term)}};
-    Device::template rowwise<T>(formula, Groups::single(rows.count), rows,
-                                {with_grad ? grad_pred.mutable_data_ptr() : nullptr, pred.scalar_type()});
-    return std::tuple(Device::template sum<T>(term), grad_pred);
+    const Output out{with_grad ? grad_pred.mutable_data_ptr() : nullptr, pred.scalar_type()};
+    const Tensor loss = Device::template terms_of<T>(formula, Groups::single(rows.count), rows, out, term, true);
+    return std::tuple(loss, grad_pred);
   });
 }
 
@@ -307,10 +322,9 @@ LossOutputs elbo_difference_loss(const Rows<3>& rows, const Groups& groups, std:
                                             mutable_data<T>(term),
                                             mutable_data<T>(delta),
                                             mutable_data<T>(error_slope)};
-  Device::template rowwise<T>(formula, groups, rows,
-                              {with_grad ? grad_pred.mutable_data_ptr() : nullptr, pred.scalar_type()});
+  const Output out{with_grad ? grad_pred.mutable_data_ptr() : nullptr, pred.scalar_type()};
   const bool reduce = option<Reduction>(reduction) != Reduction::none;
-  return {reduce ? Device::template sum<T>(term) : term, delta, error_slope, grad_pred};
+  return {Device::template terms_of<T>(formula, groups, rows, out, term, reduce), delta, error_slope, grad_pred};
 }
 
 template <class Device>
@@ -325,11 +339,8 @@ LossOutputs ddo_loss(const Tensor& pred, const Tensor& ref_pred, const Tensor& t
   alphas = row_scalars(alphas, rows.arithmetic());
   return with_arithmetic(rows.arithmetic(), [&](auto zero) {
     using T = decltype(zero);
-    const bool mean = option<Reduction>(reduction) == Reduction::mean;
-    std::optional<typename Device::template FlagCounts<T>> own_counts;
-    if (mean && !counts) own_counts.emplace(real);
-    const T* n = !mean ? nullptr : counts ? data_or_null<T>(counts) : own_counts->data();
-    const DdoLink<T> link{flag_bytes(real), n, T(alpha), T(beta), T(1.0 / static_cast<double>(mc_samples)),
+    const auto flags = DdoLink<T>::template flags<Device>(real, counts, reduction);
+    const DdoLink<T> link{flags.counts, T(alpha), T(beta), T(1.0 / static_cast<double>(mc_samples)),
                           data_or_null<T>(alphas)};
     return elbo_difference_loss<Device, T>(rows, groups, weight, element_mean, reduction, scale, with_grad, link);
   });
@@ -456,10 +467,10 @@ std::tuple<Tensor, Tensor, Tensor> mapo_loss(const Tensor& pred, const Tensor& t
     const MapoLoss<T> formula{groups,         data_or_null<T>(weight),  T(element_scale(element_mean, rows.size)),
                               T(scale),       T(beta),                  T(error_scale),
                               T(timesteps),   mutable_data<T>(term),    mutable_data<T>(error_slope)};
-    Device::template rowwise<T>(formula, groups, rows,
-                                {with_grad ? grad_pred.mutable_data_ptr() : nullptr, pred.scalar_type()});
+    const Output out{with_grad ? grad_pred.mutable_data_ptr() : nullptr, pred.scalar_type()};
     const bool reduce = option<Reduction>(reduction) != Reduction::none;
-    return std::tuple(reduce ? Device::template sum<T>(term) : term, error_slope, grad_pred);
+    const Tensor loss = Device::template terms_of<T>(formula, groups, rows, out, term, reduce);
+    return std::tuple(loss, error_slope, grad_pred);
   });
 }
 

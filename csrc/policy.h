@@ -162,10 +162,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> diffusion_nft_loss(
                               mutable_data<T>(slopes),
                               mutable_data<T>(stats),
                               rows.count};
-        Device::template rowwise<T>(formula, Groups::single(rows.count), rows,
-                                    {with_grad ? grad.mutable_data_ptr() : nullptr, dtype});
+        const Output mapped{with_grad ? grad.mutable_data_ptr() : nullptr, dtype};
         const bool reduce = option<Reduction>(reduction) != Reduction::none;
-        out = {reduce ? Device::template sum<T>(term) : term, slopes, stats, grad};
+        const Groups groups = Groups::single(rows.count);
+        out = {Device::template terms_of<T>(formula, groups, rows, mapped, term, reduce), slopes, stats, grad};
       });
   return out;
 }

@@ -201,15 +201,14 @@ struct Result {
             with_grad ? Device::new_output(rows, dtype) : new_vector(like, 0, dtype)};
   }
 
-  template <class Device, class T>
-  Outputs outputs(Reduction reduction) const {
-    return {reduction == Reduction::none ? terms : Device::template sum<T>(terms), coefficients, stats, grad};
+  template <class Device, class T, class F, int N>
+  Outputs outputs(const F& formula, const Groups& groups, const Rows<N>& rows, Reduction reduction,
+                  bool with_grad) const {
+    const Output out{with_grad ? grad.mutable_data_ptr() : nullptr, grad.scalar_type()};
+    const bool reduce = reduction != Reduction::none;
+    return {Device::template terms_of<T>(formula, groups, rows, out, terms, reduce), coefficients, stats, grad};
   }
 };
-
-inline Output output_of(const Tensor& grad, bool wanted) {
-  return {wanted ? grad.mutable_data_ptr() : nullptr, grad.scalar_type()};
-}
 
 template <class Device, class T, class Field, int N>
 Outputs field_loss(const Field& field, const Rows<N>& rows, const Groups& groups, Reduction reduction,
@@ -224,14 +223,13 @@ Outputs field_loss(const Field& field, const Rows<N>& rows, const Groups& groups
                         mutable_data<T>(result.coefficients),
                         mutable_data<T>(result.stats),
                         groups};
-  Device::template rowwise<T>(formula, groups, rows, output_of(result.grad, with_grad));
-  return result.outputs<Device, T>(reduction);
+  return result.outputs<Device, T>(formula, groups, rows, reduction, with_grad);
 }
 
 template <class Device, class T, class Formula, int N>
 Tensor map_again(const Formula& formula, const Rows<N>& rows, ScalarType dtype) {
   const Tensor grad = Device::new_output(rows, dtype);
-  Device::template rowwise<T>(formula, Groups::single(rows.count), rows, output_of(grad, true));
+  Device::template rowwise<T>(formula, Groups::single(rows.count), rows, {grad.mutable_data_ptr(), dtype});
   return grad;
 }
 

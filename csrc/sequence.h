@@ -98,6 +98,7 @@ struct SequenceDdoLoss {
     term[group] = scale * link.term(group, sums[0], &s);
     return slope[group] = scale * s;
   }
+  FASTGEN_HD FlagCounts<T>& flag_counts() { return link.flag_counts(); }
 };
 
 template <class T>
@@ -154,17 +155,14 @@ std::tuple<Tensor, Tensor, Tensor> sequence_ddo_loss(const Tensor& logprob, cons
   const Tensor slope = new_vector(logprob, rows.count, dtype);
   const Tensor loss = with_arithmetic(dtype, [&](auto zero) {
     using T = decltype(zero);
-    std::optional<typename Device::template FlagCounts<T>> own_counts;
-    const bool mean = option<Reduction>(reduction) == Reduction::mean;
-    if (mean && !counts) own_counts.emplace(real);
-    const T* n = !mean ? nullptr : counts ? data_or_null<T>(counts) : own_counts->data();
-    const SequenceDdoLoss<T> formula{{flag_bytes(real), n, T(alpha), T(beta), T(1)},
+    const auto flags = DdoLink<T>::template flags<Device>(real, counts, reduction);
+    const SequenceDdoLoss<T> formula{{flags.counts, T(alpha), T(beta), T(1)},
                                      T(scale),
                                      mutable_data<T>(term),
                                      mutable_data<T>(delta),
                                      mutable_data<T>(slope)};
-    Device::template rowwise<T>(formula, Groups::single(rows.count), rows);
-    return option<Reduction>(reduction) == Reduction::none ? term : Device::template sum<T>(term);
+    const bool reduce = option<Reduction>(reduction) != Reduction::none;
+    return Device::template terms_of<T>(formula, Groups::single(rows.count), rows, Output{}, term, reduce);
   });
   return {loss, delta, slope};
 }

@@ -115,6 +115,20 @@ def test_runs_on_the_current_stream(name, kernel_backend):
     assert_same_bits(actual, expected)
 
 
+def test_losses_on_many_streams_at_once(kernel_backend):
+    """Blocks that are the last of a launch add up its terms: launches that overlap must not count each other's."""
+    inputs = [x.repeat(500, 1, 1) for x in fresh(1)]
+    real = torch.arange(len(inputs[0]), device=DEVICE) % 2 == 0
+    expected = fastgen.ddo_loss(*inputs, real)
+    torch.cuda.synchronize()
+    streams, losses = [torch.cuda.Stream() for _ in range(16)], []
+    for stream in streams * 20:
+        with torch.cuda.stream(stream):
+            losses.append(fastgen.ddo_loss(*inputs, real))
+    torch.cuda.synchronize()
+    assert_same_bits(losses, [expected] * len(losses))
+
+
 @pytest.mark.parametrize("name", steps("cpu"))
 def test_graph_replays_are_calls_to_the_bit(name, kernel_backend):
     f = steps(DEVICE)[name]

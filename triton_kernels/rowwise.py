@@ -143,28 +143,36 @@ def launch_compiled(
 
 
 def launch_key(kernel: Any, device: int, args: tuple[Any, ...], constants: Mapping[str, Any]) -> tuple[Any, ...]:
-    """All that Triton may compile a kernel anew for."""
-    key = [kernel, device, *constants, *constants.values()]
+    """All that Triton may compile a kernel anew for. Functions are known by where they are, for they live as long as
+    their modules; Triton hashes their sources."""
+    key: list[Any] = [id(kernel), device, *constants]
     _add_aspects(key, args)
+    for value in constants.values():
+        kind = type(value)
+        key.append(id(value) if kind is triton.JITFunction or kind is tl.dtype else value)
     return tuple(key)
 
 
 def _add_aspects(key: list[Any], args: Iterable[Any]) -> None:
     """Of every argument what Triton specializes a kernel for: a tensor's dtype and whether it starts at 16 bytes, an
     integer's type and whether it is 1 or a multiple of 16, a float's type, and anything else itself."""
+    add = key.append
     for value in args:
         kind = type(value)
-        if isinstance(value, Tensor):
-            key.append((value.dtype, value.data_ptr() % 16 == 0))
+        if kind is Tensor or isinstance(value, Tensor):
+            add(value.dtype)
+            add(value.data_ptr() % 16 == 0)
+        elif value is None or kind is float:
+            add(kind)
         elif kind is int:
-            key.append((value == 1, value % 16 == 0, -(2**31) <= value < 2**31, value >= 2**63))
-        elif kind is float:
-            key.append(float)
+            add((value == 1, value % 16 == 0, -(2**31) <= value < 2**31, value >= 2**63))
+        elif kind is triton.JITFunction:
+            add(id(value))
         elif isinstance(value, tuple):
-            key.append((kind, len(value)))
+            add((kind, len(value)))
             _add_aspects(key, value)
         else:
-            key.append(value)
+            add(value)
 
 
 def run(

@@ -80,18 +80,24 @@ struct Cpu {
     return out;
   }
 
-  template <class T>
-  struct FlagCounts {
-    T counts[2];
+  template <class T, class F, int N>
+  static Tensor terms_of(const F& formula, const Groups& groups, const Rows<N>& rows, Output out, const Tensor& terms,
+                         bool reduce) {
+    rowwise<T>(formula, groups, rows, out);
+    return reduce ? sum<T>(terms) : terms;
+  }
 
-    explicit FlagCounts(const Tensor& flags) {
-      const uint8_t* data = flag_bytes(flags);
+  template <class T>
+  struct Flags {
+    FlagCounts<T> counts;
+
+    Flags(const Tensor& flags, bool counted) : counts{flag_bytes(flags)} {
+      if (!counted) return;
       int64_t set = 0;
-      for (int64_t i = 0; i < flags.numel(); ++i) set += data[i] != 0;
-      counts[0] = static_cast<T>(set);
-      counts[1] = static_cast<T>(flags.numel() - set);
+      for (int64_t i = 0; i < flags.numel(); ++i) set += counts.flags[i] != 0;
+      counts.set = static_cast<T>(set);
+      counts.unset = static_cast<T>(flags.numel() - set);
     }
-    const T* data() const { return counts; }
   };
 };
 

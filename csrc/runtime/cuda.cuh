@@ -10,16 +10,9 @@ namespace fastgen {
 
 namespace cuda {
 
-// One block each: these vectors have one number per group. In float64, in a fixed order.
-template <class T>
-__global__ void __launch_bounds__(kMaxThreads) sum_vector(const T* terms, int64_t n, T* out) {
-  __shared__ Exchange<double, 1> exchange;
-  double total[1] = {0};
-  for (int64_t i = threadIdx.x; i < n; i += kMaxThreads) total[0] += static_cast<double>(terms[i]);
-  block_sum(total, exchange);
-  if (threadIdx.x == 0) *out = static_cast<T>(total[0]);
-}
+constexpr int64_t kCountedInKernel = 4096;  // flags that every block counts itself: a few bytes a thread from the cache
 
+// One block: there is one flag a group.
 template <class T>
 __global__ void __launch_bounds__(kMaxThreads) count_flags(const uint8_t* flags, int64_t n, T* counts) {
   __shared__ Exchange<int64_t, 1> exchange;
@@ -45,7 +38,15 @@ struct Cuda {
   template <class T, class F, int N>
   static void rowwise(const F& formula, const Groups& groups, const Rows<N>& rows, Output out = {},
                       Output second = {}) {
-    cuda::rowwise<T>(formula, groups, rows, out, second);
+    cuda::rowwise<T>(formula, groups, rows, out, second, cuda::Total<T>{});
+  }
+
+  template <class T, class F, int N>
+  static Tensor terms_of(const F& formula, const Groups& groups, const Rows<N>& rows, Output out, const Tensor& terms,
+                         bool reduce) {
+    const Tensor result = reduce ? new_scalar(terms, terms.scalar_type()) : terms;
+    cuda::rowwise<T>(formula, groups, rows, out, {}, reduce ? cuda::total_of<T>(terms, result) : cuda::Total<T>{});
+    return result;
   }
 
   template <int N>
@@ -90,22 +91,27 @@ struct Cuda {
   template <class T>
   static Tensor sum(const Tensor& terms) {
     const Tensor out = new_scalar(terms, terms.scalar_type());
-    cuda::Launch{terms}(&cuda::sum_vector<T>, 1, dim3(cuda::kMaxThreads), 0, 1,
-                        static_cast<const T*>(terms.const_data_ptr()), terms.numel(), mutable_data<T>(out));
+    cuda::launch_sum(cuda::Launch{terms}, cuda::total_of<T>(terms, out));
     return out;
   }
 
-  // Counted on the device: the formula that divides by them runs there too, later on the same stream.
+  // Counted on the device: the formula that divides by them runs there too, in this launch or a later one.
   template <class T>
-  struct FlagCounts {
-    Tensor counts;
+  struct Flags {
+    FlagCounts<T> counts;
+    std::optional<Tensor> memory;
 
-    explicit FlagCounts(const Tensor& flags)
-        : counts(new_vector(flags, 2, sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float)) {
-      cuda::Launch{flags}(&cuda::count_flags<T>, 1, dim3(cuda::kMaxThreads), 0, 1, flag_bytes(flags),
-                          flags.numel(), mutable_data<T>(counts));
+    Flags(const Tensor& flags, bool counted) : counts{flag_bytes(flags)} {
+      if (!counted) return;
+      if (flags.numel() <= cuda::kCountedInKernel) {
+        counts.uncounted = flags.numel();
+        return;
+      }
+      memory = new_vector(flags, 2, sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float);
+      counts.counted = mutable_data<const T>(*memory);
+      cuda::Launch{flags}(&cuda::count_flags<T>, 1, dim3(cuda::kMaxThreads), 0, 1, counts.flags, flags.numel(),
+                          mutable_data<T>(*memory));
     }
-    const T* data() const { return static_cast<const T*>(counts.const_data_ptr()); }
   };
 };
 

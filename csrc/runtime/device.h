@@ -25,8 +25,11 @@
 //     static Tensor new_logits(const Tensor& logits);
 //     // The sum of a vector, 0-dimensional; 0 for an empty one.
 //     template <class T> static Tensor sum(const Tensor& terms);
-//     // {true flags, false flags} of a bool vector, where the device's formulas can read them.
-//     template <class T> struct FlagCounts { explicit FlagCounts(const Tensor& flags); const T* data() const; };
+//     // Runs a row-wise formula whose epilogues store `terms`, and returns those or, if `reduce`, their sum.
+//     template <class T, class F, int N>
+//     static Tensor terms_of(const F&, const Groups&, const Rows<N>&, Output out, const Tensor& terms, bool reduce);
+//     // A bool vector for formulas, as long as this lives; counted, if they want that.
+//     template <class T> struct Flags { Flags(const Tensor& flags, bool counted); FlagCounts<T> counts; };
 //   };
 #pragma once
 

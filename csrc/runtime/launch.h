@@ -10,11 +10,35 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <map>
+#include <mutex>
+#include <utility>
 #include <vector>
 
 #include "partition.h"
 
 namespace fastgen::cuda {
+
+constexpr int kCounters = 256;
+
+// A number of its own for each stream of a device, below kCounters; negative where there are no more, or where the
+// stream is being captured.
+inline int counter_of(int device, cudaStream_t stream) {
+  cudaStreamCaptureStatus status;
+  unsigned long long id;  // a handle may be another stream's, once that one is gone
+  if (cudaStreamIsCapturing(stream, &status) != cudaSuccess || cudaStreamGetId(stream, &id) != cudaSuccess) {
+    cudaGetLastError();  // a capture elsewhere forbids it; whether it forbids the launch too, that will say
+    return -1;
+  }
+  if (status != cudaStreamCaptureStatusNone) return -1;
+  static std::mutex mutex;
+  static std::map<std::pair<int, unsigned long long>, int> numbers;
+  const std::lock_guard lock(mutex);
+  const auto known = numbers.find({device, id});
+  if (known != numbers.end()) return known->second;
+  if (numbers.size() == kCounters) return -1;
+  return numbers.emplace(std::pair(device, id), static_cast<int>(numbers.size())).first->second;
+}
 
 // Makes the device of a tensor current, and knows its current stream.
 struct Launch {

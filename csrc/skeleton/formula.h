@@ -16,6 +16,7 @@
 //     static constexpr bool kMapsAtOnce;         // optional: true where groups have one row and the map waits for no sum
 //     T second(const Row&, const T* v) const;    // optional, with kMapsAtOnce: an element of a second output
 //     bool idle() const;                         // optional: true where numbers on the device leave nothing to do
+//     FlagCounts<T>& flag_counts();              // optional: what the epilogue wants to have counted before it runs
 //   };
 //
 // Only the epilogue stores: everything else may run any number of times, on any thread. A skeleton calls row() anew for
@@ -124,6 +125,20 @@ FASTGEN_HD T clamped(T v, T low, T high) {
 // Whether the map writes a second output too.
 template <class F>
 constexpr bool kMapsTwo = requires { &F::second; };
+
+// How many of `flags` are set, and how many are not.
+template <class T>
+struct FlagCounts {
+  const uint8_t* flags;   // any byte but 0
+  T set = 1, unset = 1;
+  int64_t uncounted = 0;  // flags that the kernel has to count
+  const T* counted = nullptr;  // {set, unset} in the device's memory, instead of the members
+
+  FASTGEN_HD T like(bool flag) const { return counted ? counted[flag ? 0 : 1] : flag ? set : unset; }
+};
+
+template <class F>
+concept CountsFlags = requires(F& formula) { formula.flag_counts(); };
 
 template <class F>
 constexpr bool kMasks = requires { requires F::kMasks; };

@@ -40,7 +40,8 @@ void launch_map(const Launch& launch, const RowwiseArguments<T, F, N>& job, cons
 }
 
 template <Access access, class T, class F, int N>
-void launch_parts(const Launch& launch, const RowwiseArguments<T, F, N>& job, const Tensor& like) {
+void launch_parts(const Launch& launch, const RowwiseArguments<T, F, N>& job, const Tensor& like,
+                  const Total<T>& total) {
   const int64_t group_parts = job.groups.rows * ceil_div<int64_t>(job.vectors, kPartVectors);
   const int64_t parts = job.groups.count * group_parts;
   const auto dtype = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
@@ -48,33 +49,41 @@ void launch_parts(const Launch& launch, const RowwiseArguments<T, F, N>& job, co
   const Tensor slopes = new_vector(like, job.groups.count * kCount<Slope<F, T>>, dtype);
   launch(&part_sums<access, T, F, N>, parts, dim3(kPartThreads), 0, 1, job, mutable_data<double>(scratch));
   launch(&finish<T, F>, job.groups.count, dim3(kPartThreads), 0, 1, job.formula, mutable_data<const double>(scratch),
-         group_parts, reinterpret_cast<Slope<F, T>*>(mutable_data<T>(slopes)));
+         group_parts, reinterpret_cast<Slope<F, T>*>(mutable_data<T>(slopes)), total);
   if constexpr (kMaps<F>)
     if (job.out.data) launch_map<access>(launch, job, reinterpret_cast<const Slope<F, T>*>(mutable_data<T>(slopes)));
+  if (total.by_a_launch()) launch_sum(launch, total, kPartThreads);
 }
 
 template <Access access, class T, class F, int N>
-void launch_groups(const Launch& launch, const RowwiseArguments<T, F, N>& job, const Tensor& like) {
+void launch_groups(const Launch& launch, const RowwiseArguments<T, F, N>& job, const Tensor& like,
+                   const Total<T>& total) {
   int held_bytes = 0;
   if (kMaps<F> && job.out.data)
     for (int s = 0; s < F::kMapStreams; ++s) held_bytes += bytes_of(job.in[s].dtype) * kWidth<T>;
   const auto kernel = &on_chip<access, T, F, N>;
   const Limits limits = limits_of<&on_chip<access, T, F, N>, kGroupThreads<T, F>>(launch.device);
   const GroupPlan plan = plan_groups(job.groups.count, job.groups.rows * job.vectors, held_bytes, limits);
-  if (!plan.on_chip) return launch_parts<access>(launch, job, like);
-  launch(kernel, plan.blocks, dim3(plan.threads, plan.teams), plan.shared_bytes, plan.cluster, job, plan);
+  if (!plan.on_chip) return launch_parts<access>(launch, job, like, total);
+  launch(kernel, plan.blocks, dim3(plan.threads, plan.teams), plan.shared_bytes, plan.cluster, job, plan,
+         total);
+  if (total.by_a_launch()) launch_sum(launch, total, plan.threads * plan.teams);
 }
 
-// Runs `formula` over the first F::kStreams streams of `rows`, writing to `out` if it has data, and to `second`.
+// Runs `formula` over the first F::kStreams streams of `rows`, writing to `out` if it has data, and to `second`. Adds
+// up the terms that its epilogues store, where `total` wants their sum.
 template <class T, class F, int N>
-void rowwise(const F& formula, const Groups& groups, const Rows<N>& rows, const Output& out, const Output& second) {
+void rowwise(const F& formula, const Groups& groups, const Rows<N>& rows, const Output& out, const Output& second,
+             Total<T> total) {
   static_assert(F::kStreams == N && F::kMapStreams <= N);
-  if (groups.count == 0) return;
+  if (groups.count == 0 && !total.sum) return;
   const Launch launch(rows.tensors[0]);
+  if (groups.count == 0) return launch_sum(launch, total);
+  if (total.sum) total.counter = counter_of(launch.device, launch.stream);
   const auto job = make_job<T>(formula, groups, rows, out, second);
   const auto run = [&](auto access) {
     if constexpr (F::kSums == 0) launch_map<access()>(launch, job, static_cast<const Slope<F, T>*>(nullptr));
-    else launch_groups<access()>(launch, job, rows.tensors[0]);
+    else launch_groups<access()>(launch, job, rows.tensors[0], total);
   };
   if (is_wide(job, rows.count)) run(std::integral_constant<Access, Access::wide>{});
   else run(std::integral_constant<Access, Access::single>{});

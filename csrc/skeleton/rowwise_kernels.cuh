@@ -7,12 +7,13 @@
 //   map                  maps the rows with what that left in global memory; alone where a formula has no sums.
 //
 // Sums have a fixed tree for a given shape, alignment and device: elements of a vector, vectors of a thread, threads of
-// a warp, warps of a block, blocks in order. No atomics: two runs agree to the bit. Nothing here waits for the device
-// or reads from it, so a launch can be captured in a CUDA graph.
+// a warp, warps of a block, blocks in order. No floating-point atomics: two runs agree to the bit. Nothing here waits
+// for the device or reads from it, so a launch can be captured in a CUDA graph.
 #pragma once
 
 #include "../runtime/device.h"
 #include "../runtime/team.cuh"
+#include "../runtime/total.cuh"
 #include "../runtime/vector.cuh"
 
 namespace fastgen::cuda {
@@ -58,9 +59,11 @@ constexpr int kDemand = F::kStreams + kMapsTwo<F> <= 3 && F::kStreams + F::kSums
 template <class T, class F>
 constexpr int kResident = kDemand<T, F> == 2 ? 1 : (sizeof(T) == 8 ? 2 : 4) >> kDemand<T, F>;
 
-// Threads of a block that holds a group on chip at most, for the same reason.
+// Threads of a block that holds a group on chip at most, for the same reason. Epilogues in double need registers too.
 template <class T, class F>
-constexpr int kGroupThreads = kDemand<T, F> == 0 ? kMaxThreads : kDemand<T, F> == 1 && sizeof(T) == 4 ? 512 : 256;
+constexpr int kGroupThreads = kDemand<T, F> == 0 && (sizeof(T) == 4 || F::kStreams + F::kSums <= 3) ? kMaxThreads
+                              : kDemand<T, F> == 1 && sizeof(T) == 4                               ? 512
+                                                                                                   : 256;
 
 // Vector v of streams kFirst … kLast - 1 of a row.
 template <Access access, Use use, int kFirst, int kLast, class T, class F, int N, int M>
@@ -199,24 +202,62 @@ struct Team {
   }
 };
 
+// What the threads of a block tell each other.
 template <class T, class F>
-__device__ __forceinline__ Slope<F, T> run_epilogue(const F& formula, int64_t group, const double (&totals)[F::kSums]) {
+struct Shared {
+  Exchange<double, F::kSums, kCount<Slope<F, T>>> exchange;
+  int flags_set[CountsFlags<F> ? 32 : 1];  // that each warp has found
+  bool is_last;                            // of all blocks that store terms
+};
+
+// By all threads of a block. A barrier has to come before run_epilogue().
+template <class T, class F>
+__device__ __forceinline__ void count_flags(const F& formula, Shared<T, F>& shared) {
+  if constexpr (CountsFlags<F>) {
+    F copy = formula;
+    const FlagCounts<T>& counts = copy.flag_counts();
+    const int threads = blockDim.x * blockDim.y, thread = threadIdx.y * blockDim.x + threadIdx.x;
+    int set = 0;
+    for (int i = thread; i < counts.uncounted; i += threads) set += counts.flags[i] != 0;
+    set = warp_sum(set);
+    if (thread % 32 == 0) shared.flags_set[thread / 32] = set;
+  }
+}
+
+template <class T, class F>
+__device__ __forceinline__ Slope<F, T> run_epilogue(const F& formula, int64_t group,
+                                                    const double (&totals)[F::kSums], const Shared<T, F>& shared) {
   T sums[F::kSums];
 #pragma unroll
   for (int k = 0; k < F::kSums; ++k) sums[k] = static_cast<T>(totals[k]);
-  return formula.epilogue(group, sums);
+  if constexpr (CountsFlags<F>) {
+    F counted = formula;
+    FlagCounts<T>& counts = counted.flag_counts();
+    if (counts.uncounted > 0) {
+      int set = 0;
+      for (int warp = 0; warp < static_cast<int>(blockDim.x * blockDim.y / 32); ++warp) set += shared.flags_set[warp];
+      counts.set = static_cast<T>(set);
+      counts.unset = static_cast<T>(counts.uncounted - set);
+    }
+    return counted.epilogue(group, sums);
+  } else {
+    return formula.epilogue(group, sums);
+  }
 }
 
-// Barriers, besides those of block_sum and Cluster: one before a block's threads read the slope. No memory is reused
-// between barriers, and a block serves one group (several teams share a block only within warps, with no barrier). That
-// barrier also orders what the epilogue stored in global memory before row() reads it for the map: __syncwarp,
-// __syncthreads, and the release and acquire of the cluster's barrier.
+// Barriers, besides those of block_sum, Cluster and add_up_if_last: one before a block's threads read the slope, and one
+// before a team within a warp reads how many flags all warps have found. No memory is reused between barriers, and a
+// block serves one group (several teams share a block only within warps). That barrier also orders what the epilogue
+// stored in global memory before row() reads it for the map: __syncwarp, __syncthreads, and the release and acquire of
+// the cluster's barrier.
 template <Access access, class T, class F, int N>
 __global__ void __launch_bounds__(kGroupThreads<T, F>, 1)
-    on_chip(const __grid_constant__ RowwiseArguments<T, F, N> job, const __grid_constant__ GroupPlan plan) {
+    on_chip(const __grid_constant__ RowwiseArguments<T, F, N> job, const __grid_constant__ GroupPlan plan,
+            const __grid_constant__ Total<T> total) {
   constexpr int kSlopes = kCount<Slope<F, T>>;
   extern __shared__ uint4 held[];
-  __shared__ Exchange<double, F::kSums, kSlopes> exchange;
+  __shared__ Shared<T, F> shared;
+  auto& exchange = shared.exchange;
   int share = 0;
 #if FASTGEN_CLUSTERS
   if (plan.cluster > 1) {
@@ -239,12 +280,14 @@ __global__ void __launch_bounds__(kGroupThreads<T, F>, 1)
                                    maps};
   double totals[F::kSums];
   team.reduce(totals);
+  count_flags<T>(job.formula, shared);
 
   Slope<F, T> slope{};
   if (plan.threads <= 32) {
 #pragma unroll
     for (int k = 0; k < F::kSums; ++k) totals[k] = warp_sum(totals[k], plan.threads);
-    if (present && threadIdx.x == 0) slope = run_epilogue<T>(job.formula, group, totals);
+    if constexpr (CountsFlags<F>) __syncthreads();
+    if (present && threadIdx.x == 0) slope = run_epilogue<T>(job.formula, group, totals, shared);
     __syncwarp();  // what the epilogue stored, row() may read on any lane
 #pragma unroll
     for (int k = 0; k < kSlopes; ++k) nth(slope, k) = __shfl_sync(~0u, nth(slope, k), 0, plan.threads);
@@ -253,25 +296,28 @@ __global__ void __launch_bounds__(kGroupThreads<T, F>, 1)
 #if FASTGEN_CLUSTERS
     if (plan.cluster > 1) Cluster{}.sum(totals, exchange);
 #endif
-    if (threadIdx.x == 0 && share == 0) slope = run_epilogue<T>(job.formula, group, totals);
-    if (!maps) return;
-    double slopes[kSlopes];
+    if (threadIdx.x == 0 && share == 0) slope = run_epilogue<T>(job.formula, group, totals, shared);
+    if (maps) {
+      double slopes[kSlopes];
 #pragma unroll
-    for (int k = 0; k < kSlopes; ++k) slopes[k] = static_cast<double>(nth(slope, k));
+      for (int k = 0; k < kSlopes; ++k) slopes[k] = static_cast<double>(nth(slope, k));
 #if FASTGEN_CLUSTERS
-    if (plan.cluster > 1) Cluster{}.broadcast(slopes, exchange);
-    else
+      if (plan.cluster > 1) Cluster{}.broadcast(slopes, exchange);
+      else
 #endif
-    {
-      if (threadIdx.x == 0)
-        for (int k = 0; k < kSlopes; ++k) exchange.slope[k] = slopes[k];
-      __syncthreads();
-    }
+      {
+        if (threadIdx.x == 0)
+          for (int k = 0; k < kSlopes; ++k) exchange.slope[k] = slopes[k];
+        __syncthreads();
+      }
 #pragma unroll
-    for (int k = 0; k < kSlopes; ++k) nth(slope, k) = static_cast<T>(exchange.slope[k]);
+      for (int k = 0; k < kSlopes; ++k) nth(slope, k) = static_cast<T>(exchange.slope[k]);
+    }
   }
   if constexpr (kMaps<F>)
     if (maps) team.map(slope);
+  if (total.by_last_block() && blockIdx.x % plan.cluster == 0)
+    add_up_if_last(total, gridDim.x / plan.cluster, shared.is_last, exchange.warp[0]);
 }
 
 // Block i sums part i of all rows' parts of kPartVectors vectors, numbered group by group and row by row.
@@ -305,14 +351,17 @@ __global__ void __launch_bounds__(kPartThreads, kResident<T, F>)
 // Block g adds up the parts of group g and runs its epilogue.
 template <class T, class F>
 __global__ void __launch_bounds__(kPartThreads) finish(const __grid_constant__ F formula, const double* parts,
-                                                       int64_t group_parts, Slope<F, T>* slopes) {
-  __shared__ Exchange<double, F::kSums> exchange;
+                                                       int64_t group_parts, Slope<F, T>* slopes,
+                                                       const __grid_constant__ Total<T> total) {
+  __shared__ Shared<T, F> shared;
   const double* own = parts + blockIdx.x * group_parts * F::kSums;
   double totals[F::kSums] = {};
   for (int64_t p = threadIdx.x; p < group_parts; p += kPartThreads)
     for (int k = 0; k < F::kSums; ++k) totals[k] += own[p * F::kSums + k];
-  block_sum(totals, exchange);
-  if (threadIdx.x == 0) slopes[blockIdx.x] = run_epilogue<T>(formula, blockIdx.x, totals);
+  count_flags<T>(formula, shared);
+  block_sum(totals, shared.exchange);
+  if (threadIdx.x == 0) slopes[blockIdx.x] = run_epilogue<T>(formula, blockIdx.x, totals, shared);
+  if (total.by_last_block()) add_up_if_last(total, gridDim.x, shared.is_last, shared.exchange.warp[0]);
 }
 
 // Teams map segments of rows; `slopes` [groups] is what the epilogues returned, null where there were none. Starts with

@@ -6,6 +6,8 @@ KIND is ``images`` or ``logits``, and SIZES are ``rows,elements,dtypes``: those 
 
 from __future__ import annotations
 
+import ctypes
+import os
 import sys
 from collections.abc import Callable
 
@@ -94,15 +96,36 @@ def check_images(what: str, rows: int, size: int, dtypes: list[torch.dtype]) -> 
     tensors = CASES["reverse_step-epsilon"].inputs((rows, size), *dtypes)
     step, again = (CASES[name](fastgen, **tensors) for name in ("reverse_step-epsilon", "reverse_step_-epsilon"))
     assert torch.equal(step, again), f"{what}: in place differs"
-    tensors = CASES["ddo_loss"].inputs((rows, size), *dtypes)
-    assert torch.equal(*(CASES["ddo_loss"](fastgen, **tensors) for _ in range(2))), f"{what}: two runs differ"
     if rows:
+        check_launches(what, rows, size, dtypes)
         case = CASES["decoupled_dmd_loss"]
         tensors = case.inputs((rows, size), *dtypes)
         tensors["dm_real"][-1, -1] = torch.inf
         grad = results(case, fastgen, tensors)["gradient of x"]
         assert not grad[-1].any(), f"{what}: a row that is not finite has a gradient"
         assert grad[:-1].any(), f"{what}: the others have none"
+
+
+def check_launches(what: str, rows: int, size: int, dtypes: list[torch.dtype]) -> None:
+    """A step is the loss, whose last block adds up its terms, and the gradient that comes in. A CUDA graph has one
+    launch more, for the sum; its result is the same to the bit."""
+    half = torch.float16 in dtypes  # whose gradient is made in the backward pass
+    for name in () if half else ("ddo_loss", "diffusion_dpo_loss", "dmd_loss", "sds_loss", "diffusion_nft_loss"):
+        case = CASES[name]
+        tensors, found, counts = case.inputs((rows, size), *dtypes), [], []
+        for captured in (False, True, False):
+            if captured:
+                os.environ["EMULATED_CAPTURE"] = "1"
+            before, leaves = emulated.emulated_launches(), case.leaves(tensors)
+            loss = case(fastgen, **leaves)
+            loss.backward()
+            counts.append(emulated.emulated_launches() - before)
+            os.environ.pop("EMULATED_CAPTURE", None)
+            found.append([loss.detach(), *(leaves[n].grad for n in case.differentiable)])
+        assert counts[0] in (2, 4), f"{what} {name}: {counts[0]} launches"  # two more where a group fits no block
+        assert counts[1:] == [counts[0] + 1, counts[0]], f"{what} {name}: {counts} launches"
+        for again in found[1:]:
+            assert all(map(torch.equal, found[0], again)), f"{what} {name}: two runs differ"
 
 
 def check_logits(what: str, rows: int, size: int, dtypes: list[torch.dtype]) -> None:
@@ -130,6 +153,8 @@ def check_logits(what: str, rows: int, size: int, dtypes: list[torch.dtype]) -> 
 if __name__ == "__main__":
     library, kind, *sizes = sys.argv[1:]
     torch.ops.load_library(library)
+    emulated = ctypes.CDLL(library)
+    emulated.emulated_launches.restype = ctypes.c_long
     with fastgen.use_backend("native"):
         for what in sizes:
             rows, size, dtypes = what.split(",")

@@ -1,4 +1,5 @@
 // The part of the CUDA runtime that csrc/runtime/launch.h uses. EMULATED_GPU = "multiprocessors,shared bytes,cluster".
+// Where EMULATED_CAPTURE is set, the stream is being captured.
 #pragma once
 
 #include <tuple>
@@ -7,6 +8,8 @@
 
 using cudaStream_t = void*;
 using cudaError_t = int;
+
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
 
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount,
@@ -49,6 +52,10 @@ inline const Gpu gpu;
 constexpr cudaError_t cudaSuccess = 0;
 
 inline cudaError_t cudaGetLastError() { return 0; }
+inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+  return *status = std::getenv("EMULATED_CAPTURE") ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone, 0;
+}
+inline cudaError_t cudaStreamGetId(cudaStream_t, unsigned long long* id) { return *id = 7, 0; }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0; }
 inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, 0; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {

@@ -1,0 +1,192 @@
+"""``python -m benchmarks.host``: what the host takes to issue a training step, with launches that do nothing. No GPU.
+
+The launchers of Triton's and of CUDA's kernels run as they would on a GPU, on CPU tensors of a few elements. Triton's
+kernels are compiled, for sm_90, and handed to a launcher that returns at once; CUDA's host code is that of the
+emulator, which is built first (two minutes; ``--library`` takes one that is there), with launches that return at once.
+So what is timed is Python, the dispatcher, the allocations and the plans; what CUDA's driver takes for a launch, some
+microseconds each, comes on top of it. PyTorch's own operations run: a sum, for Triton, and what autograd fills with 1.
+
+Times are the process's, of steps, forward and backward, over that of an addition of two of the same tensors, in one
+run. The first row is what autograd takes for a ``Function`` that does nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import os
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .emulated import build_emulated
+
+STEPS = (
+    "elbo_error",
+    "ddo_loss",
+    "diffusion_dpo_loss",
+    "diffusion_nft_loss-kl",
+    "sds_loss-guided",
+    "dmd_loss-guided",
+    "decoupled_dmd_loss",
+    "reverse_step_-epsilon",
+    "token_logprob",
+    "generalized_jsd_loss-0.5",
+)
+SHAPE = (4, 2, 32)
+CALLS = 50  # of a timed block
+
+Variant = Callable[[Sequence[Tensor]], Any]
+
+
+class _Driver:
+    """Of a GPU that does nothing, as Triton asks for one."""
+
+    class utils:
+        @staticmethod
+        def load_binary(*_: Any) -> tuple[int, ...]:
+            return 1, 1, 64, 0, 1024  # handles of a module and a function; registers, spills, threads
+
+        @staticmethod
+        def unload_module(_: int) -> None: ...
+
+        @staticmethod
+        def get_device_properties(_: int) -> dict[str, int]:
+            return {"max_shared_mem": 232448, "multiprocessor_count": 132}
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
+        return lambda *_: None
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+
+def _idle_triton() -> Callable[[], int]:
+    """Launches of Triton's kernels do nothing from here on. Gives what counts them."""
+    from triton.runtime import driver
+
+    from fastgen.core import dispatch
+    from fastgen.triton_kernels import rowwise
+
+    driver.set_active(_Driver())
+    missing, launch_compiled, launched = dispatch.missing, rowwise.launch_compiled, 0
+
+    def launch(kernel: Any, programs: int, like: Tensor, *args: Any, **constants: Any) -> None:
+        nonlocal launched
+        launched += 1
+        launch_compiled(kernel, programs, 0, args, constants)
+
+    rowwise.launch = launch
+    dispatch.missing = lambda *of: None if of[1] == "triton" else missing(*of)  # type: ignore[assignment]
+    return lambda: launched
+
+
+def _idle_cuda(library: Path) -> Callable[[], int]:
+    """The same for CUDA's."""
+    os.environ["EMULATED_IDLE"] = "1"
+    torch.ops.load_library(str(library))
+    launches = ctypes.CDLL(str(library)).emulated_launches
+    launches.restype = ctypes.c_long
+    return launches
+
+
+class _Nothing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return loss.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return ctx.saved_tensors[0], None
+
+
+def _nothing(inputs: Sequence[Tensor]) -> None:
+    _Nothing.apply(inputs[0].detach().requires_grad_(), inputs[1]).backward()
+
+
+def _addition(inputs: Sequence[Tensor]) -> None:
+    torch.add(inputs[0], inputs[0])
+
+
+def _measure(variants: Mapping[str, Variant], pool: Sequence[Sequence[Tensor]], rounds: int = 25) -> dict[str, float]:
+    """Of every variant the median time of a call, in turn, as the process's: others may run beside it."""
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(rounds + 1):
+        for name, f in variants.items():
+            start = time.process_time()
+            for i in range(CALLS):
+                f(pool[i % len(pool)])
+            times[name].append((time.process_time() - start) / CALLS)
+    return {name: statistics.median(found[1:]) for name, found in times.items()}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--library", type=Path, help="the emulator's, if there is one; built in 'folder/emulated.so'")
+    parser.add_argument("--only", default="", help="part of the names of cases")
+    options = parser.parse_args(argv)
+    sys.modules["fastgen._C"] = None  # type: ignore[assignment]  # its kernels would hold the CPU's place
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        library = options.library or build_emulated(Path(folder), checked=False)
+        return _report(library, [name for name in STEPS if options.only in name])
+
+
+def _report(library: Path, names: Sequence[str]) -> int:
+    import fastgen
+    from fastgen import reference
+    from fastgen.cases import CASES
+    from fastgen.core.timing import case_inputs, case_step
+
+    counters = {"native": _idle_cuda(library), "triton": _idle_triton()}
+    warnings.filterwarnings("ignore", module="triton")
+
+    def on(backend: str, step: Callable[..., None], inputs: Sequence[Tensor]) -> None:
+        with fastgen.use_backend(backend):
+            step(inputs)
+
+    print("| step | eager | CUDA | launches | Triton | launches |\n| --- | ---: | ---: | ---: | ---: | ---: |")
+    some: list[Sequence[Tensor]] = [(torch.randn(SHAPE), torch.zeros(()))]
+    bare = _measure({"addition": _addition, "nothing": _nothing}, some)
+    print(f"| nothing | {bare['nothing'] / bare['addition']:.0f} | | | | |")
+    for name in names:
+        case = CASES[name]
+        make = case_inputs(case, SHAPE, torch.float32, "cpu")
+        pool = [make(), make()]
+        step = partial(case_step, case, partial(case, fastgen))
+        variants: dict[str, Variant] = {backend: partial(on, backend, step) for backend in counters}
+        counts = {}
+        for backend, count in counters.items():
+            variants[backend](pool[0])  # compiles
+            before = count()
+            variants[backend](pool[0])
+            counts[backend] = count() - before
+        variants["eager"] = partial(case_step, case, partial(case, reference))
+        variants["addition"] = _addition
+        seconds = _measure(variants, pool)
+        times = {variant: seconds[variant] / seconds["addition"] for variant in variants}
+        cells = [f"{times['eager']:.0f}", *(f"{times[b]:.0f} | {n}" for b, n in counts.items())]
+        print(f"| `{name}` | {' | '.join(cells)} |", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
