@@ -99,6 +99,20 @@ class TestReport:
             assert not row["atomics"], row
 
 
+@needs_nvcc
+@needs_compiler
+def test_the_hosts_compiler_takes_what_nvcc_makes_of_the_sources(tmp_path):
+    """The report compiles for the device alone, and nvcc writes the rest of the sources anew."""
+    units = aot_cuda.units()
+    source, made = tmp_path / "all.cu", tmp_path / "all.ii"
+    source.write_text(units.text(list(units.parts()), "CUDA"))
+    command = [str(aot_cuda.cuda_home() / "bin" / "nvcc"), "-cuda", "-O0", "-Xcicc", "-O0"]
+    command += ["-gencode=arch=compute_90,code=compute_90", *aot_cuda.compiler_flags(), str(source), "-o", str(made)]
+    for step in (command, [COMPILER, "-std=c++20", "-fsyntax-only", "-w", str(made)]):
+        done = subprocess.run(step, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+
 @needs_compiler
 def test_partition_covers_every_element_once(tmp_path):
     program = tmp_path / "partition"

@@ -24,8 +24,8 @@ template <class T, class F, int N>
 bool is_wide(const RowwiseArguments<T, F, N>& job, int64_t rows) {
   bool wide = job.size % kWidth<T> == 0;
   for (const Stream& s : job.in) wide &= is_aligned(s.data, rows, s.row_stride, bytes_of(s.dtype), kWidth<T>);
-  for (const Output& o : {job.out, job.second})
-    wide &= !o.data || is_aligned(o.data, rows, job.size, bytes_of(o.dtype), kWidth<T>);
+  const Output outs[] = {job.out, job.second};  // nvcc loses a list that a loop is over
+  for (const Output& o : outs) wide &= !o.data || is_aligned(o.data, rows, job.size, bytes_of(o.dtype), kWidth<T>);
   return wide;
 }
 
