@@ -169,6 +169,17 @@ def test_extreme_tokens(backend, device):
     assert grad[1, 3] == 1  # the derivative of the logit itself
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_may_be_further_apart_than_numbers_go(dtype, kernel_backend, device):
+    """Over a temperature of 2 their difference, a log-probability, is a number."""
+    s = torch.tensor([[3e38, -3e38, 1.0, -1e37]], dtype=dtype, device=device).expand(4, 4)
+    y = torch.arange(4, device=device)
+    logprob, grad = value_and_grad(lambda x: fastgen.token_logprob(x, y, temperature=2.0), s)
+    exact = value_and_grad(lambda x: reference.token_logprob(x, y, temperature=2.0), s.double())
+    torch.testing.assert_close(logprob.double(), exact[0], rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(grad.double(), exact[1])
+
+
 def test_digits_survive_large_logits(kernel_backend, device):
     """What a log-sum-exp in float32 would round away at 10 000 is there."""
     s = 1e4 + torch.randn(4, 100, device=device)
