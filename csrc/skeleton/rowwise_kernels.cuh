@@ -249,7 +249,7 @@ __global__ void __launch_bounds__(kGroupThreads<T, F>, 1)
 #pragma unroll
     for (int k = 0; k < kSlopes; ++k) nth(slope, k) = __shfl_sync(~0u, nth(slope, k), 0, plan.threads);
   } else {
-    block_sum(totals, exchange);
+    block_sum(totals, exchange.warp);
 #if FASTGEN_CLUSTERS
     if (plan.cluster > 1) Cluster{}.sum(totals, exchange);
 #endif
@@ -297,7 +297,7 @@ __global__ void __launch_bounds__(kPartThreads, kResident<T, F>)
   double totals[F::kSums];
 #pragma unroll
   for (int k = 0; k < F::kSums; ++k) totals[k] = static_cast<double>(sums[k]);
-  block_sum(totals, exchange);
+  block_sum(totals, exchange.warp);
   if (threadIdx.x == 0)
     for (int k = 0; k < F::kSums; ++k) parts[blockIdx.x * int64_t{F::kSums} + k] = totals[k];
 }
@@ -311,7 +311,7 @@ __global__ void __launch_bounds__(kPartThreads) finish(const __grid_constant__ F
   double totals[F::kSums] = {};
   for (int64_t p = threadIdx.x; p < group_parts; p += kPartThreads)
     for (int k = 0; k < F::kSums; ++k) totals[k] += own[p * F::kSums + k];
-  block_sum(totals, exchange);
+  block_sum(totals, exchange.warp);
   if (threadIdx.x == 0) slopes[blockIdx.x] = run_epilogue<T>(formula, blockIdx.x, totals);
 }
 
