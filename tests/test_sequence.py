@@ -316,6 +316,22 @@ def test_a_token_that_has_all_probability_has_no_gradient(beta, kernel_backend, 
     torch.testing.assert_close(grad.double(), exact, rtol=1e-5, atol=5e-7)
 
 
+def test_rows_far_from_their_teachers_keep_the_center_of_the_reverse_divergence(kernel_backend, device):
+    """There logarithms of probabilities differ by a hundred. What the sum of the student's is off from 1, as the
+    hardware's 2^x leaves it, may not be a hundred times as much in the center."""
+    s, t = (torch.randn(64, 500, device=device) for _ in range(2))
+    s[:, :2] += 30
+    t[:, 2] += 100
+
+    def f(m, x, y):
+        return m.generalized_jsd_loss(x, y, beta=1.0, reduction="none")
+
+    exact = value_and_grad(lambda x: f(reference, x, t.double()), s.double())
+    eager, actual = (value_and_grad(lambda x, m=m: f(m, x, t), s) for m in (reference, fastgen))
+    for mine, theirs, truth, what in zip(actual, eager, exact, ("value", "gradient"), strict=True):
+        assert_accurate(mine, theirs, truth, what)
+
+
 @pytest.mark.parametrize("beta", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_a_cross_entropy_is_one_of_its_own(beta, temperature, backend, device):
