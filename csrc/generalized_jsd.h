@@ -1,6 +1,7 @@
 // The generalized Jensen-Shannon divergence of rows of logits, of the family sequence, with a cross-entropy of labels.
 #pragma once
 
+#include <algorithm>
 #include <limits>
 #include <tuple>
 
@@ -75,13 +76,16 @@ FASTGEN_HD Offsets<T> offsets_of(T student, T teacher, T inverse_temperature) {
 // kWithLabels: the forward one's gradient has a multiple of Q besides, of a cross-entropy (Labels).
 //
 // In the loss Q - P, which sums to 0, makes what belongs to an element non-negative and cancels what the rounding of the
-// sums adds. 0 log 0 = 0, where d may be NaN or infinite. Between the ends of beta all logarithms are to the device's
+// sums adds. The reverse one's a may be hundreds, and where 2^x is the hardware's Σ Q is 1 to 2^-22 only: its Σ Q a is
+// divided by the sum of those very Q, or the center would be off from the a of those that have most probability.
+// 0 log 0 = 0, where d may be NaN or infinite. Between the ends of beta all logarithms are to the device's
 // base. There log M is taken over that of the two which weighs more, as d then is: log M over the other is a difference
 // from d, of which a small weight leaves much.
 template <class T, Divergence D, bool kWithLabels = false>
 struct JsdElement {
   static constexpr int kParts = D == Divergence::forward ? 1 : 2;  // Q - P; or Q's exponential and a
-  static constexpr int kSums = kParts;  // the loss; Σ Q a and Σ Q - P; of exponentials, Σ P (d + a) and Σ Q a
+  // The loss; Σ Q a, Σ Q - P and Σ Q; of exponentials, Σ P (d + a) and Σ Q a.
+  static constexpr int kSums = D == Divergence::forward ? 1 : D == Divergence::reverse ? 3 : 2;
   static constexpr bool kMixed = D == Divergence::mixed;
   static constexpr double kLog = kMixed ? Base::kLog : 1;  // of what logarithms here are to
   T beta, rest, odds;  // (1 - beta) / beta, as the loss is summed over beta
@@ -133,18 +137,18 @@ struct JsdElement {
       } else {
         const T a = of_q == T(0) ? T(0) : -d;
         parts[0] = of_q, parts[1] = a;
-        sums[0] += q * a, sums[1] += difference;
+        sums[0] += q * a, sums[1] += difference, sums[2] += q;
       }
     }
   }
 
   FASTGEN_HD T center(const JsdRow<T>& row, const T* sums) const {
-    return kMixed ? row.student_share * sums[1] : D == Divergence::forward ? T(0) : sums[0];
+    return kMixed ? row.student_share * sums[1] : D == Divergence::forward ? T(0) : sums[0] / sums[2];
   }
   FASTGEN_HD T loss(const JsdRow<T>& row, const T* sums) const {
     if constexpr (kMixed) return beta * T(kLog) * (row.teacher_share * sums[0] + odds * center(row, sums));
     else if constexpr (D == Divergence::forward) return sums[0];
-    else return sums[0] - sums[1];
+    else return center(row, sums) - sums[1];
   }
 
   FASTGEN_HD T gradient(const JsdRow<T>& row, const T* parts) const {
@@ -247,16 +251,22 @@ struct GeneralizedJsd {
   FASTGEN_HD T map(const Row& row, const T* parts) const { return of.gradient(row.of, parts); }
 };
 
-// The sums of a slice of the vocabulary, whose rows' normals are given.
+// The sums of a slice of the vocabulary, whose rows' normals are given. Slices' add up to a row's: no center is divided
+// by Σ Q, which a slice does not know.
 template <class T, Divergence D>
 struct GeneralizedJsdSums : GeneralizedJsd<T, D, false> {
   using Whole = GeneralizedJsd<T, D, false>;
   static constexpr bool kNormalizes = false, kSumsOnly = true;
+  static constexpr int kSums = std::min(Whole::kSums, 2);
   Softmax<const T*> student, teacher;
 
   FASTGEN_HD typename Whole::Row row(int64_t row, const Softmax<T>*) const {
     const Softmax<T> normals[] = {{student.max[row], student.sum[row]}, {teacher.max[row], teacher.sum[row]}};
     return Whole::row(row, normals);
+  }
+  FASTGEN_HD void epilogue(int64_t row, typename Whole::Row& constants, const T* sums) const {
+    const T undivided[] = {sums[0], kSums > 1 ? sums[1] : T(0), T(1)};
+    Whole::epilogue(row, constants, undivided);
   }
 };
 
@@ -285,7 +295,7 @@ struct GeneralizedJsdBackward {
     return found;
   }
   FASTGEN_HD void element(const Row& row, const T* v, T* parts, T*) const {
-    T unused[2] = {};
+    T unused[3] = {};
     of.element(row, v, parts, unused);
   }
   FASTGEN_HD void epilogue(int64_t, Row&, const T*) const {}
@@ -318,7 +328,7 @@ struct JsdLabels {
   FASTGEN_HD int64_t column(int64_t row, int64_t) const { return labels.of[row]; }
   FASTGEN_HD T value(const Row& row, int64_t index, int64_t) const {
     const T v[2] = {labels.logit(index), value_at<T>(teacher, index, labels.of[index])};
-    T parts[2] = {}, unused[2] = {};
+    T parts[2] = {}, unused[3] = {};
     of.element(row.of, v, parts, unused);
     return of.gradient(row.of, parts) + row.hard * exponential(v[0] - row.base - row.log_sum).minus_one;
   }

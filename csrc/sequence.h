@@ -20,7 +20,8 @@ struct Tokens {
   FASTGEN_HD bool inside(int64_t row) const { return token[row] >= 0 && token[row] < vocabulary; }
 };
 
-// logprob[row] = (v_token - max) / temperature - log sum
+// logprob[row] = (v_token - max) / temperature - log sum. By way of halves, as a difference of logits may be beyond all
+// numbers where over the temperature it is not.
 template <class T>
 struct TokenLogprob {
   static constexpr int kStreams = 1, kSums = 0, kParts = 0;
@@ -40,7 +41,8 @@ struct TokenLogprob {
   }
   FASTGEN_HD int64_t picked(int64_t row) const { return tokens.token[row]; }
   FASTGEN_HD void pick(int64_t row, const Row& constants, T v) const {
-    logprob[row] = (v - base_of(constants.max)) * inverse_temperature - std::log(constants.sum);
+    const T half = v * T(0.5) - base_of(constants.max) * T(0.5);
+    logprob[row] = half * inverse_temperature * T(2) - std::log(constants.sum);
   }
 };
 

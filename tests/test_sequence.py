@@ -169,6 +169,17 @@ def test_extreme_tokens(backend, device):
     assert grad[1, 3] == 1  # the derivative of the logit itself
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_may_be_further_apart_than_numbers_go(dtype, kernel_backend, device):
+    """Over a temperature of 2 their difference, a log-probability, is a number."""
+    s = torch.tensor([[3e38, -3e38, 1.0, -1e37]], dtype=dtype, device=device).expand(4, 4)
+    y = torch.arange(4, device=device)
+    logprob, grad = value_and_grad(lambda x: fastgen.token_logprob(x, y, temperature=2.0), s)
+    exact = value_and_grad(lambda x: reference.token_logprob(x, y, temperature=2.0), s.double())
+    torch.testing.assert_close(logprob.double(), exact[0], rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(grad.double(), exact[1])
+
+
 def test_digits_survive_large_logits(kernel_backend, device):
     """What a log-sum-exp in float32 would round away at 10 000 is there."""
     s = 1e4 + torch.randn(4, 100, device=device)
@@ -303,6 +314,22 @@ def test_a_token_that_has_all_probability_has_no_gradient(beta, kernel_backend, 
         lambda x: reference.generalized_jsd_loss(x, t.double(), beta=beta, reduction="sum"), s.double()
     )[1]
     torch.testing.assert_close(grad.double(), exact, rtol=1e-5, atol=5e-7)
+
+
+def test_rows_far_from_their_teachers_keep_the_center_of_the_reverse_divergence(kernel_backend, device):
+    """There logarithms of probabilities differ by a hundred. What the sum of the student's is off from 1, as the
+    hardware's 2^x leaves it, may not be a hundred times as much in the center."""
+    s, t = (torch.randn(64, 500, device=device) for _ in range(2))
+    s[:, :2] += 30
+    t[:, 2] += 100
+
+    def f(m, x, y):
+        return m.generalized_jsd_loss(x, y, beta=1.0, reduction="none")
+
+    exact = value_and_grad(lambda x: f(reference, x, t.double()), s.double())
+    eager, actual = (value_and_grad(lambda x, m=m: f(m, x, t), s) for m in (reference, fastgen))
+    for mine, theirs, truth, what in zip(actual, eager, exact, ("value", "gradient"), strict=True):
+        assert_accurate(mine, theirs, truth, what)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.4, 1.0])

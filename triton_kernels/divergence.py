@@ -241,7 +241,7 @@ def _reverse_element(constants, v):
     of_q, of_p, d = _pair(constants[0], v)
     q, p = of_q * constants[1][0], of_p * constants[1][1]
     counted = tl.where(of_q == 0.0, 0.0, d)  # a probability of 0 counts nothing, where d may be NaN or infinite
-    return (of_q, counted), (q * counted, _difference(q, p, d))
+    return (of_q, counted), (q * counted, _difference(q, p, d), q)
 
 
 @triton.jit
@@ -279,7 +279,12 @@ def _forward_epilogue(args, rows, row, constants, sums, read, T: tl.constexpr):
 
 @triton.jit
 def _reverse_epilogue(args, rows, row, constants, sums, read, T: tl.constexpr):
-    return _finish(args, rows, row, constants, -sums[0] - sums[1], -sums[0], read, T)
+    """d may be hundreds, and Σ Q of the hardware's 2^x is 1 to 2^-22 only: Σ Q d is divided by the sum of those very
+    Q, or the center would be off from the d of those that have most probability. A slice does not know that sum."""
+    center = -sums[0]
+    if len(sums) > 2:
+        center = divide(center, tl.where(read, sums[2], 1.0))
+    return _finish(args, rows, row, constants, center - sums[1], center, read, T)
 
 
 @triton.jit
@@ -355,7 +360,8 @@ def _write_labels(functions, out, args, hard, rows, T: tl.constexpr, ROWS: tl.co
 FORWARD = SweepFormula(
     SweepFunctions(_ignored, _row, _forward_element, _forward_epilogue, _forward_map), sums=1, maps_at_once=True
 )
-REVERSE = SweepFormula(SweepFunctions(_ignored, _row, _reverse_element, _reverse_epilogue, _reverse_map), sums=2)
+REVERSE = SweepFormula(SweepFunctions(_ignored, _row, _reverse_element, _reverse_epilogue, _reverse_map), sums=3)
+REVERSE_SLICE = SweepFormula(REVERSE.functions, sums=2)
 MIXED = SweepFormula(SweepFunctions(_ignored, _row, _mixed_element, _mixed_epilogue, _mixed_map), sums=2)
 MIXED_OVER_P = SweepFormula(SweepFunctions(_ignored, _row, _mixed_element_over_p, _mixed_epilogue, _mixed_map), sums=2)
 
@@ -364,9 +370,11 @@ def _over_p(beta: float) -> bool:
     return beta > 0.5
 
 
-def _formula(beta: float) -> SweepFormula:
-    if beta in (0, 1):
-        return REVERSE if beta else FORWARD
+def _formula(beta: float, of_slice: bool = False) -> SweepFormula:
+    if beta == 0:
+        return FORWARD
+    if beta == 1:
+        return REVERSE_SLICE if of_slice else REVERSE
     return MIXED_OVER_P if _over_p(beta) else MIXED
 
 
@@ -420,8 +428,10 @@ def generalized_jsd(
     if normals is not None:  # where the row function looks for them
         stats[:4], stats[4] = normals, 0
     of_labels = labels, ignore_index, cross_entropy_weight
-    formula, args = _formula(beta), _args(rows, *of_labels, factor, None, loss, hard, stats, beta, temperature)
-    sweep(formula, rows, args, normalized=normals is not None)
+    of_slice = normals is not None
+    formula = _formula(beta, of_slice)
+    args = _args(rows, *of_labels, factor, None, loss, hard, stats, beta, temperature)
+    sweep(formula, rows, args, normalized=of_slice)
     if with_grad:
         _add_labels(formula, rows, args, grad)
     return loss if reduction == "none" else loss.sum(), hard, stats, grad

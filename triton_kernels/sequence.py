@@ -84,8 +84,10 @@ def _epilogue(args, rows, row, constants, sums, read, T: tl.constexpr):
 
 @triton.jit
 def _pick(args, row, constants, v, read):
+    """By way of halves: the difference of two logits may be beyond all numbers where over the temperature it is not."""
     largest, total, slope = constants
-    tl.store(args.logprob + row, tl.where(read, (v - largest) * slope - tl.log(total), 0.0))
+    half = v * 0.5 - largest * 0.5
+    tl.store(args.logprob + row, tl.where(read, half * slope * 2.0 - tl.log(total), 0.0))
 
 
 @triton.jit

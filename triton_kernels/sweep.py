@@ -285,7 +285,7 @@ def _elements(
     for i in tl.static_range(len(tiles[0])):
         parts, shares = functions.element(constants, [tiles[s][i] for s in (0, 1)[: S.STREAMS]])
         if SUM:
-            sums = [sums[k] + tl.sum(shares[k], axis=1) for k in (0, 1)[: S.SUMS]]
+            sums = [sums[k] + tl.sum(shares[k], axis=1) for k in (0, 1, 2)[: S.SUMS]]
         if OUT is not None:
             value = functions.map(constants, parts)
             if functions.map_picked is not None:
@@ -347,7 +347,7 @@ def _pass(
     BLOCK: tl.constexpr = S.LANES * S.TILES
     rest = _end_of_blocks(begin, end, read, BLOCK)
     row = data, starts, span
-    sums = [_zeros(S.LANES, S.T) for _ in (0, 1)[: S.SUMS]]
+    sums = [_zeros(S.LANES, S.T) for _ in (0, 1, 2)[: S.SUMS]]
     # What fills no block comes last, or first.
     if BACKWARDS:
         for chunk in range(rest, end, BLOCK):
@@ -365,7 +365,7 @@ def _pass(
         sums, values = _elements(functions, constants, tiles, sums, element, 0, picked, SUM, OUT, S)
         if MAPS:
             tl.store(data[S.STREAMS] + starts[S.STREAMS] + element, values[0], mask=both(mask, edge))
-    return [tl.sum(sums[k].to(tl.float64), axis=0).to(S.T) for k in (0, 1)[: S.SUMS]]
+    return [tl.sum(sums[k].to(tl.float64), axis=0).to(S.T) for k in (0, 1, 2)[: S.SUMS]]
 
 
 @triton.jit
@@ -450,7 +450,7 @@ def _sweep(
         elif FIRST == RESULTS:
             place = tl.arange(0, SEGMENTS)
             part, mask = split[1] + (row * segments + place) * S.SUMS, place < segments
-            sums = [tl.sum(tl.load(part + k, mask=mask, other=0.0)) for k in (0, 1)[: S.SUMS]]
+            sums = [tl.sum(tl.load(part + k, mask=mask, other=0.0)) for k in (0, 1, 2)[: S.SUMS]]
         if LAST == SUMS:
             for k in tl.static_range(len(sums)):
                 tl.store(split[1] + program.to(tl.int64) * S.SUMS + k, sums[k])

@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(kMaxThreads) count_flags(const uint8_t* flags,
   __shared__ Exchange<int64_t, 1> exchange;
   int64_t set[1] = {0};
   for (int64_t i = threadIdx.x; i < n; i += kMaxThreads) set[0] += flags[i] != 0;
-  block_sum(set, exchange);
+  block_sum(set, exchange.warp);
   if (threadIdx.x == 0) {
     counts[0] = static_cast<T>(set[0]);
     counts[1] = static_cast<T>(n - set[0]);

@@ -30,18 +30,18 @@ __device__ __forceinline__ T warp_sum(T x, int width = 32) {
 }
 
 // On the first warp: the sums over a block of whole warps. One barrier: each warp's sums are there before warp 0 reads them.
-template <class T, int K, int Slopes>
-__device__ __forceinline__ void block_sum(T (&x)[K], Exchange<T, K, Slopes>& exchange) {
+template <class T, int K>
+__device__ __forceinline__ void block_sum(T (&x)[K], T (&of_warps)[K][32]) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
 #pragma unroll
   for (int k = 0; k < K; ++k) x[k] = warp_sum(x[k]);
   if (warps == 1) return;
   if (lane == 0)
-    for (int k = 0; k < K; ++k) exchange.warp[k][warp] = x[k];
+    for (int k = 0; k < K; ++k) of_warps[k][warp] = x[k];
   __syncthreads();
   if (warp == 0)
 #pragma unroll
-    for (int k = 0; k < K; ++k) x[k] = warp_sum(lane < warps ? exchange.warp[k][lane] : T(0));
+    for (int k = 0; k < K; ++k) x[k] = warp_sum(lane < warps ? of_warps[k][lane] : T(0));
 }
 
 #if FASTGEN_CLUSTERS

@@ -292,7 +292,7 @@ __global__ void __launch_bounds__(kGroupThreads<T, F>, 1)
 #pragma unroll
     for (int k = 0; k < kSlopes; ++k) nth(slope, k) = __shfl_sync(~0u, nth(slope, k), 0, plan.threads);
   } else {
-    block_sum(totals, exchange);
+    block_sum(totals, exchange.warp);
 #if FASTGEN_CLUSTERS
     if (plan.cluster > 1) Cluster{}.sum(totals, exchange);
 #endif
@@ -343,7 +343,7 @@ __global__ void __launch_bounds__(kPartThreads, kResident<T, F>)
   double totals[F::kSums];
 #pragma unroll
   for (int k = 0; k < F::kSums; ++k) totals[k] = static_cast<double>(sums[k]);
-  block_sum(totals, exchange);
+  block_sum(totals, exchange.warp);
   if (threadIdx.x == 0)
     for (int k = 0; k < F::kSums; ++k) parts[blockIdx.x * int64_t{F::kSums} + k] = totals[k];
 }
@@ -359,7 +359,7 @@ __global__ void __launch_bounds__(kPartThreads) finish(const __grid_constant__ F
   for (int64_t p = threadIdx.x; p < group_parts; p += kPartThreads)
     for (int k = 0; k < F::kSums; ++k) totals[k] += own[p * F::kSums + k];
   count_flags<T>(formula, shared);
-  block_sum(totals, shared.exchange);
+  block_sum(totals, shared.exchange.warp);
   if (threadIdx.x == 0) slopes[blockIdx.x] = run_epilogue<T>(formula, blockIdx.x, totals, shared);
   if (total.by_last_block()) add_up_if_last(total, gridDim.x, shared.is_last, shared.exchange.warp[0]);
 }

@@ -78,8 +78,8 @@ struct SweepExchange {
     double of[K];
   };
   T warp_max[N][32];
-  Exchange<double, N> normal_sums;
-  Exchange<double, K> sums;
+  double warp_normal_sums[N][32];
+  double warp_sums[K][32];
   Normals normals[kMaxCluster];
   Totals totals[kMaxCluster];
   typename F::Row row;
@@ -288,7 +288,7 @@ struct Sweep {
     block_max(block);
 #pragma unroll
     for (int s = 0; s < N; ++s) totals[s] = static_cast<double>(powers[s].total(block[s], scale));
-    block_sum(totals, exchange.normal_sums);
+    block_sum(totals, exchange.warp_normal_sums);
     typename SweepExchange<T, F>::Normals mine;
 #pragma unroll
     for (int s = 0; s < N; ++s) mine.of[s] = {block[s], totals[s]};
@@ -399,7 +399,7 @@ struct Sweep {
     double totals[F::kSums];
 #pragma unroll
     for (int k = 0; k < F::kSums; ++k) totals[k] = static_cast<double>(sums[k]);
-    block_sum(totals, exchange.sums);
+    block_sum(totals, exchange.warp_sums);
     typename SweepExchange<T, F>::Totals mine;
 #pragma unroll
     for (int k = 0; k < F::kSums; ++k) mine.of[k] = totals[k];

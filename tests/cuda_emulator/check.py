@@ -81,6 +81,16 @@ def check_offsets(what: str, size: int) -> None:
                 limit = 10 * error + 1e-5
 
 
+def check_rows_far_apart(what: str, size: int) -> None:
+    """What a sum of the hardware's 2^x is off from 1 is a hundred times as much in the center of a reverse divergence
+    whose logarithms of probabilities differ by a hundred, unless the center is divided by that sum."""
+    s, t = (torch.randn(64, max(size, 50)) for _ in range(2))
+    s[:, :2] += 30
+    t[:, 2] += 100
+    tensors = {"student_logits": s, "teacher_logits": t, "labels": torch.zeros(64, dtype=torch.int64)}
+    compare(f"{what} far apart", CASES["generalized_jsd_loss-1"], tensors)
+
+
 def check_images(what: str, rows: int, size: int, dtypes: list[torch.dtype]) -> None:
     for family in ("elbo", "policy", "score_distillation", "sampling", "schedule", "analytic_dpm", "adversarial"):
         if rows == 0 and family in ("analytic_dpm", "adversarial"):  # means of nothing
@@ -148,6 +158,7 @@ def check_logits(what: str, rows: int, size: int, dtypes: list[torch.dtype]) -> 
     grads = [results(case, fastgen, tensors)["gradient of student_logits"] for _ in range(2)]
     assert torch.equal(*grads), f"{what}: two runs differ"
     check_offsets(what, size)
+    check_rows_far_apart(what, size)
 
 
 if __name__ == "__main__":
