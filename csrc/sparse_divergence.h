@@ -111,19 +111,33 @@ struct Sparse {
   template <class Team>
   FASTGEN_HD SparseRow<T> entries_of(int64_t row, const Softmax<T>& softmax, T* loss, T* masses) const {
     const T base = base_of(softmax.max), log_sum = std::log(softmax.sum);
+    // Where they are renormalised, their largest is taken off: probabilities of entries that all underflow have ratios.
+    T most_q = T(0), most_p = T(0);
+    if (tail == Tail::renormalize) {
+      most_q = most_p = -static_cast<T>(INFINITY);
+      for (int64_t k = Team::first(); k < entries; k += Team::step()) {
+        if (column(row, k) < 0) continue;
+        const Softmax<T> log = logs(row, k, base, log_sum);
+        most_q = log.max > most_q ? log.max : most_q, most_p = log.sum > most_p ? log.sum : most_p;
+      }
+      most_q = base_of(static_cast<T>(Team::max(most_q))), most_p = base_of(static_cast<T>(Team::max(most_p)));
+    }
     double q = 0, p = 0, count = 0;
     for (int64_t k = Team::first(); k < entries; k += Team::step()) {
       if (column(row, k) < 0) continue;
       const Softmax<T> log = logs(row, k, base, log_sum);
-      q += static_cast<double>(exp_of(log.max)), p += static_cast<double>(exp_of(log.sum)), count += 1;
+      q += static_cast<double>(exp_of(log.max - most_q)), p += static_cast<double>(exp_of(log.sum - most_p)), count += 1;
     }
     q = Team::sum(q), p = Team::sum(p), count = Team::sum(count);
+    SparseRow<T> of{T(0), T(0), T(0), T(0)};
+    if (tail == Tail::renormalize) {
+      of.shift_q = most_q + static_cast<T>(std::log(q)), of.shift_p = most_p + static_cast<T>(std::log(p));
+      q *= static_cast<double>(exp_of(most_q)), p *= static_cast<double>(exp_of(most_p));
+    }
     if (p > 1 + kRoundedMass) p = NAN;
     masses[0] = static_cast<T>(q > 1 ? 1 : q), masses[1] = static_cast<T>(p > 1 ? 1 : p);
     *loss = T(0);
-    SparseRow<T> of{T(0), T(0), T(0), T(0)};
-    if (count == 0) return of;
-    if (tail == Tail::renormalize) of.shift_q = static_cast<T>(std::log(q)), of.shift_p = static_cast<T>(std::log(p));
+    if (count == 0) return {T(0), T(0), T(0), T(0)};
     double total = 0, difference = 0, slope = 0;
     for (int64_t k = Team::first(); k < entries; k += Team::step()) {
       if (column(row, k) < 0) continue;

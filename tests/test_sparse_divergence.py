@@ -153,6 +153,25 @@ def test_a_student_that_is_certain_has_a_finite_gradient():
         assert grad.abs().max() < 100
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_entries_that_have_no_probability_to_speak_of_are_renormalised(kind):
+    """A student that is certain of another id still has ratios among them, however small their probabilities."""
+    student = torch.tensor([[300.0, 0.0, 1.0, -1.0], [0.0, 0.0, 1.0, -1.0]], device=DEVICE).requires_grad_()
+    logprobs, teacher_ids = logits(0.1, 0.05, 0.05).expand(2, 3), ids(1, 2, 3).expand(2, 3)
+    given = {"kind": kind, "beta": 0.3, "tail": "renormalize", "reduction": "none", "return_masses": True}
+    losses, masses = fastgen.sparse_divergence_loss(student, logprobs, teacher_ids, **given)
+    parts = [math.exp(x) for x in (0.0, 1.0, -1.0)]
+    expected = by_hand([0.5, 0.25, 0.25], [x / sum(parts) for x in parts], kind, "none", 0.3)
+    assert losses.tolist() == pytest.approx([expected] * 2, rel=1e-4)
+    assert masses[:, 0].tolist() == pytest.approx([0.0, 0.2])
+    losses[0].backward()
+    (found,) = torch.autograd.grad(
+        fastgen.sparse_divergence_loss(student, logprobs, teacher_ids, **given)[0][1], student
+    )
+    torch.testing.assert_close(student.grad[0], found[1], rtol=1e-4, atol=5e-5)  # 300 is rounded to 1.5e-5
+    assert found[1, 1:].abs().min() > 1e-3
+
+
 def test_masked_rows_and_weights():
     student = torch.randn(4, 6, device=DEVICE, requires_grad=True)
     teacher, of = logits(0.5, 0.25).expand(4, 2), ids(2, 0).expand(4, 2)

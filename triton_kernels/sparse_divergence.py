@@ -145,22 +145,33 @@ def _sum(x, T: tl.constexpr):
 def _found(args, row, largest, total, KIND: tl.constexpr, T: tl.constexpr):
     """The loss, the masses of Q and P, and what is kept of a row."""
     log_sum = tl.log(total)
+    bucket, renormalize = args.tail == BUCKET, args.tail == RENORMALIZE
+    # Where they are renormalised, their largest is taken off: probabilities of entries that all underflow have ratios.
+    most_q, most_p = tl.full((), 0.0, T), tl.full((), 0.0, T)
+    if renormalize:
+        most_q, most_p = tl.full((), float("-inf"), T), tl.full((), float("-inf"), T)
+        for first in range(0, args.entries, ENTRIES):
+            ids, logprobs, present = _entries(args, row, first, T)
+            log_q, log_p = _logs(args, row, ids, logprobs, present, largest, log_sum, T)
+            most_q, most_p = tl.maximum(most_q, tl.max(log_q, axis=0)), tl.maximum(most_p, tl.max(log_p, axis=0))
+        most_q = tl.where(most_q == float("-inf"), 0.0, most_q)
+        most_p = tl.where(most_p == float("-inf"), 0.0, most_p)
     zero = tl.zeros((ENTRIES,), T)
     q, p, count = zero, zero, tl.zeros((ENTRIES,), tl.int32)
     for first in range(0, args.entries, ENTRIES):
         ids, logprobs, present = _entries(args, row, first, T)
         log_q, log_p = _logs(args, row, ids, logprobs, present, largest, log_sum, T)
-        q += exp_negative(log_q)
-        p += exp_negative(log_p)
+        q += exp_negative(log_q - most_q)
+        p += exp_negative(log_p - most_p)
         count += present.to(tl.int32)
     q, p, any_entry = _sum(q, T), _sum(p, T), tl.sum(count, axis=0) > 0
+    shift_q = tl.where(renormalize, most_q + tl.log(q).to(T), 0.0)
+    shift_p = tl.where(renormalize, most_p + tl.log(p).to(T), 0.0)
+    q, p = q * exp_negative(most_q).to(tl.float64), p * exp_negative(most_p).to(tl.float64)
     p = tl.where(p <= 1.0 + ROUNDED_MASS, p, float("nan"))
-    bucket, renormalize = args.tail == BUCKET, args.tail == RENORMALIZE
     # A bucket that is as good as empty has no gradient; `whole`: what has gradients sums to 1.
     moves = bucket & (1.0 - q >= number(args.least, T).to(tl.float64))
     whole = moves | renormalize
-    shift_q = tl.where(renormalize, tl.log(q), 0.0).to(T)
-    shift_p = tl.where(renormalize, tl.log(p), 0.0).to(T)
     losses, differences, slopes = zero, zero, zero
     for first in range(0, args.entries, ENTRIES):
         ids, logprobs, present = _entries(args, row, first, T)

@@ -16,6 +16,7 @@ struct Cpu {
     static int64_t first() { return 0; }
     static int64_t step() { return 1; }
     static double sum(double x) { return x; }
+    static double max(double x) { return x; }
   };
 
   template <class T, class F, int N>

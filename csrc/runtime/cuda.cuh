@@ -33,6 +33,7 @@ struct Cuda {
     static __device__ __forceinline__ int64_t first() { return threadIdx.x % 32; }
     static __device__ __forceinline__ int64_t step() { return 32; }
     static __device__ __forceinline__ double sum(double x) { return cuda::warp_sum(x); }
+    static __device__ __forceinline__ double max(double x) { return cuda::warp_max(x); }
   };
 
   template <class T, class F, int N>

@@ -9,8 +9,8 @@
 //     template <class T, class F, int N>
 //     static void sweep(const F& formula, const TokenRows<N>& rows, Output out, int64_t width);
 //     // Who runs a sweep's row() together, all with the same row and none apart from the others: each takes the numbers
-//     // first(), first() + step(), …; the sum over all of them is the same for each.
-//     struct Team { static int64_t first(); static int64_t step(); static double sum(double); };
+//     // first(), first() + step(), …; sum and maximum over all of them are the same for each.
+//     struct Team { static int64_t first(); static int64_t step(); static double sum(double), max(double); };
 //     // Some elements of each row of `out`, [rows, columns], again (skeleton/scatter.h); `on` is a tensor of the device.
 //     template <class T, class F>
 //     static void scatter(const F& formula, const Tensor& on, int64_t rows, const Output& out);

@@ -29,6 +29,15 @@ __device__ __forceinline__ T warp_sum(T x, int width = 32) {
   return x;
 }
 
+template <class T>
+__device__ __forceinline__ T warp_max(T x) {
+  for (int offset = 16; offset > 0; offset /= 2) {
+    const T other = __shfl_xor_sync(~0u, x, offset);
+    x = other > x ? other : x;
+  }
+  return x;
+}
+
 // On the first warp: the sums over a block of whole warps. One barrier: each warp's sums are there before warp 0 reads them.
 template <class T, int K>
 __device__ __forceinline__ void block_sum(T (&x)[K], T (&of_warps)[K][32]) {

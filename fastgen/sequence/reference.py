@@ -189,7 +189,8 @@ def sparse_divergence_loss(
             for t, m in ((log_q, mass_q), (log_p, mass_p))
         )
     elif tail == "renormalize":
-        log_q, log_p = (t - m.log().unsqueeze(-1) for t, m in ((log_q, mass_q), (log_p, mass_p)))
+        # Not the masses' logarithms: probabilities of entries that all underflow have ratios.
+        log_q, log_p = (t - t.logsumexp(-1, keepdim=True) for t in (log_q, log_p))
     rows = _divergence(log_q, log_p, {"forward": 0, "reverse": 1}.get(kind, beta), scaled)
     rows = torch.where(present.any(-1), rows * (1 + 0 * mass_p), 0.0)  # NaN, as its gradient, of what is no teacher
     counted = _counted(rows, labels, mask, ignore_index)
