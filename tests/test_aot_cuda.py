@@ -162,7 +162,7 @@ class TestEmulated:
         environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
-        rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines()[3:]]
+        rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines()[2:]]
         assert [row[0] for row in rows] == ["`dmd_loss-guided`", "`decoupled_dmd_loss`"]
         for _, eager, cuda, cuda_launches, triton, triton_launches in rows:
             assert min(float(eager), float(cuda), float(triton)) > 0
