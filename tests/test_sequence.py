@@ -170,7 +170,7 @@ def test_extreme_tokens(backend, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_logits_may_be_further_apart_than_numbers_go(dtype, kernel_backend, device):
+def test_logits_may_be_further_apart_than_numbers_go(dtype, backend, device):
     """Over a temperature of 2 their difference, a log-probability, is a number."""
     s = torch.tensor([[3e38, -3e38, 1.0, -1e37]], dtype=dtype, device=device).expand(4, 4)
     y = torch.arange(4, device=device)

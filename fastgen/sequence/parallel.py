@@ -96,7 +96,8 @@ def _token_logprob(backend: str, slices: Slices, given: Arguments) -> TokenOutpu
     picked = torch.where(own, picked.to(torch.promote_types(picked.dtype, torch.float32)), 0.0)
     normals, (picked,) = normalizers(backend, slices, given, tokens, logits, more=picked)
     base = torch.where(normals[0] == -math.inf, 0.0, normals[0])
-    logprob = (picked - base) / temperature - normals[1].log()
+    # By way of halves: the difference of two logits may be beyond all numbers where over the temperature it is not.
+    logprob = (picked / 2 - base / 2) / temperature * 2 - normals[1].log()
     inside = (tokens >= 0) & (tokens < slices.total)
     logprob = torch.where(inside, logprob, math.nan)
     return TokenOutputs(torch.where(counted, logprob, 0.0), normals)

@@ -300,10 +300,13 @@ def autocast_dtype(t: Tensor) -> torch.dtype:
 
 
 def log_softmax(logits: Tensor, temperature: float) -> Tensor:
-    """``log softmax(logits / temperature)``, where the division rounds no constant that all logits share."""
-    logits = widened(logits)
-    largest = logits.detach().amax(-1, keepdim=True)
-    return F.log_softmax((logits - torch.where(largest.isfinite(), largest, 0.0)) / temperature, -1)
+    """``log softmax(logits / temperature)``, where the division rounds no constant that all logits share.
+
+    By way of halves: the difference of two logits may be beyond all numbers where over the temperature it is not.
+    """
+    half = widened(logits) / 2
+    largest = half.detach().amax(-1, keepdim=True)
+    return F.log_softmax((half - torch.where(largest.isfinite(), largest, 0.0)) / temperature * 2, -1)
 
 
 def entropy(logits: Tensor, counted: Tensor | None, temperature: float) -> Tensor:
