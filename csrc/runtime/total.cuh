@@ -1,4 +1,5 @@
-// The sum of a loss's terms, one of each group, by the block that is last to store its own: it takes no launch.
+// The sum of a loss's terms, one of each group, by the block that is last to store its own: it takes no launch. Many
+// terms are left to one, whose block has more threads.
 //
 // Blocks count themselves in once their terms are in global memory, and the count is 0 again after the last of them,
 // ready for the next launch on the stream. Every stream has a counter of its own, for its launches do not overlap.
@@ -20,6 +21,8 @@ struct Total {
   T* sum = nullptr;  // null: nobody asks for it
   int counter = -1;  // of the stream; negative: there is none
 
+  // Whether so many threads add up soon: in a few rounds of loads, of which four are in flight.
+  bool few_for(int threads) const { return count <= int64_t{16} * threads; }
   FASTGEN_HD bool by_last_block() const { return sum != nullptr && counter >= 0; }
   FASTGEN_HD bool by_a_launch() const { return sum != nullptr && counter < 0; }
 };
@@ -65,11 +68,11 @@ Total<T> total_of(const Tensor& terms, const Tensor& sum) {
   return {static_cast<const T*>(terms.const_data_ptr()), terms.numel(), mutable_data<T>(sum), -1};
 }
 
-// A launch of its own, after those that store the terms. With as many threads as the blocks have of a kernel that adds
-// up itself, the sum is the same to the bit.
+// A launch of its own, after those that store the terms, by blocks of `threads`. Where such a block would have added
+// up, in another launch of the same kernels, the sum is the same to the bit.
 template <class T>
 void launch_sum(const Launch& launch, const Total<T>& total, int threads = kMaxThreads) {
-  launch(&sum_vector<T>, 1, dim3(threads), 0, 1, total);
+  launch(&sum_vector<T>, 1, dim3(total.few_for(threads) ? threads : kMaxThreads), 0, 1, total);
 }
 
 }  // namespace fastgen::cuda

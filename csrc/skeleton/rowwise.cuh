@@ -40,8 +40,8 @@ void launch_map(const Launch& launch, const RowwiseArguments<T, F, N>& job, cons
 }
 
 template <Access access, class T, class F, int N>
-void launch_parts(const Launch& launch, const RowwiseArguments<T, F, N>& job, const Tensor& like,
-                  const Total<T>& total) {
+void launch_parts(const Launch& launch, const RowwiseArguments<T, F, N>& job, const Tensor& like, Total<T> total) {
+  if (!total.few_for(kPartThreads)) total.counter = -1;
   const int64_t group_parts = job.groups.rows * ceil_div<int64_t>(job.vectors, kPartVectors);
   const int64_t parts = job.groups.count * group_parts;
   const auto dtype = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
@@ -56,8 +56,7 @@ void launch_parts(const Launch& launch, const RowwiseArguments<T, F, N>& job, co
 }
 
 template <Access access, class T, class F, int N>
-void launch_groups(const Launch& launch, const RowwiseArguments<T, F, N>& job, const Tensor& like,
-                   const Total<T>& total) {
+void launch_groups(const Launch& launch, const RowwiseArguments<T, F, N>& job, const Tensor& like, Total<T> total) {
   int held_bytes = 0;
   if (kMaps<F> && job.out.data)
     for (int s = 0; s < F::kMapStreams; ++s) held_bytes += bytes_of(job.in[s].dtype) * kWidth<T>;
@@ -65,6 +64,7 @@ void launch_groups(const Launch& launch, const RowwiseArguments<T, F, N>& job, c
   const Limits limits = limits_of<&on_chip<access, T, F, N>, kGroupThreads<T, F>>(launch.device);
   const GroupPlan plan = plan_groups(job.groups.count, job.groups.rows * job.vectors, held_bytes, limits);
   if (!plan.on_chip) return launch_parts<access>(launch, job, like, total);
+  if (!total.few_for(plan.threads * plan.teams)) total.counter = -1;
   launch(kernel, plan.blocks, dim3(plan.threads, plan.teams), plan.shared_bytes, plan.cluster, job, plan,
          total);
   if (total.by_a_launch()) launch_sum(launch, total, plan.threads * plan.teams);
