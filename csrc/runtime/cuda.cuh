@@ -14,7 +14,7 @@ constexpr int64_t kCountedInKernel = 4096;  // flags that every block counts its
 
 // One block: there is one flag a group.
 template <class T>
-__global__ void __launch_bounds__(kMaxThreads) count_flags(const uint8_t* flags, int64_t n, T* counts) {
+__global__ void __launch_bounds__(kMaxThreads) count_vector(const uint8_t* flags, int64_t n, T* counts) {
   __shared__ Exchange<int64_t, 1> exchange;
   int64_t set[1] = {0};
   for (int64_t i = threadIdx.x; i < n; i += kMaxThreads) set[0] += flags[i] != 0;
@@ -110,7 +110,7 @@ struct Cuda {
       }
       memory = new_vector(flags, 2, sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float);
       counts.counted = mutable_data<const T>(*memory);
-      cuda::Launch{flags}(&cuda::count_flags<T>, 1, dim3(cuda::kMaxThreads), 0, 1, counts.flags, flags.numel(),
+      cuda::Launch{flags}(&cuda::count_vector<T>, 1, dim3(cuda::kMaxThreads), 0, 1, counts.flags, flags.numel(),
                           mutable_data<T>(*memory));
     }
   };
