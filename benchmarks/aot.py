@@ -35,6 +35,7 @@ from fastgen.cases import FAMILIES, Case
 from fastgen.core.operator import operators
 
 from . import aot_cuda, sass
+from .driver import Target
 
 ARCHITECTURES = (80, 90, 100)
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
@@ -161,26 +162,6 @@ class Launch:
 # -- Compiling what a launcher launches
 
 
-class _Target:
-    """A Triton driver with a target and no device."""
-
-    def __init__(self, arch: int) -> None:
-        from triton.backends.compiler import GPUTarget
-        from triton.runtime import driver
-
-        self.target = GPUTarget("cuda", arch, 32)
-        driver.set_active(self)
-
-    def get_current_target(self) -> Any:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return self.target.arch  # kernels are cached by device
-
-    def get_current_stream(self, device: int | None = None) -> int:
-        return 0
-
-
 _by_key: dict[tuple[Any, ...], str] = {}
 
 
@@ -199,7 +180,7 @@ def _compiling(arch: int, compiled: list[Launch]) -> Iterator[None]:
 
     launch = rowwise.launch
     rowwise.launch = compile_launch
-    _Target(arch)
+    Target(arch)
     try:
         yield
     finally:

@@ -2,7 +2,7 @@
 
 The launchers of Triton's and of CUDA's kernels run as they would on a GPU, on CPU tensors of a few elements. Triton's
 kernels are compiled, for sm_90, and handed to a launcher that returns at once; CUDA's host code is that of the
-emulator, which is built first (two minutes; ``--library`` takes one that is there), with launches that return at once.
+emulator, which is built first (two minutes; ``--emulator`` takes one that is there), with launches that return at once.
 So what is timed is Python, the dispatcher, the allocations and the plans; what CUDA's driver takes for a launch, some
 microseconds each, comes on top of it. PyTorch's own operations run: a sum, for Triton, and what autograd fills with 1.
 
@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .driver import launch_idly
 from .emulated import build_emulated
 
 STEPS = (
@@ -48,61 +49,11 @@ CALLS = 50  # of a timed block
 Variant = Callable[[Sequence[Tensor]], Any]
 
 
-class _Driver:
-    """Of a GPU that does nothing, as Triton asks for one."""
-
-    class utils:
-        @staticmethod
-        def load_binary(*_: Any) -> tuple[int, ...]:
-            return 1, 1, 64, 0, 1024  # handles of a module and a function; registers, spills, threads
-
-        @staticmethod
-        def unload_module(_: int) -> None: ...
-
-        @staticmethod
-        def get_device_properties(_: int) -> dict[str, int]:
-            return {"max_shared_mem": 232448, "multiprocessor_count": 132}
-
-    def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
-        return lambda *_: None
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int | None = None) -> int:
-        return 0
-
-
-def _idle_triton() -> Callable[[], int]:
-    """Launches of Triton's kernels do nothing from here on. Gives what counts them."""
-    from triton.runtime import driver
-
-    from fastgen.core import dispatch
-    from fastgen.triton_kernels import rowwise
-
-    driver.set_active(_Driver())
-    missing, launch_compiled, launched = dispatch.missing, rowwise.launch_compiled, 0
-
-    def launch(kernel: Any, programs: int, like: Tensor, *args: Any, **constants: Any) -> None:
-        nonlocal launched
-        launched += 1
-        launch_compiled(kernel, programs, 0, args, constants)
-
-    rowwise.launch = launch
-    dispatch.missing = lambda *of: None if of[1] == "triton" else missing(*of)  # type: ignore[assignment]
-    return lambda: launched
-
-
-def _idle_cuda(library: Path) -> Callable[[], int]:
-    """The same for CUDA's."""
+def _idle_cuda(emulator: Path) -> Callable[[], int]:
+    """Launches of CUDA's kernels do nothing from here on, on CPU tensors. Gives what counts them."""
     os.environ["EMULATED_IDLE"] = "1"
-    torch.ops.load_library(str(library))
-    launches = ctypes.CDLL(str(library)).emulated_launches
+    torch.ops.load_library(str(emulator))
+    launches = ctypes.CDLL(str(emulator)).emulated_launches
     launches.restype = ctypes.c_long
     return launches
 
@@ -136,23 +87,23 @@ def _measure(variants: Mapping[str, Variant], pool: Sequence[Sequence[Tensor]], 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--library", type=Path, help="the emulator's, if there is one; built in 'folder/emulated.so'")
+    parser.add_argument("--emulator", type=Path, help="a library that build_emulated has made, instead of a new one")
     parser.add_argument("--only", default="", help="part of the names of cases")
     options = parser.parse_args(argv)
     sys.modules["fastgen._C"] = None  # type: ignore[assignment]  # its kernels would hold the CPU's place
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        library = options.library or build_emulated(Path(folder), checked=False)
-        return _report(library, [name for name in STEPS if options.only in name])
+        emulator = options.emulator or build_emulated(Path(folder), checked=False)
+        return _report(emulator, [name for name in STEPS if options.only in name])
 
 
-def _report(library: Path, names: Sequence[str]) -> int:
+def _report(emulator: Path, names: Sequence[str]) -> int:
     import fastgen
     from fastgen import reference
     from fastgen.cases import CASES
     from fastgen.core.timing import case_inputs, case_step
 
-    counters = {"native": _idle_cuda(library), "triton": _idle_triton()}
+    counters = {"native": _idle_cuda(emulator), "triton": launch_idly(lambda *_: lambda *_: None)}
     warnings.filterwarnings("ignore", module="triton")
 
     def on(backend: str, step: Callable[..., None], inputs: Sequence[Tensor]) -> None:

@@ -179,7 +179,7 @@ struct DdoLink {
   FASTGEN_HD T term(int64_t group, T m, T* slope) const {
     const bool is_real = real.flags[group] != 0;
     const T of_fake = alphas ? alphas[group] : alpha;
-    const T weight = (is_real ? T(1) : of_fake) / real.like(is_real);  // a row present is counted: > 0
+    const T weight = (is_real ? T(1) : of_fake) / real.of(is_real);  // a row present is counted: > 0
     const T signed_beta = is_real ? -beta : beta;
     *slope = weight * signed_beta * sigmoid(signed_beta * m);
     return weight * softplus(signed_beta * m);
@@ -278,8 +278,8 @@ std::tuple<Tensor, Tensor> l1_distance(const Tensor& pred, const Tensor& target,
   return with_arithmetic(dtype, [&](auto zero) {
     using T = decltype(zero);
     const ElboErrorLoss<T, L1> formula{{nullptr, T(scale), mutable_data<T>(term)}};
-    const Output out{with_grad ? grad_pred.mutable_data_ptr() : nullptr, pred.scalar_type()};
-    const Tensor loss = Device::template terms_of<T>(formula, Groups::single(rows.count), rows, out, term, true);
+    const Tensor loss = Device::template rowwise_loss<T>(formula, Groups::single(rows.count), rows,
+                                                         output_of(grad_pred, with_grad), term, Reduction::sum);
     return std::tuple(loss, grad_pred);
   });
 }
@@ -322,9 +322,9 @@ LossOutputs elbo_difference_loss(const Rows<3>& rows, const Groups& groups, std:
                                             mutable_data<T>(term),
                                             mutable_data<T>(delta),
                                             mutable_data<T>(error_slope)};
-  const Output out{with_grad ? grad_pred.mutable_data_ptr() : nullptr, pred.scalar_type()};
-  const bool reduce = option<Reduction>(reduction) != Reduction::none;
-  return {Device::template terms_of<T>(formula, groups, rows, out, term, reduce), delta, error_slope, grad_pred};
+  const Tensor loss = Device::template rowwise_loss<T>(formula, groups, rows, output_of(grad_pred, with_grad), term,
+                                                       option<Reduction>(reduction));
+  return {loss, delta, error_slope, grad_pred};
 }
 
 template <class Device>
@@ -467,9 +467,8 @@ std::tuple<Tensor, Tensor, Tensor> mapo_loss(const Tensor& pred, const Tensor& t
     const MapoLoss<T> formula{groups,         data_or_null<T>(weight),  T(element_scale(element_mean, rows.size)),
                               T(scale),       T(beta),                  T(error_scale),
                               T(timesteps),   mutable_data<T>(term),    mutable_data<T>(error_slope)};
-    const Output out{with_grad ? grad_pred.mutable_data_ptr() : nullptr, pred.scalar_type()};
-    const bool reduce = option<Reduction>(reduction) != Reduction::none;
-    const Tensor loss = Device::template terms_of<T>(formula, groups, rows, out, term, reduce);
+    const Tensor loss = Device::template rowwise_loss<T>(formula, groups, rows, output_of(grad_pred, with_grad), term,
+                                                         option<Reduction>(reduction));
     return std::tuple(loss, error_slope, grad_pred);
   });
 }

@@ -416,7 +416,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> generalized_jsd(
   const Tensor loss = new_per_row(student, inputs.dtype), hard = new_per_row(student, inputs.dtype);
   const Tensor stats = new_per_row(student, inputs.dtype, 5);
   const Tensor grad = with_grad ? Device::new_logits(student) : new_vector(student, 0, student.scalar_type());
-  const Output out{with_grad ? grad.mutable_data_ptr() : nullptr, student.scalar_type()};
+  const Output out = output_of(grad, with_grad);
   return with_arithmetic(inputs.dtype, [&](auto zero) -> std::tuple<Tensor, Tensor, Tensor, Tensor> {
     using T = decltype(zero);
     const JsdResults<T> results{mutable_data<T>(loss), mutable_data<T>(hard), jsd_stats<T>(stats, rows.count)};

@@ -162,10 +162,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> diffusion_nft_loss(
                               mutable_data<T>(slopes),
                               mutable_data<T>(stats),
                               rows.count};
-        const Output mapped{with_grad ? grad.mutable_data_ptr() : nullptr, dtype};
-        const bool reduce = option<Reduction>(reduction) != Reduction::none;
-        const Groups groups = Groups::single(rows.count);
-        out = {Device::template terms_of<T>(formula, groups, rows, mapped, term, reduce), slopes, stats, grad};
+        const Tensor loss =
+            Device::template rowwise_loss<T>(formula, Groups::single(rows.count), rows, output_of(grad, with_grad),
+                                             term, option<Reduction>(reduction));
+        out = {loss, slopes, stats, grad};
       });
   return out;
 }

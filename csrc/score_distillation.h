@@ -204,9 +204,8 @@ struct Result {
   template <class Device, class T, class F, int N>
   Outputs outputs(const F& formula, const Groups& groups, const Rows<N>& rows, Reduction reduction,
                   bool with_grad) const {
-    const Output out{with_grad ? grad.mutable_data_ptr() : nullptr, grad.scalar_type()};
-    const bool reduce = reduction != Reduction::none;
-    return {Device::template terms_of<T>(formula, groups, rows, out, terms, reduce), coefficients, stats, grad};
+    const Output out = output_of(grad, with_grad);
+    return {Device::template rowwise_loss<T>(formula, groups, rows, out, terms, reduction), coefficients, stats, grad};
   }
 };
 
@@ -229,7 +228,7 @@ Outputs field_loss(const Field& field, const Rows<N>& rows, const Groups& groups
 template <class Device, class T, class Formula, int N>
 Tensor map_again(const Formula& formula, const Rows<N>& rows, ScalarType dtype) {
   const Tensor grad = Device::new_output(rows, dtype);
-  Device::template rowwise<T>(formula, Groups::single(rows.count), rows, {grad.mutable_data_ptr(), dtype});
+  Device::template rowwise<T>(formula, Groups::single(rows.count), rows, output_of(grad, true));
   return grad;
 }
 

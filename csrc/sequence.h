@@ -163,8 +163,8 @@ std::tuple<Tensor, Tensor, Tensor> sequence_ddo_loss(const Tensor& logprob, cons
                                      mutable_data<T>(term),
                                      mutable_data<T>(delta),
                                      mutable_data<T>(slope)};
-    const bool reduce = option<Reduction>(reduction) != Reduction::none;
-    return Device::template terms_of<T>(formula, Groups::single(rows.count), rows, Output{}, term, reduce);
+    return Device::template rowwise_loss<T>(formula, Groups::single(rows.count), rows, Output{}, term,
+                                            option<Reduction>(reduction));
   });
   return {loss, delta, slope};
 }

@@ -126,7 +126,9 @@ struct Sparse {
     for (int64_t k = Team::first(); k < entries; k += Team::step()) {
       if (column(row, k) < 0) continue;
       const Softmax<T> log = logs(row, k, base, log_sum);
-      q += static_cast<double>(exp_of(log.max - most_q)), p += static_cast<double>(exp_of(log.sum - most_p)), count += 1;
+      q += static_cast<double>(exp_of(log.max - most_q));
+      p += static_cast<double>(exp_of(log.sum - most_p));
+      count += 1;
     }
     q = Team::sum(q), p = Team::sum(p), count = Team::sum(count);
     SparseRow<T> of{T(0), T(0), T(0), T(0)};
@@ -357,7 +359,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sparse_divergence(
     with_divergence(beta, [&](auto divergence) {
       constexpr Divergence D = decltype(divergence)::value;
       const Sparse<T, D> sparse = inputs.sparse<T, D>(beta, tail, temperature, ignore_index);
-      const Output out{with_grad ? grad.mutable_data_ptr() : nullptr, student.scalar_type()};
+      const Output out = output_of(grad, with_grad);
       with_flag(with_grad, [&](auto writes) {
         const SparseDivergence<T, D, typename Device::Team, decltype(writes)::value> formula{
             sparse, sparse.inverse_temperature, data_or_null<T>(factor), mutable_data<T>(loss), mutable_data<T>(masses),

@@ -158,7 +158,7 @@ class TestEmulated:
 
     @pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
     def test_what_the_host_does_is_timed(self, emulated):
-        command = [sys.executable, "-m", "benchmarks.host", "--library", str(emulated), "--only", "dmd_loss"]
+        command = [sys.executable, "-m", "benchmarks.host", "--emulator", str(emulated), "--only", "dmd_loss"]
         environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-3000:]

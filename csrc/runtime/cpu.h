@@ -82,10 +82,10 @@ struct Cpu {
   }
 
   template <class T, class F, int N>
-  static Tensor terms_of(const F& formula, const Groups& groups, const Rows<N>& rows, Output out, const Tensor& terms,
-                         bool reduce) {
+  static Tensor rowwise_loss(const F& formula, const Groups& groups, const Rows<N>& rows, Output out,
+                             const Tensor& terms, Reduction reduction) {
     rowwise<T>(formula, groups, rows, out);
-    return reduce ? sum<T>(terms) : terms;
+    return reduction == Reduction::none ? terms : sum<T>(terms);
   }
 
   template <class T>

@@ -43,11 +43,15 @@ struct Cuda {
   }
 
   template <class T, class F, int N>
-  static Tensor terms_of(const F& formula, const Groups& groups, const Rows<N>& rows, Output out, const Tensor& terms,
-                         bool reduce) {
-    const Tensor result = reduce ? new_scalar(terms, terms.scalar_type()) : terms;
-    cuda::rowwise<T>(formula, groups, rows, out, {}, reduce ? cuda::total_of<T>(terms, result) : cuda::Total<T>{});
-    return result;
+  static Tensor rowwise_loss(const F& formula, const Groups& groups, const Rows<N>& rows, Output out,
+                             const Tensor& terms, Reduction reduction) {
+    if (reduction == Reduction::none) {
+      rowwise<T>(formula, groups, rows, out);
+      return terms;
+    }
+    const Tensor sum = new_scalar(terms, terms.scalar_type());
+    cuda::rowwise<T>(formula, groups, rows, out, {}, cuda::total_of<T>(terms, sum));
+    return sum;
   }
 
   template <int N>

@@ -25,15 +25,16 @@
 //     static Tensor new_logits(const Tensor& logits);
 //     // The sum of a vector, 0-dimensional; 0 for an empty one.
 //     template <class T> static Tensor sum(const Tensor& terms);
-//     // Runs a row-wise formula whose epilogues store `terms`, and returns those or, if `reduce`, their sum.
+//     // Runs a row-wise formula whose epilogues store the loss's `terms`. Returns those, or their sum by a reduction.
 //     template <class T, class F, int N>
-//     static Tensor terms_of(const F&, const Groups&, const Rows<N>&, Output out, const Tensor& terms, bool reduce);
+//     static Tensor rowwise_loss(const F&, const Groups&, const Rows<N>&, Output out, const Tensor& terms, Reduction);
 //     // A bool vector for formulas, as long as this lives; counted, if they want that.
 //     template <class T> struct Flags { Flags(const Tensor& flags, bool counted); FlagCounts<T> counts; };
 //   };
 #pragma once
 
 #include "../skeleton/formula.h"
+#include "options.h"
 #include "rows.h"
 
 namespace fastgen {

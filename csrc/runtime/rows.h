@@ -32,6 +32,9 @@ struct Output {
   void* data = nullptr;
   ScalarType dtype = ScalarType::Float;
 };
+inline Output output_of(const Tensor& grad, bool wanted) {
+  return {wanted ? grad.mutable_data_ptr() : nullptr, grad.scalar_type()};
+}
 
 // On the device of `like`. Calls the C shim: going through the dispatcher costs a microsecond more per tensor.
 inline Tensor empty_strided(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,

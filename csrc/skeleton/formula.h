@@ -134,7 +134,7 @@ struct FlagCounts {
   int64_t uncounted = 0;  // flags that the kernel has to count
   const T* counted = nullptr;  // {set, unset} in the device's memory, instead of the members
 
-  FASTGEN_HD T like(bool flag) const { return counted ? counted[flag ? 0 : 1] : flag ? set : unset; }
+  FASTGEN_HD T of(bool flag) const { return counted ? counted[flag ? 0 : 1] : flag ? set : unset; }
 };
 
 template <class F>
